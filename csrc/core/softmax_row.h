@@ -1,0 +1,163 @@
+// The two passes over a row of logits that every loss from logits is made of: statistics, gradient.
+//
+// Statistics read the row once (sizeof(T) bytes an element) and are bound by memory, or by about 14
+// vector instructions a vector where the row is in cache. The gradient reads once and writes once.
+// Everything is relative to a reference logit `ref` near the row's maximum, not to lse rounded to
+// float32: z - ref is exact or nearly so, and the rest is folded into the row's coefficients in
+// double, so probabilities keep float32's relative accuracy however large the logits are.
+#pragma once
+#include <math.h>
+
+#include "core/vec.h"
+
+namespace finefuse::FF_ISA_NS {
+
+// ref        a logit at most 8·T below the row's maximum
+// sum        Σ e^{(z - ref)/T}, so that lse(z/T) = ref/T + log(sum)
+// dot        Σ (z - ref) e^{(z - ref)/T}    (kEntropy), so that H = log(sum) - dot/(sum·T)
+// logit_sum  Σ z                            (kLogitSum), for label smoothing
+// Accumulated in float per block and lane, then in double (all double for double).
+struct RowStats {
+  double ref, sum, dot, logit_sum;
+};
+
+namespace detail {
+
+inline constexpr double kLog2e = 1.4426950408889634;
+inline constexpr int kUnroll = 4;
+inline constexpr int64_t kBlock = 2048;  // elements; read again in the rare case that ref must rise
+
+template <class T, bool kEntropy, bool kLogitSum>
+FF_INLINE void add_block(const T* z, int64_t n, double ref, double c, double floor, double* top,
+                         RowStats* stats) {
+  using V = Vec<T>;
+  constexpr int N = kLanes<T>;
+  const double minus_inf = -__builtin_inf();
+  const V vref = splat<V>(ref), vfloor = splat<V>(floor);
+  V vtop = splat<V>(minus_inf), vsum = {}, vdot = {}, vlogits = {};
+  const auto add = [&]<int K>(V(&x)[K]) __attribute__((always_inline)) {
+    V e[K];
+    for (int u = 0; u < K; ++u) vtop = max(x[u], vtop);
+    for (int u = 0; u < K; ++u) x[u] -= vref;
+    exp_scaled<Precision::full>(x, e, c, vfloor);
+    for (int u = 0; u < K; ++u) vsum += e[u];
+    if constexpr (kEntropy) {
+      for (int u = 0; u < K; ++u) vdot = fma(e[u], x[u], vdot);
+    }
+  };
+  int64_t i = 0;
+  for (; i + kUnroll * N <= n; i += kUnroll * N) {
+    V x[kUnroll];
+    for (int u = 0; u < kUnroll; u += 2) load_pair(z + i + u * N, x + u);
+    if constexpr (kLogitSum) {
+      for (int u = 0; u < kUnroll; ++u) vlogits += x[u];
+    }
+    add(x);
+  }
+  for (; i < n; i += N) {
+    const int k = n - i < N ? static_cast<int>(n - i) : N;
+    if constexpr (kLogitSum) vlogits += load_partial(z + i, k, 0.0);
+    V x[1] = {load_partial(z + i, k, minus_inf)};
+    add(x);
+  }
+  *top = horizontal_max(vtop);
+  stats->sum = horizontal_sum(vsum);
+  stats->dot = kEntropy ? horizontal_sum(vdot) : 0.0;
+  stats->logit_sum = kLogitSum ? horizontal_sum(vlogits) : 0.0;
+}
+
+}  // namespace detail
+
+// One pass. `ref` stays where the first block put it unless a later block rises more than 8·T above
+// it; only then is that block (still in cache) done again and what was summed so far rescaled.
+template <class T, bool kEntropy, bool kLogitSum>
+inline RowStats row_stats(const T* z, int64_t n, double temperature) {
+  using detail::kBlock;
+  using A = Accumulator<T>;
+  const double c = detail::kLog2e / temperature, floor = exp_floor<A>(c);
+  const double minus_inf = -__builtin_inf();
+  RowStats total{minus_inf, 0.0, 0.0, 0.0}, block{};
+  double top;
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int64_t count = n - i < kBlock ? n - i : kBlock;
+    double ref = total.ref == minus_inf ? load_scalar(z + i) : total.ref;
+    if (ref == minus_inf || ref != ref) ref = 0.0;
+    detail::add_block<T, kEntropy, kLogitSum>(z + i, count, ref, c, floor, &top, &block);
+    if (top > ref + 8 * temperature || (total.ref == minus_inf && top < ref)) {
+      if (top != minus_inf) {
+        ref = top;
+        detail::add_block<T, kEntropy, kLogitSum>(z + i, count, ref, c, floor, &top,
+                                                           &block);
+      }
+    }
+    if (top == minus_inf) ref = total.ref;  // nothing but -inf (or NaN, which the sum has)
+    if (ref != total.ref) {
+      const double shift = total.ref == minus_inf ? 0.0 : total.ref - ref;
+      const double scale = total.ref == minus_inf ? (total.sum == total.sum ? 0.0 : total.sum)
+                                                  : exp(shift / temperature);
+      total.dot = scale * (total.dot + shift * total.sum);
+      total.sum *= scale;
+      total.ref = ref;
+    }
+    total.sum += block.sum;
+    total.dot += block.dot;
+    total.logit_sum += block.logit_sum;
+  }
+  return total;
+}
+
+// dz = e·(a + b·d) + offset with d = z - ref, e = e^{d/T}; `b` is used where kEntropy.
+struct RowGradient {
+  double ref, temperature, a, b, offset;
+};
+
+// kStream writes past the caches: for outputs larger than they are. `out` may be `z` itself.
+template <class T, bool kEntropy, bool kStream>
+inline void row_gradient(const T* z, T* out, int64_t n, const RowGradient& g) {
+  using V = Vec<T>;
+  constexpr int N = kLanes<T>;
+  using detail::kUnroll;
+  constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::half : Precision::full;
+  const double c = detail::kLog2e / g.temperature;
+  const V ref = splat<V>(g.ref), floor = splat<V>(exp_floor<Accumulator<T>>(c));
+  const V a = splat<V>(g.a), b = splat<V>(g.b), offset = splat<V>(g.offset);
+  const auto value = [&]<int K>(V(&x)[K]) __attribute__((always_inline)) {
+    V e[K];
+    for (int u = 0; u < K; ++u) x[u] -= ref;
+    exp_scaled<kPrecision>(x, e, c, floor);
+    for (int u = 0; u < K; ++u) {
+      if constexpr (kEntropy) x[u] = fma(e[u], fma(b, x[u], a), offset);
+      else x[u] = fma(e[u], a, offset);
+    }
+  };
+  const auto partial = [&](int64_t i, int k) __attribute__((always_inline)) {
+    V x[1] = {load_partial(z + i, k, 0.0)};
+    value(x);
+    store_partial(out + i, x[0], k);
+  };
+  int64_t i = 0;
+  if (!(g.ref - g.ref + g.a - g.a + g.b - g.b + g.offset - g.offset == 0.0)) {
+    for (; i < n; i += N) partial(i, n - i < N ? static_cast<int>(n - i) : N);  // a NaN in the row
+    return;
+  }
+  if constexpr (kStream) {  // up to the first aligned element
+    const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % kStreamAlign);
+    int64_t head = past == 0 ? 0 : (kStreamAlign - past) / static_cast<int64_t>(sizeof(T));
+    if (head > n) head = n;
+    for (; i < head; i += N) partial(i, head - i < N ? static_cast<int>(head - i) : N);
+    i = head;
+  }
+  for (; i + kUnroll * N <= n; i += kUnroll * N) {
+    V x[kUnroll];
+    for (int u = 0; u < kUnroll; u += 2) load_pair(z + i + u * N, x + u);
+    value(x);
+    for (int u = 0; u < kUnroll; u += 2) store_pair_finite<kStream>(out + i + u * N, x + u);
+  }
+  for (; i < n; i += N) partial(i, n - i < N ? static_cast<int>(n - i) : N);
+}
+
+template <class T> inline void row_zero(T* out, int64_t n) {
+  __builtin_memset(out, 0, static_cast<size_t>(n) * sizeof(T));
+}
+
+}  // namespace finefuse::FF_ISA_NS

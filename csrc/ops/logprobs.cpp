@@ -1,0 +1,243 @@
+// Token log-probabilities and cross-entropy on the CPU.
+//
+//   pass                      reads + writes an element   bound by
+//   token_logprobs            sizeof(T) + 0               memory
+//   token_logprobs_backward   sizeof(T) + sizeof(T)       memory, first touch of a fresh gradient
+//   cross_entropy             sizeof(T) + sizeof(T)       the gradient reads the row from cache
+//
+// Rows are split over threads whole, so nothing depends on their number. float accumulators per
+// block of 2048 elements, double beyond; ignored rows are never read.
+#include "ops/logprobs.h"
+
+#include "core/memory.h"
+#include "core/parallel.h"
+#include "core/softmax_row.h"
+
+namespace finefuse::FF_ISA_NS {
+namespace {
+
+// Gradients beyond this do not stay in any cache until they are read: write past the caches.
+constexpr int64_t kStreamBytes = 16 << 20;
+
+template <class T> T* row(const LogitRows& rows, int64_t r) {
+  const int64_t outer = rows.inner == 0 ? 0 : r / rows.inner;
+  return static_cast<T*>(rows.data) + outer * rows.outer_stride +
+         (r - outer * rows.inner) * rows.inner_stride;
+}
+
+void advise(const LogitRows& gradient, const LogitRows& logits, const LogitsShape& shape,
+            int64_t element) {
+  if (gradient.data != nullptr && gradient.data != logits.data) {
+    advise_huge_pages(gradient.data, static_cast<size_t>(shape.rows * shape.vocab * element));
+  }
+}
+
+template <class T>
+bool streams(const LogitRows& gradient, const LogitRows& logits, const LogitsShape& shape) {
+  return gradient.data != nullptr && gradient.data != logits.data &&
+         shape.rows * shape.vocab * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
+}
+
+template <class T>
+void write_gradient(const T* z, T* out, int64_t vocab, const RowGradient& g, bool entropy,
+                    bool stream) {
+  if (entropy) {
+    if (stream) row_gradient<T, true, true>(z, out, vocab, g);
+    else row_gradient<T, true, false>(z, out, vocab, g);
+  } else {
+    if (stream) row_gradient<T, false, true>(z, out, vocab, g);
+    else row_gradient<T, false, false>(z, out, vocab, g);
+  }
+}
+
+template <class T> void token_logprobs_t(const TokenLogprobs& a) {
+  const int64_t vocab = a.shape.vocab;
+  const double inverse_t = 1.0 / a.temperature;
+  parallel_for(a.shape.rows, vocab * sizeof(T), a.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t y = a.targets[r];
+      double logp = 0.0, lse = 0.0, entropy = 0.0;
+      if (y != a.ignore_index) {
+        const T* z = row<T>(a.logits, r);
+        const RowStats s = a.entropy ? row_stats<T, true, false>(z, vocab, a.temperature)
+                                     : row_stats<T, false, false>(z, vocab, a.temperature);
+        const double log_sum = log(s.sum);
+        lse = s.ref * inverse_t + log_sum;
+        logp = (load_scalar(z + y) - s.ref) * inverse_t - log_sum;
+        if (s.ref == -__builtin_inf()) logp = __builtin_nan("");  // every logit is -inf
+        entropy = log_sum - s.dot * inverse_t / s.sum;
+      }
+      a.logprobs.set(r, logp);
+      if (a.lse64 != nullptr) a.lse64[r] = lse;
+      if (a.entropy64 != nullptr) a.entropy64[r] = entropy;
+      if (a.lse) a.lse.set(r, lse);
+      if (a.entropy) a.entropy.set(r, entropy);
+    }
+  });
+}
+
+template <class T> void token_logprobs_backward_t(const TokenLogprobsBackward& a) {
+  const int64_t vocab = a.shape.vocab;
+  const double t = a.temperature, inverse_t = 1.0 / t;
+  const bool stream = streams<T>(a.gradient, a.logits, a.shape);
+  advise(a.gradient, a.logits, a.shape, sizeof(T));
+  parallel_for(a.shape.rows, 2 * vocab * sizeof(T), a.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t y = a.targets[r];
+      T* out = row<T>(a.gradient, r);
+      const double g = a.g ? a.g[r] : 0.0, h = a.h ? a.h[r] : 0.0, l = a.l ? a.l[r] : 0.0;
+      if (y == a.ignore_index || (g == 0.0 && h == 0.0 && l == 0.0)) {
+        row_zero(out, vocab);
+        continue;
+      }
+      const T* z = row<T>(a.logits, r);
+      // log p = d/T + rest, with ref the representable number next to T·lse.
+      const double lse = a.lse64[r], entropy = h != 0.0 ? a.entropy64[r] : 0.0;
+      const double ref = static_cast<Accumulator<T>>(t * lse);
+      const double rest = ref * inverse_t - lse, p_scale = exp(rest) * inverse_t;
+      const double zy = load_scalar(z + y), logp = (zy - ref) * inverse_t + rest;
+      const double p = exp(logp), plogp = p == 0.0 ? 0.0 : p * (logp + entropy);
+      const RowGradient coefficients{ref, t, p_scale * (l - g - h * (rest + entropy)),
+                                     -h * p_scale * inverse_t, 0.0};
+      write_gradient<T>(z, out, vocab, coefficients, h != 0.0, stream);
+      store_scalar(out + y, inverse_t * (-g * expm1(logp) - h * plogp + l * p));
+    }
+    if (stream) stream_fence();
+  });
+}
+
+template <class T> void cross_entropy_t(const CrossEntropy& a) {
+  const int64_t rows = a.shape.rows, vocab = a.shape.vocab;
+  const double eps = a.label_smoothing, offset = eps / static_cast<double>(vocab);
+  const bool want_gradient = a.gradient.data != nullptr;
+  const bool stream = streams<T>(a.gradient, a.logits, a.shape);
+  advise(a.gradient, a.logits, a.shape, sizeof(T));
+  int64_t count = 0;
+  for (int64_t r = 0; r < rows; ++r) count += a.targets[r] != a.ignore_index;
+  const double mean = count == 0 ? 0.0 : 1.0 / static_cast<double>(count);
+  const double common = a.reduction == Reduction::mean ? a.scale * mean : a.scale;
+  parallel_for(rows, 2 * vocab * sizeof(T), a.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t y = a.targets[r];
+      const double w = a.upstream ? a.upstream[r] : common;
+      double loss = 0.0;
+      if (y == a.ignore_index) {
+        if (want_gradient) row_zero(row<T>(a.gradient, r), vocab);
+      } else {
+        const T* z = row<T>(a.logits, r);
+        const RowStats s = eps != 0.0 ? row_stats<T, false, true>(z, vocab, 1.0)
+                                      : row_stats<T, false, false>(z, vocab, 1.0);
+        const double log_sum = log(s.sum), zy = load_scalar(z + y);
+        double logp = zy - s.ref - log_sum;
+        if (s.ref == -__builtin_inf()) logp = __builtin_nan("");
+        loss = -logp;
+        if (eps != 0.0) {
+          loss = (1.0 - eps) * loss +
+                 eps * (s.ref + log_sum - s.logit_sum / static_cast<double>(vocab));
+        }
+        if (want_gradient) {
+          T* out = row<T>(a.gradient, r);
+          if (w == 0.0) {
+            row_zero(out, vocab);
+          } else {
+            const RowGradient coefficients{s.ref, 1.0, w / s.sum, 0.0, -w * offset};
+            write_gradient<T>(z, out, vocab, coefficients, false, stream);
+            store_scalar(out + y, w * (expm1(logp) + eps - offset));
+          }
+        }
+      }
+      if (a.reduction != Reduction::none) a.row_loss[r] = loss;
+      else if (a.loss) a.loss.set(r, loss);
+    }
+    if (stream) stream_fence();
+  });
+  if (a.reduction != Reduction::none && a.loss) {
+    double sum = 0.0;
+    for (int64_t r = 0; r < rows; ++r) sum += a.row_loss[r];
+    a.loss.set(0, a.reduction == Reduction::mean ? sum * mean : sum);
+  }
+}
+
+template <class Args> void by_dtype(const Args& a, void (*f32_f)(const Args&),
+                                    void (*bf16_f)(const Args&), void (*f16_f)(const Args&),
+                                    void (*f64_f)(const Args&)) {
+  switch (a.shape.dtype) {
+    case DType::f32: return f32_f(a);
+    case DType::bf16: return bf16_f(a);
+    case DType::f16: return f16_f(a);
+    case DType::f64: return f64_f(a);
+  }
+}
+
+void token_logprobs(const TokenLogprobs& a) {
+  by_dtype<TokenLogprobs>(a, token_logprobs_t<float>, token_logprobs_t<bf16>,
+                          token_logprobs_t<f16>, token_logprobs_t<double>);
+}
+void token_logprobs_backward(const TokenLogprobsBackward& a) {
+  by_dtype<TokenLogprobsBackward>(a, token_logprobs_backward_t<float>,
+                                  token_logprobs_backward_t<bf16>, token_logprobs_backward_t<f16>,
+                                  token_logprobs_backward_t<double>);
+}
+void cross_entropy(const CrossEntropy& a) {
+  by_dtype<CrossEntropy>(a, cross_entropy_t<float>, cross_entropy_t<bf16>, cross_entropy_t<f16>,
+                         cross_entropy_t<double>);
+}
+
+int64_t first_bad_target(const Indices& targets, int64_t rows, int64_t vocab,
+                         int64_t ignore_index) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t y = targets[r];
+    if ((y < 0 || y >= vocab) && y != ignore_index) return r;
+  }
+  return -1;
+}
+
+struct Span { int64_t begin, end; };
+template <class Args> Span segment(const Args& a, int64_t i) {
+  if (a.offsets.data == nullptr) return {i * a.length, (i + 1) * a.length};
+  return {a.offsets[i], a.offsets[i + 1]};
+}
+
+void sequence_sums(const SequenceSums& a) {
+  parallel_for(a.segments, 9 * a.length, a.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Span s = segment(a, i);
+      double sum = 0.0;
+      int64_t kept = 0;
+      for (int64_t t = s.begin; t < s.end; ++t) {
+        if (a.mask != nullptr && !a.mask[t]) continue;
+        sum += a.logprobs[t];
+        ++kept;
+      }
+      a.sums.set(i, a.average && kept > 0 ? sum / static_cast<double>(kept) : sum);
+    }
+  });
+}
+
+void sequence_sums_backward(const SequenceSumsBackward& a) {
+  parallel_for(a.segments, 9 * a.length, a.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Span s = segment(a, i);
+      double g = a.gradient[i];
+      if (a.average) {
+        int64_t kept = 0;
+        for (int64_t t = s.begin; t < s.end; ++t) kept += a.mask == nullptr || a.mask[t];
+        if (kept > 0) g /= static_cast<double>(kept);
+      }
+      for (int64_t t = s.begin; t < s.end; ++t) {
+        a.out.set(t, a.mask != nullptr && !a.mask[t] ? 0.0 : g);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+const LogprobsKernels& logprobs_kernels() {
+  static constexpr LogprobsKernels kernels{first_bad_target,       token_logprobs,
+                                           token_logprobs_backward, cross_entropy,
+                                           sequence_sums,           sequence_sums_backward};
+  return kernels;
+}
+
+}  // namespace finefuse::FF_ISA_NS

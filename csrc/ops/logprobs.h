@@ -1,0 +1,94 @@
+// Token log-probabilities and cross-entropy from logits: what crosses from Python to the kernels.
+#pragma once
+#include "core/dispatch.h"
+#include "core/dtype.h"
+
+namespace finefuse {
+
+// Rows of `vocab` contiguous elements; row r starts at
+// (r / inner)·outer_stride + (r % inner)·inner_stride elements, so that logits[:, :-1] needs no copy.
+struct LogitRows {
+  void* data;
+  int64_t inner, outer_stride, inner_stride;
+};
+
+struct LogitsShape {
+  DType dtype;
+  int64_t rows, vocab;
+};
+
+// lp = z[y]/T - lse, and with stats H and lse. lse64 (and entropy64) are kept for the backward.
+struct TokenLogprobs {
+  LogitsShape shape;
+  LogitRows logits;
+  Indices targets;
+  int64_t ignore_index;
+  double temperature;
+  Reals logprobs, entropy, lse;  // (rows,); entropy and lse may be absent
+  double *lse64, *entropy64;     // (rows,) for the backward; may be absent; entropy64 only with entropy
+  int threads;
+};
+
+// dz = (1/T)·[g·(1[y] - p) - h·p·(log p + H) + l·p]
+struct TokenLogprobsBackward {
+  LogitsShape shape;
+  LogitRows logits, gradient;  // may be the same rows
+  Indices targets;
+  int64_t ignore_index;
+  double temperature;
+  const double *lse64, *entropy64;
+  Reals g, h, l;  // (rows,), each may be absent
+  int threads;
+};
+
+// loss = (1 - eps)·(lse - z[y]) + eps·(lse - mean z), and in the same visit of the row
+// dz = w·(p - (1 - eps)·1[y] - eps/V), w the upstream gradient of the row's loss.
+struct CrossEntropy {
+  LogitsShape shape;
+  LogitRows logits, gradient;  // gradient.data may be null (not wanted) or logits.data (in place)
+  Indices targets;
+  int64_t ignore_index;
+  double label_smoothing;
+  Reduction reduction;
+  Reals loss;        // (rows,) or one; may be absent
+  double* row_loss;  // (rows,) scratch, for sum and mean
+  Reals upstream;    // (rows,) w; absent: `scale`, for mean divided by the number of rows not ignored
+  double scale;
+  int threads;
+};
+
+// sums[i] = Σ lp[t] over the kept t of segment i; average divides by the number kept (0 if none).
+// Segments are the rows of a (segments, length) array, or [offsets[i], offsets[i + 1]).
+struct SequenceSums {
+  Reals logprobs;
+  const uint8_t* mask;  // bool, may be absent
+  Indices offsets;      // data null: rows of `length`
+  int64_t segments, length;
+  bool average;
+  Reals sums;
+  int threads;
+};
+
+struct SequenceSumsBackward {
+  Reals gradient;  // (segments,)
+  const uint8_t* mask;
+  Indices offsets;
+  int64_t segments, length;
+  bool average;
+  Reals out;
+  int threads;
+};
+
+struct LogprobsKernels {
+  // The first position whose target is neither in [0, vocab) nor ignore_index, or -1.
+  int64_t (*first_bad_target)(const Indices&, int64_t rows, int64_t vocab, int64_t ignore_index);
+  void (*token_logprobs)(const TokenLogprobs&);
+  void (*token_logprobs_backward)(const TokenLogprobsBackward&);
+  void (*cross_entropy)(const CrossEntropy&);
+  void (*sequence_sums)(const SequenceSums&);
+  void (*sequence_sums_backward)(const SequenceSumsBackward&);
+};
+
+}  // namespace finefuse
+
+FF_DECLARE_KERNELS(LogprobsKernels, logprobs_kernels)

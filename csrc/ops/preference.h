@@ -1,0 +1,31 @@
+// Preference losses from sequence log-probabilities: what crosses from Python to the kernel.
+#pragma once
+#include "core/dispatch.h"
+#include "core/dtype.h"
+
+namespace finefuse {
+
+// The numbers are the contract with python/finefuse/preference.py (LOSSES).
+enum class PreferenceLoss : int { sigmoid = 0, ipo = 1, hinge = 2 };
+
+struct Preference {
+  int64_t pairs;
+  Reals chosen, rejected;                  // (pairs,) sequence log-probabilities
+  Reals ref_chosen, ref_rejected;          // absent: no reference, 0
+  Reals chosen_lengths, rejected_lengths;  // absent: 1
+  PreferenceLoss loss;
+  double beta, label_smoothing;
+  Reduction reduction;
+  Reals out;                                      // (pairs,) for none, else one
+  Reals chosen_rewards, rejected_rewards, margins;  // (pairs,)
+  Reals accuracy;                                 // one: the share of pairs with a positive margin
+  Reals d_chosen, d_rejected;                     // (pairs,) d out / d chosen, d rejected
+};
+
+struct PreferenceKernels {
+  void (*preference)(const Preference&);
+};
+
+}  // namespace finefuse
+
+FF_DECLARE_KERNELS(PreferenceKernels, preference_kernels)

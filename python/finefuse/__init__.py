@@ -1,0 +1,42 @@
+"""Fused kernels for fine-tuning language models, fast on every machine that people have.
+
+    import finefuse as ff
+    lp = ff.token_logprobs(logits, targets)
+    out = ff.preference_loss_from_logits(logits, targets, ref_logprobs=ref, beta=0.1)
+    out.loss.backward()
+
+Importing registers every `torch.ops.finefuse.*`. Without torch the package still imports; its torch
+names then raise an ImportError that says what to install.
+"""
+
+from importlib.metadata import version as _version
+from importlib.util import find_spec as _find_spec
+from typing import Any
+
+__version__ = _version("finefuse")
+
+_TORCH_NAMES = (
+    "PreferenceOutput",
+    "cross_entropy",
+    "preference_loss",
+    "preference_loss_from_logits",
+    "sequence_logprobs",
+    "token_logprobs",
+)
+
+if _find_spec("torch") is not None:
+    # torch first: whichever OpenMP runtime loads first serves both.
+    from .logprobs import cross_entropy, sequence_logprobs, token_logprobs
+    from .preference import PreferenceOutput, preference_loss, preference_loss_from_logits
+
+    __all__ = [*_TORCH_NAMES]
+else:
+    __all__ = []
+
+    def __getattr__(name: str) -> Any:
+        if name in _TORCH_NAMES:
+            raise ImportError(
+                f"finefuse.{name} works on torch tensors and torch is not installed: "
+                "pip install 'torch>=2.6'"
+            )
+        raise AttributeError(f"module 'finefuse' has no attribute {name!r}")

@@ -1,0 +1,294 @@
+"""How an operation is wired in torch: the one piece that every stem reuses.
+
+A stem defines *raw ops*, `finefuse::<name>_forward` and `finefuse::<name>_backward`, that know nothing of
+autograd, and one public function that wraps them in a `torch.autograd.Function`:
+
+    NAME_FORWARD = raw_op("name_forward(Tensor x, float scale) -> Tensor", cpu=..., fake=...)
+
+    class _Name(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, scale):                 # saves, calls the raw op
+        @staticmethod
+        @once_differentiable                        # a double backward raises
+        def backward(ctx, g):                       # calls the other raw op
+
+    def name(x, *, scale=1.0):
+        scale = scalar("scale", scale)
+        if wants_gradient(x):
+            return _Name.apply(x, scale)
+        return NAME_FORWARD(x, scale)               # a third of the cost
+
+    composite("name(Tensor x, *, float scale=1.0) -> Tensor", name)   # torch.ops.finefuse.name
+
+`raw_op` registers
+- the CPU function, which checks everything a kernel relies on (types, shapes, devices, scalars) and
+  hands tensors to `_C`, which takes their addresses while it holds them;
+- the fake function, for `torch.compile`: outputs from shapes alone, contiguous like the real ones;
+- an overload `<name>.tensor` in which every `float` is a 0-d tensor. A Python float would be burnt into
+  the graph, one graph a value; `scalar` makes the tensor while compiling, so that two graphs serve all;
+- an autograd kernel that lets the call through but raises when a backward reaches it: torch's default
+  for an op without a gradient is zeros and a warning.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+_LIB = torch.library.Library("finefuse", "DEF")
+
+# The numbers are the contract with csrc/core/dtype.h.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+INDEX_DTYPES = (torch.int64, torch.int32)
+REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+
+get_num_threads = torch.get_num_threads
+_grad_enabled = torch.is_grad_enabled
+_modes = torch._C._len_torch_dispatch_stack
+_is_wrapped = torch._is_functional_tensor
+
+
+# ---- registration ----------------------------------------------------------------------------------
+
+
+class _NoGradient(torch.autograd.Function):
+    """Stands in the graph for a raw op that was called on tensors that require a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, below: Callable[..., Any], *args: Any) -> Any:
+        ctx.name = name
+        return below(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            f"finefuse::{ctx.name} is a raw op and has no gradient; "
+            "call finefuse's public function, which has"
+        )
+
+
+def raw_op(
+    schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Register an op without autograd (see the module's docstring); call it with all arguments in order."""
+    match = re.fullmatch(r"(\w+)\((.*)\) -> (.*)", schema)
+    assert match, schema
+    name, arguments, returns = match.groups()
+    parsed = arguments.split(", ")
+    floats = [i for i, a in enumerate(parsed) if a.startswith("float ")]
+    mutates = "!" in arguments
+
+    def cpu_tensor(*args: Any) -> Any:
+        values = list(args)
+        for i in floats:
+            values[i] = values[i].item()
+        return cpu(*values)
+
+    def register(overload: str, schema: str, kernel: Callable[..., Any]) -> Any:
+        _LIB.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        _LIB.impl(overload, kernel, "CPU")
+        torch.library.register_fake(f"finefuse::{overload}", fake, lib=_LIB)
+        op = getattr(getattr(torch.ops.finefuse, name), "tensor" if "." in overload else "default")
+
+        def below(*args: Any) -> Any:
+            # Plain CPU tensors and no mode watching: what the dispatcher would do, 4 us sooner.
+            first = args[0]
+            if type(first) is Tensor and first.is_cpu and not _modes() and not _is_wrapped(first):
+                return kernel(*args)
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*args)
+
+        def autograd(*args: Any) -> Any:
+            if _grad_enabled():
+                for a in args:
+                    if isinstance(a, Tensor) and a.requires_grad:
+                        if not mutates:
+                            return _NoGradient.apply(name, below, *args)
+                        raise RuntimeError(
+                            f"finefuse::{name} is a raw op that writes into an argument and has no "
+                            "gradient; call finefuse's public function, which has"
+                        )
+            return below(*args)
+
+        _LIB.impl(overload, autograd, "Autograd")
+        return op
+
+    default = register(name, schema, cpu)
+    if not floats:
+        return default  # type: ignore[no-any-return]
+    tensors = [f"Tensor {a[6:]}" if a.startswith("float ") else a for a in parsed]
+    tensor = register(f"{name}.tensor", f"{name}.tensor({', '.join(tensors)}) -> {returns}", cpu_tensor)
+    first_float = floats[0]
+
+    def call(*args: Any) -> Any:
+        return default(*args) if type(args[first_float]) is float else tensor(*args)
+
+    return call
+
+
+def composite(schema: str, function: Callable[..., Any]) -> None:
+    """Register a public function as `torch.ops.finefuse.<name>`; it differentiates through its parts."""
+    _LIB.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    _LIB.impl(schema.split("(")[0], function, "CompositeImplicitAutograd")
+
+
+# ---- arguments ---------------------------------------------------------------------------------------
+
+
+def scalar(name: str, value: Any) -> Any:
+    """A runtime number: a Python float in eager, a 0-d float64 tensor while compiling.
+
+    Takes a number or a 0-d tensor (on which nothing is ever specialised). Its range is checked by
+    the raw op, where it is a float in both cases.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name}: a number or a 0-d tensor, not of shape {tuple(value.shape)}")
+        if value.requires_grad:
+            raise ValueError(f"{name}: has no gradient here; pass {name}.detach()")
+        value = value.reshape(()).to(torch.float64)
+        return value if is_compiling() else value.item()
+    if is_compiling():
+        return torch.ones((), dtype=torch.float64) * value
+    if type(value) is float:
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: a number or a 0-d tensor, not {value!r}") from None
+
+
+def require(ok: bool, name: str, value: Any, allowed: str) -> None:
+    """Raise the ValueError that names the argument, what it was and what is allowed."""
+    if not ok:
+        raise ValueError(f"{name}: {value!r}; allowed: {allowed}")
+
+
+def choice(name: str, value: Any, allowed: dict[str, int]) -> int:
+    """The number behind one of a few names."""
+    number = allowed.get(value) if isinstance(value, str) else None
+    if number is None:
+        raise ValueError(f"{name}: {value!r}; allowed: {', '.join(map(repr, allowed))}")
+    return number
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def index_tensor(name: str, value: Any, logits: Tensor) -> Tensor:
+    """Targets or actions as int64 or int32; smaller integers are widened, anything else refused."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: a tensor of integers, not {type(value).__name__}")
+    if not (value.is_cpu and logits.is_cpu):
+        same_device(name, value, "logits", logits)
+    dtype = value.dtype
+    if dtype is torch.int64 or dtype is torch.int32:
+        return value
+    if dtype in (torch.int8, torch.int16, torch.uint8):
+        return value.to(torch.int64)
+    raise TypeError(f"{name}: dtype {dtype}; allowed: int64, int32, int16, int8, uint8")
+
+
+def float_tensor(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: a tensor, not {type(value).__name__}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name}: dtype {value.dtype}; allowed: float32, bfloat16, float16, float64")
+    return value
+
+
+def same_device(name: str, value: Tensor | None, other_name: str, other: Tensor) -> None:
+    if value is not None and value.device != other.device:
+        raise ValueError(f"{name}: on {value.device}; {other_name} is on {other.device}")
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What statistics and losses come out as: float32, or float64 for float64 input."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+Layout = tuple[int, int, int, int, int, int]
+
+
+def logit_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Layout]:
+    """Logits as rows that a kernel can walk, and (dtype, rows, vocab, inner, outer and inner stride).
+
+    Row r starts at element (r // inner)·outer_stride + (r % inner)·inner_stride. That covers
+    contiguous tensors and slices such as logits[:, :-1] without a copy; other strides (a transposed
+    last dimension, three or more uneven leading dimensions) are copied. Checks what kernels over
+    rows rely on; whether the targets are in range is checked by the kernel.
+    """
+    shape, code = logits.shape, DTYPES.get(logits.dtype)
+    if code is None or targets.dtype not in INDEX_DTYPES or not shape or shape[:-1] != targets.shape:
+        check_rows(logits, targets)
+    vocab = shape[-1]
+    if vocab == 0:
+        check_rows(logits, targets)
+    rows = targets.numel()
+    if logits.is_contiguous():
+        return logits, (code, rows, vocab, rows, 0, vocab)  # type: ignore[return-value]
+    if vocab == 1 or logits.stride(-1) == 1:
+        # Merge neighbouring leading dimensions while the outer one steps over all of the inner.
+        merged: list[tuple[int, int]] = []
+        for size, stride in zip(shape[:-1], logits.stride()[:-1], strict=True):
+            if size == 1:
+                continue
+            if merged and merged[-1][1] == size * stride:
+                merged[-1] = (merged[-1][0] * size, stride)
+            else:
+                merged.append((size, stride))
+        if len(merged) <= 2:
+            merged = [(1, 0)] * (2 - len(merged)) + merged
+            (_, outer_stride), (inner, inner_stride) = merged
+            return logits, (code, rows, vocab, inner, outer_stride, inner_stride)  # type: ignore[return-value]
+    return logit_rows(logits.contiguous(), targets)
+
+
+def check_rows(logits: Tensor, targets: Tensor) -> None:
+    """Raise what is wrong with logits (…, V) and targets (…), if anything is."""
+    float_tensor("logits", logits)
+    if targets.dtype not in INDEX_DTYPES:
+        raise TypeError(f"targets: dtype {targets.dtype}; allowed: int64, int32")
+    shape = logits.shape
+    if not shape or shape[:-1] != targets.shape:
+        raise ValueError(
+            f"targets: shape {tuple(targets.shape)}; logits of shape {tuple(shape)} need "
+            f"{tuple(shape[:-1])}"
+        )
+    if shape[-1] == 0:
+        raise ValueError(f"logits: shape {tuple(shape)}; at least one class is needed")
+
+
+# ---- gradients in place ------------------------------------------------------------------------------------
+
+
+def gradient_buffer(logits: Tensor, inplace: bool) -> Tensor:
+    """Where the gradient of the logits goes: fresh memory, or the logits' own (`inplace=True`)."""
+    if not inplace or is_compiling():  # while compiling, Inductor plans the memory
+        return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
+        raise ValueError("inplace=True: the logits are expanded, their elements share memory")
+    return logits.detach()
+
+
+def consumed(logits: Tensor, gradient: Tensor) -> None:
+    """Let autograd know that the logits were overwritten: whoever saved them then raises."""
+    if gradient.data_ptr() == logits.data_ptr() and logits.numel() > 0:
+        torch.autograd.graph.increment_version(logits)
+
+
+def _scale_cpu(x: Tensor, scale: Tensor) -> None:
+    factor = scale.item()
+    if factor != 1.0:
+        x.mul_(factor)
+
+
+# x *= scale, skipped at 1: a gradient computed in the forward, met by its upstream gradient.
+SCALE_ = raw_op("scale_(Tensor(a!) x, Tensor scale) -> ()", cpu=_scale_cpu, fake=lambda x, scale: None)
+

@@ -1,0 +1,631 @@
+"""Token log-probabilities, cross-entropy and sequence log-probabilities from logits."""
+
+from __future__ import annotations
+
+from math import inf
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _C
+from ._op import (
+    REDUCTIONS,
+    raw_op,
+    SCALE_,
+    accumulator,
+    check_rows,
+    choice,
+    composite,
+    consumed,
+    float_tensor,
+    get_num_threads,
+    gradient_buffer,
+    index_tensor,
+    is_compiling,
+    logit_rows,
+    require,
+    same_device,
+    scalar,
+    wants_gradient,
+)
+
+_int32 = torch.int32
+_float64 = torch.float64
+
+
+# ---- token_logprobs: raw ops ---------------------------------------------------------------------------
+
+
+def _forward_cpu(
+    logits: Tensor, targets: Tensor, saved: Tensor | None, temperature: float, ignore_index: int
+) -> Tensor:
+    logits, layout = logit_rows(logits, targets)
+    if not 0.0 < temperature < inf:
+        require(False, "temperature", temperature, "positive and finite")
+    if saved is not None:
+        _check_saved(saved, targets, stats=False)
+    if not targets.is_contiguous():
+        targets = targets.contiguous()
+    logprobs = torch.empty_like(targets, dtype=accumulator(logits.dtype))
+    _C.token_logprobs(
+        logits, layout, targets, targets.dtype is _int32, ignore_index, temperature,
+        logprobs, None, None, saved, get_num_threads(),
+    )  # fmt: skip
+    return logprobs
+
+
+def _forward_fake(
+    logits: Tensor, targets: Tensor, saved: Any, temperature: Any, ignore_index: int
+) -> Tensor:
+    check_rows(logits, targets)
+    return targets.new_empty(targets.shape, dtype=accumulator(logits.dtype))
+
+
+def _stats_cpu(
+    logits: Tensor, targets: Tensor, saved: Tensor | None, temperature: float, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    logits, layout = logit_rows(logits, targets)
+    require(0.0 < temperature < inf, "temperature", temperature, "positive and finite")
+    if saved is not None:
+        _check_saved(saved, targets, stats=True)
+    targets = targets.contiguous()
+    dtype = accumulator(logits.dtype)
+    logprobs = torch.empty_like(targets, dtype=dtype)
+    entropy = torch.empty_like(targets, dtype=dtype)
+    lse = torch.empty_like(targets, dtype=dtype)
+    _C.token_logprobs(
+        logits, layout, targets, targets.dtype is _int32, ignore_index, temperature,
+        logprobs, entropy, lse, saved, get_num_threads(),
+    )  # fmt: skip
+    return logprobs, entropy, lse
+
+
+def _stats_fake(
+    logits: Tensor, targets: Tensor, saved: Any, temperature: Any, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_rows(logits, targets)
+    dtype = accumulator(logits.dtype)
+    return (
+        targets.new_empty(targets.shape, dtype=dtype),
+        targets.new_empty(targets.shape, dtype=dtype),
+        targets.new_empty(targets.shape, dtype=dtype),
+    )
+
+
+def _saved_for(targets: Tensor, stats: bool) -> Tensor:
+    """What the backward reads: lse of each row in float64, with stats the entropy behind it."""
+    shape = (2, *targets.shape) if stats else targets.shape
+    return torch.empty(shape, dtype=_float64, device=targets.device)
+
+
+def _check_saved(saved: Tensor, targets: Tensor, stats: bool) -> None:
+    shape = (2, *targets.shape) if stats else tuple(targets.shape)
+    if tuple(saved.shape) != shape or saved.dtype is not _float64 or not saved.is_contiguous():
+        raise ValueError(
+            f"saved: {tuple(saved.shape)} {saved.dtype}; allowed: {shape} float64, contiguous"
+        )
+
+
+def _row_gradient(name: str, g: Tensor | None, targets: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """An upstream gradient, one number a row, as the kernel reads it."""
+    if g is None:
+        return None
+    if g.shape != targets.shape:
+        raise ValueError(f"{name}: shape {tuple(g.shape)}; allowed: {tuple(targets.shape)}")
+    return g.to(dtype).contiguous()
+
+
+def _gradient_rows(logits: Tensor, targets: Tensor, out: Tensor) -> tuple[Tensor, Any, Tensor, Any]:
+    """Rows of the logits and of the gradient; in place both are the same rows."""
+    rows, layout = logit_rows(logits, targets)
+    if out.shape != logits.shape or out.dtype != logits.dtype:
+        raise ValueError(
+            f"out: {tuple(out.shape)} {out.dtype}; the logits are {tuple(logits.shape)} {logits.dtype}"
+        )
+    same_device("out", out, "logits", logits)
+    if out.data_ptr() == logits.data_ptr() and out.stride() == logits.stride():
+        return rows, layout, rows, layout
+    return rows, layout, *logit_rows(out, targets)
+
+
+def _write_back(out: Tensor, out_rows: Tensor) -> None:
+    """Where the strides of `out` made the kernel write into a copy."""
+    if out_rows.data_ptr() != out.data_ptr():
+        out.copy_(out_rows)
+
+
+def _backward_cpu(
+    logits: Tensor,
+    targets: Tensor,
+    saved: Tensor,
+    g: Tensor | None,
+    h: Tensor | None,
+    l: Tensor | None,
+    out: Tensor,
+    temperature: float,
+    ignore_index: int,
+) -> None:
+    rows, layout, out_rows, out_layout = _gradient_rows(logits, targets, out)
+    require(0.0 < temperature < inf, "temperature", temperature, "positive and finite")
+    _check_saved(saved, targets, stats=saved.ndim > targets.ndim)
+    if h is not None:
+        _check_saved(saved, targets, stats=True)
+    dtype = accumulator(logits.dtype)
+    targets = targets.contiguous()
+    _C.token_logprobs_backward(
+        rows, layout, out_rows, out_layout, targets, targets.dtype is _int32, ignore_index,
+        temperature, saved, _row_gradient("g", g, targets, dtype),
+        _row_gradient("h", h, targets, dtype), _row_gradient("l", l, targets, dtype),
+        get_num_threads(),
+    )  # fmt: skip
+    _write_back(out, out_rows)
+
+
+_ROWS = "Tensor logits, Tensor targets"
+_FORWARD = raw_op(
+    f"token_logprobs_forward({_ROWS}, Tensor(a!)? saved, float temperature, int ignore_index)"
+    " -> Tensor",
+    cpu=_forward_cpu,
+    fake=_forward_fake,
+)
+_STATS_FORWARD = raw_op(
+    f"token_logprobs_stats_forward({_ROWS}, Tensor(a!)? saved, float temperature, int ignore_index)"
+    " -> (Tensor, Tensor, Tensor)",
+    cpu=_stats_cpu,
+    fake=_stats_fake,
+)
+_BACKWARD = raw_op(
+    f"token_logprobs_backward({_ROWS}, Tensor saved, Tensor? g, Tensor? h, Tensor? l, "
+    "Tensor(a!) out, float temperature, int ignore_index) -> ()",
+    cpu=_backward_cpu,
+    fake=lambda *args: None,
+)
+
+
+# ---- token_logprobs: autograd and the public function ------------------------------------------------------
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        temperature: Any,
+        ignore_index: int,
+        stats: bool,
+        inplace: bool,
+    ) -> Any:
+        raw = _STATS_FORWARD if stats else _FORWARD
+        saved = _saved_for(targets, stats)
+        outputs = raw(logits, targets, saved, temperature, ignore_index)
+        ctx.save_for_backward(logits, targets, saved)
+        ctx.temperature, ctx.ignore_index, ctx.inplace = temperature, ignore_index, inplace
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Any, h: Any = None, l: Any = None) -> Any:
+        if g is None and h is None and l is None:
+            return None, None, None, None, None, None
+        logits, targets, saved = ctx.saved_tensors
+        out = gradient_buffer(logits, ctx.inplace)
+        _BACKWARD(logits, targets, saved, g, h, l, out, ctx.temperature, ctx.ignore_index)
+        if ctx.inplace and not is_compiling():
+            consumed(logits, out)
+        return out, None, None, None, None, None
+
+
+@overload
+def token_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    ignore_index: int = ...,
+    stats: Literal[False] = ...,
+    inplace: bool = ...,
+) -> Tensor: ...
+@overload
+def token_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    ignore_index: int = ...,
+    stats: Literal[True],
+    inplace: bool = ...,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def token_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    stats: bool = False,
+    inplace: bool = False,
+) -> Any:
+    """Log-probability of each target token, and on request the entropy and log-sum-exp of its row.
+
+        lp = z[y]/T - lse,    lse = log Σ_v e^{z[v]/T},    H = lse - Σ_v p[v]·z[v]/T
+
+    One pass over the logits forward (they are read once, nothing of their size is written), one
+    backward. Statistics and accumulations are float32 and wider whatever the type of the logits.
+
+    Args:
+        logits: (…, V) float32, bfloat16, float16 or float64, any strides. Slices such as
+            `logits[:, :-1]` are not copied.
+        targets: (…) integers in [0, V) or `ignore_index`, aligned with the logits (shift by one before
+            the call).
+        temperature: T > 0; a number or a 0-d tensor.
+        ignore_index: rows with this target give exactly 0, pass exactly 0 back and are never read.
+        stats: also return entropy and lse; all three are differentiable.
+        inplace: the backward writes the gradient over the logits' own storage instead of fresh memory.
+            Reading the logits afterwards is the caller's error (autograd raises where it sees it, also
+            at a second backward). Under `torch.compile` it has no effect.
+
+    Returns:
+        lp, or (lp, entropy, lse): float32 (float64 for float64 logits), in the shape of `targets`, in
+        nats. -inf logits have probability 0; as the target they give -inf. A row that is all -inf
+        gives NaN. A row whose upstream gradients are all 0 passes exactly 0 back.
+
+    Raises:
+        TypeError, ValueError: naming the argument; a target outside [0, V) included. Nothing is written.
+    """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits: a tensor, not {type(logits).__name__}")
+    targets = index_tensor("targets", targets, logits)
+    if type(temperature) is not float or is_compiling():
+        temperature = scalar("temperature", temperature)
+    if logits.requires_grad and torch.is_grad_enabled():
+        return _TokenLogprobs.apply(logits, targets, temperature, ignore_index, stats, inplace)
+    if stats:
+        return _STATS_FORWARD(logits, targets, None, temperature, ignore_index)
+    return _FORWARD(logits, targets, None, temperature, ignore_index)
+
+
+composite(
+    f"token_logprobs({_ROWS}, *, float temperature=1.0, int ignore_index=-100) -> Tensor",
+    token_logprobs,
+)
+composite(
+    f"token_logprobs_stats({_ROWS}, *, float temperature=1.0, int ignore_index=-100)"
+    " -> (Tensor, Tensor, Tensor)",
+    lambda logits, targets, **options: token_logprobs(logits, targets, stats=True, **options),
+)
+
+
+# ---- cross_entropy -----------------------------------------------------------------------------------------
+
+
+def _cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    out: Tensor | None,
+    upstream: Tensor | None,
+    scale: float,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: int,
+    want_loss: bool,
+) -> Tensor | None:
+    require(0.0 <= label_smoothing <= 1.0, "label_smoothing", label_smoothing, "0 to 1")
+    require(reduction in (0, 1, 2), "reduction", reduction, "0 (none), 1 (sum), 2 (mean)")
+    dtype = accumulator(logits.dtype)
+    out_rows: Tensor | None = None
+    if out is not None:
+        rows, layout, out_rows, out_layout = _gradient_rows(logits, targets, out)
+    else:
+        rows, layout = logit_rows(logits, targets)
+        out_layout = layout
+    targets = targets.contiguous()
+    loss = row_loss = None
+    if want_loss:
+        loss = torch.empty(targets.shape if reduction == 0 else (), dtype=dtype)
+    if reduction != 0:
+        row_loss = torch.empty_like(targets, dtype=_float64)
+    _C.cross_entropy(
+        rows, layout, out_rows, out_layout, targets, targets.dtype is _int32, ignore_index,
+        label_smoothing, reduction, scale, loss, row_loss,
+        _row_gradient("g", upstream, targets, dtype), get_num_threads(),
+    )  # fmt: skip
+    if out is not None and out_rows is not None:
+        _write_back(out, out_rows)
+    return loss
+
+
+def _ce_forward_cpu(
+    logits: Tensor,
+    targets: Tensor,
+    out: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: int,
+) -> Tensor:
+    loss = _cross_entropy(
+        logits, targets, out, None, 1.0, label_smoothing, ignore_index, reduction, True
+    )
+    assert loss is not None
+    return loss
+
+
+def _ce_forward_fake(
+    logits: Tensor, targets: Tensor, out: Any, label_smoothing: Any, ignore_index: int, reduction: int
+) -> Tensor:
+    check_rows(logits, targets)
+    shape = targets.shape if reduction == 0 else ()
+    return targets.new_empty(shape, dtype=accumulator(logits.dtype))
+
+
+def _ce_backward_cpu(
+    logits: Tensor,
+    targets: Tensor,
+    g: Tensor,
+    out: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: int,
+) -> None:
+    scale, upstream = (1.0, g) if reduction == 0 else (g.item(), None)
+    _cross_entropy(
+        logits, targets, out, upstream, scale, label_smoothing, ignore_index, reduction, False
+    )
+
+
+_CE_FORWARD = raw_op(
+    f"cross_entropy_forward({_ROWS}, Tensor(a!)? out, float label_smoothing, int ignore_index, "
+    "int reduction) -> Tensor",
+    cpu=_ce_forward_cpu,
+    fake=_ce_forward_fake,
+)
+_CE_BACKWARD = raw_op(
+    f"cross_entropy_backward({_ROWS}, Tensor g, Tensor(a!) out, float label_smoothing, "
+    "int ignore_index, int reduction) -> ()",
+    cpu=_ce_backward_cpu,
+    fake=lambda *args: None,
+)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """With a scalar loss the gradient is made in the forward, while the row is in the cache."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        label_smoothing: Any,
+        ignore_index: int,
+        reduction: int,
+        inplace: bool,
+    ) -> Tensor:
+        ctx.gradient = None
+        if reduction != 0 and not is_compiling():
+            ctx.gradient = gradient_buffer(logits, inplace)
+        loss = _CE_FORWARD(logits, targets, ctx.gradient, label_smoothing, ignore_index, reduction)
+        if ctx.gradient is not None and inplace:
+            consumed(logits, ctx.gradient)
+        ctx.save_for_backward(logits, targets)
+        ctx.label_smoothing, ctx.ignore_index = label_smoothing, ignore_index
+        ctx.reduction, ctx.inplace, ctx.spent = reduction, inplace, False
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        if not is_compiling():
+            out, ctx.gradient = ctx.gradient, None
+            if out is not None:
+                SCALE_(out, g)
+                ctx.spent = True
+                return out, None, None, None, None, None
+            if ctx.spent and ctx.inplace:
+                raise RuntimeError(
+                    "cross_entropy(inplace=True): the logits were consumed by the first backward"
+                )
+        logits, targets = ctx.saved_tensors
+        out = gradient_buffer(logits, ctx.inplace)
+        _CE_BACKWARD(logits, targets, g, out, ctx.label_smoothing, ctx.ignore_index, ctx.reduction)
+        if ctx.inplace and not is_compiling():
+            consumed(logits, out)
+            ctx.spent = True
+        return out, None, None, None, None, None
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    reduction: str = "mean",
+    label_smoothing: float | Tensor = 0.0,
+    ignore_index: int = -100,
+    inplace: bool = False,
+) -> Tensor:
+    """Cross-entropy of the targets under softmax(logits), as `torch.nn.functional.cross_entropy`.
+
+        loss = (1 - ε)·(lse - z[y]) + ε·(lse - mean_v z[v]),    lse = log Σ_v e^{z[v]}
+        dz   = w·(p - (1 - ε)·1[y] - ε/V),                      w the upstream gradient of the row
+
+    For "mean" and "sum" the gradient is written in the forward, row by row while the row is in the
+    cache (one read and one write of memory in all); the backward only scales it where the upstream
+    gradient is not 1.
+
+    Args:
+        logits: (…, V) float32, bfloat16, float16 or float64, any strides; the classes come last.
+        targets: (…) integers in [0, V) or `ignore_index`.
+        reduction: "mean" (over the rows not ignored; 0 with zero gradient if there are none), "sum" or
+            "none" (the shape of `targets`, 0 where ignored).
+        label_smoothing: ε in [0, 1]; a number or a 0-d tensor.
+        ignore_index: rows with this target are never read.
+        inplace: the gradient takes the logits' own storage, which for "mean" and "sum" is overwritten
+            by the forward already. Under `torch.compile` it has no effect.
+
+    Returns:
+        float32 (float64 for float64 logits), in nats.
+
+    Raises:
+        TypeError, ValueError: naming the argument; a target outside [0, V) included. Nothing is written.
+    """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits: a tensor, not {type(logits).__name__}")
+    targets = index_tensor("targets", targets, logits)
+    label_smoothing = scalar("label_smoothing", label_smoothing)
+    code = choice("reduction", reduction, REDUCTIONS)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _CrossEntropy.apply(logits, targets, label_smoothing, ignore_index, code, inplace)  # type: ignore[no-any-return]
+    return _CE_FORWARD(logits, targets, None, label_smoothing, ignore_index, code)  # type: ignore[no-any-return]
+
+
+composite(
+    f"cross_entropy({_ROWS}, *, str reduction='mean', float label_smoothing=0.0, "
+    "int ignore_index=-100) -> Tensor",
+    cross_entropy,
+)
+
+
+# ---- sequence_logprobs ------------------------------------------------------------------------------------
+
+
+def _segments(shape: Any, mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[list[int], int]:
+    """(shape of the sums, length of a segment); the length is an average guess for cu_seqlens."""
+    if mask is not None:
+        if mask.dtype is not torch.bool:
+            raise TypeError(f"mask: dtype {mask.dtype}; allowed: bool")
+        if mask.shape != shape:
+            raise ValueError(f"mask: shape {tuple(mask.shape)}; allowed: {tuple(shape)}")
+    if cu_seqlens is None:
+        if len(shape) == 0:
+            raise ValueError("token_lp: a scalar; allowed: (…, tokens)")
+        return list(shape[:-1]), shape[-1]
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens: dtype {cu_seqlens.dtype}; allowed: int32, int64")
+    if len(shape) != 1 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(
+            f"cu_seqlens: shape {tuple(cu_seqlens.shape)} with token_lp of shape {tuple(shape)}; "
+            "allowed: (sequences + 1,) with (tokens,)"
+        )
+    segments = cu_seqlens.shape[0] - 1
+    return [segments], shape[0] // max(segments, 1)
+
+
+def _sequence_forward_cpu(
+    token_lp: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, average: bool
+) -> Tensor:
+    shape, length = _segments(token_lp.shape, mask, cu_seqlens)
+    if token_lp.dtype not in (torch.float32, _float64):
+        raise TypeError(f"token_lp: dtype {token_lp.dtype}; allowed: float32, float64")
+    same_device("mask", mask, "token_lp", token_lp)
+    same_device("cu_seqlens", cu_seqlens, "token_lp", token_lp)
+    sums = torch.empty(shape, dtype=token_lp.dtype)
+    _C.sequence_sums(
+        token_lp.contiguous(), token_lp.dtype is _float64,
+        None if mask is None else mask.contiguous(),
+        None if cu_seqlens is None else cu_seqlens.contiguous(),
+        cu_seqlens is not None and cu_seqlens.dtype is _int32,
+        sums.numel(), length, token_lp.numel(), average, sums, get_num_threads(),
+    )  # fmt: skip
+    return sums
+
+
+def _sequence_forward_fake(
+    token_lp: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, average: bool
+) -> Tensor:
+    return token_lp.new_empty(_segments(token_lp.shape, mask, cu_seqlens)[0])
+
+
+def _sequence_backward_cpu(
+    g: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, shape: list[int], average: bool
+) -> Tensor:
+    segments, length = _segments(torch.Size(shape), mask, cu_seqlens)
+    if list(g.shape) != segments:
+        raise ValueError(f"g: shape {tuple(g.shape)}; allowed: {tuple(segments)}")
+    if g.dtype not in (torch.float32, _float64):
+        raise TypeError(f"g: dtype {g.dtype}; allowed: float32, float64")
+    out = torch.empty(shape, dtype=g.dtype)
+    _C.sequence_sums_backward(
+        g.contiguous(), g.dtype is _float64, None if mask is None else mask.contiguous(),
+        None if cu_seqlens is None else cu_seqlens.contiguous(),
+        cu_seqlens is not None and cu_seqlens.dtype is _int32,
+        g.numel(), length, out.numel(), average, out, get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+_SEQUENCE_FORWARD = raw_op(
+    "sequence_logprobs_forward(Tensor token_lp, Tensor? mask, Tensor? cu_seqlens, bool average)"
+    " -> Tensor",
+    cpu=_sequence_forward_cpu,
+    fake=_sequence_forward_fake,
+)
+_SEQUENCE_BACKWARD = raw_op(
+    "sequence_logprobs_backward(Tensor g, Tensor? mask, Tensor? cu_seqlens, SymInt[] shape, "
+    "bool average) -> Tensor",
+    cpu=_sequence_backward_cpu,
+    fake=lambda g, mask, cu_seqlens, shape, average: g.new_empty(shape),
+)
+
+
+class _SequenceLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, token_lp: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, average: bool
+    ) -> Tensor:
+        ctx.save_for_backward(mask, cu_seqlens)
+        ctx.shape, ctx.average = token_lp.shape, average
+        return _SEQUENCE_FORWARD(token_lp, mask, cu_seqlens, average)  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        mask, cu_seqlens = ctx.saved_tensors
+        return _SEQUENCE_BACKWARD(g, mask, cu_seqlens, ctx.shape, ctx.average), None, None, None
+
+
+def sequence_logprobs(
+    token_lp: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    average: bool = False,
+) -> Tensor:
+    """Log-probability of each sequence: the sum (or mean) of its tokens' log-probabilities.
+
+        s = Σ_t m_t·lp_t,    with average s = Σ_t m_t·lp_t / Σ_t m_t  (0 for an empty sequence)
+
+    Summed in float64, in order. Tokens that are masked out are not read: what stands there (NaN,
+    -inf) does not matter, and they pass exactly 0 back.
+
+    Args:
+        token_lp: (…, T) with an optional `mask`, or flat (tokens,) with `cu_seqlens`; bfloat16 and
+            float16 are widened to float32.
+        mask: (…, T), bool or a number that is not 0 where a token counts. None: all count.
+        cu_seqlens: (sequences + 1,) int32 or int64, rising from 0 to the number of tokens: sequence i is
+            tokens [cu_seqlens[i], cu_seqlens[i + 1]). `mask` and `cu_seqlens` exclude each other.
+        average: divide by the number of tokens that count.
+
+    Returns:
+        (…) or (sequences,), float32 (float64 for float64 input), in nats.
+
+    Raises:
+        TypeError, ValueError: naming the argument. Nothing is written.
+    """
+    token_lp = float_tensor("token_lp", token_lp)
+    if token_lp.dtype in (torch.bfloat16, torch.float16):
+        token_lp = token_lp.float()
+    if mask is not None and cu_seqlens is not None:
+        raise ValueError("mask and cu_seqlens: give one of the two")
+    if mask is not None and mask.dtype is not torch.bool:
+        mask = mask != 0
+    if wants_gradient(token_lp):
+        return _SequenceLogprobs.apply(token_lp, mask, cu_seqlens, average)  # type: ignore[no-any-return]
+    return _SEQUENCE_FORWARD(token_lp, mask, cu_seqlens, average)  # type: ignore[no-any-return]
+
+
+composite(
+    "sequence_logprobs(Tensor token_lp, *, Tensor? mask=None, Tensor? cu_seqlens=None, "
+    "bool average=False) -> Tensor",
+    sequence_logprobs,
+)
