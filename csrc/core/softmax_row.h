@@ -12,7 +12,7 @@
 
 namespace finefuse::FF_ISA_NS {
 
-// ref        a logit at most 8·T below the row's maximum
+// ref        a logit at most T below the row's maximum
 // sum        Σ e^{(z - ref)/T}, so that lse(z/T) = ref/T + log(sum)
 // dot        Σ (z - ref) e^{(z - ref)/T}    (kEntropy), so that H = log(sum) - dot/(sum·T)
 // logit_sum  Σ z                            (kLogitSum), for label smoothing
@@ -27,6 +27,27 @@ inline constexpr double kLog2e = 1.4426950408889634;
 inline constexpr int kUnroll = 4;
 inline constexpr int64_t kBlock = 2048;  // elements; read again in the rare case that ref must rise
 
+template <class T> FF_INLINE double block_top(const T* z, int64_t n) {
+  using V = Vec<T>;
+  constexpr int N = kLanes<T>;
+  const double minus_inf = -__builtin_inf();
+  V top[2] = {splat<V>(minus_inf), splat<V>(minus_inf)};
+  int64_t i = 0;
+  for (; i + 2 * N <= n; i += 2 * N) {
+    V x[2];
+    load_pair(z + i, x);
+    top[0] = max(x[0], top[0]);
+    top[1] = max(x[1], top[1]);
+  }
+  for (; i < n; i += N) {
+    const int k = n - i < N ? static_cast<int>(n - i) : N;
+    top[0] = max(load_partial(z + i, k, minus_inf), top[0]);
+  }
+  return horizontal_max(max(top[0], top[1]));
+}
+
+// The sums of one block relative to `ref`, in `stats`. What an addition rounds away is collected in a
+// second accumulator: beside a term of 1 the many small ones are not lost.
 template <class T, bool kEntropy, bool kLogitSum>
 FF_INLINE void add_block(const T* z, int64_t n, double ref, double c, double floor, double* top,
                          RowStats* stats) {
@@ -34,13 +55,17 @@ FF_INLINE void add_block(const T* z, int64_t n, double ref, double c, double flo
   constexpr int N = kLanes<T>;
   const double minus_inf = -__builtin_inf();
   const V vref = splat<V>(ref), vfloor = splat<V>(floor);
-  V vtop = splat<V>(minus_inf), vsum = {}, vdot = {}, vlogits = {};
+  V vtop = splat<V>(minus_inf), vsum = {}, vlost = {}, vdot = {}, vlogits = {};
   const auto add = [&]<int K>(V(&x)[K]) __attribute__((always_inline)) {
     V e[K];
     for (int u = 0; u < K; ++u) vtop = max(x[u], vtop);
     for (int u = 0; u < K; ++u) x[u] -= vref;
     exp_scaled<Precision::full>(x, e, c, vfloor);
-    for (int u = 0; u < K; ++u) vsum += e[u];
+    for (int u = 0; u < K; ++u) {
+      const V sum = vsum + e[u];
+      vlost += e[u] - (sum - vsum);
+      vsum = sum;
+    }
     if constexpr (kEntropy) {
       for (int u = 0; u < K; ++u) vdot = fma(e[u], x[u], vdot);
     }
@@ -61,15 +86,17 @@ FF_INLINE void add_block(const T* z, int64_t n, double ref, double c, double flo
     add(x);
   }
   *top = horizontal_max(vtop);
-  stats->sum = horizontal_sum(vsum);
+  stats->sum = horizontal_sum(vsum) + horizontal_sum(vlost);
   stats->dot = kEntropy ? horizontal_sum(vdot) : 0.0;
   stats->logit_sum = kLogitSum ? horizontal_sum(vlogits) : 0.0;
 }
 
 }  // namespace detail
 
-// One pass. `ref` stays where the first block put it unless a later block rises more than 8·T above
-// it; only then is that block (still in cache) done again and what was summed so far rescaled.
+// One pass. `ref` is the maximum of the first block and stays there unless a later block rises more
+// than T above it; only then is that block (still in cache) done again and what was summed so far
+// rescaled. So ref is the row's exact maximum where one logit stands out, and the terms around it,
+// e^0 = 1, are exact: log-probabilities and entropies near 0 keep their digits.
 template <class T, bool kEntropy, bool kLogitSum>
 inline RowStats row_stats(const T* z, int64_t n, double temperature) {
   using detail::kBlock;
@@ -77,26 +104,22 @@ inline RowStats row_stats(const T* z, int64_t n, double temperature) {
   const double c = detail::kLog2e / temperature, floor = exp_floor<A>(c);
   const double minus_inf = -__builtin_inf();
   RowStats total{minus_inf, 0.0, 0.0, 0.0}, block{};
-  double top;
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t count = n - i < kBlock ? n - i : kBlock;
-    double ref = total.ref == minus_inf ? load_scalar(z + i) : total.ref;
-    if (ref == minus_inf || ref != ref) ref = 0.0;
-    detail::add_block<T, kEntropy, kLogitSum>(z + i, count, ref, c, floor, &top, &block);
-    if (top > ref + 8 * temperature || (total.ref == minus_inf && top < ref)) {
-      if (top != minus_inf) {
-        ref = top;
-        detail::add_block<T, kEntropy, kLogitSum>(z + i, count, ref, c, floor, &top,
-                                                           &block);
-      }
+    double ref = total.ref, top;
+    if (ref == minus_inf) ref = detail::block_top(z + i, count);  // only -inf before
+    const double usable = ref == minus_inf ? 0.0 : ref;           // -inf - 0: e = 0; NaN stays NaN
+    detail::add_block<T, kEntropy, kLogitSum>(z + i, count, usable, c, floor, &top, &block);
+    if (top > ref + temperature) {
+      ref = top;
+      detail::add_block<T, kEntropy, kLogitSum>(z + i, count, ref, c, floor, &top, &block);
     }
-    if (top == minus_inf) ref = total.ref;  // nothing but -inf (or NaN, which the sum has)
     if (ref != total.ref) {
-      const double shift = total.ref == minus_inf ? 0.0 : total.ref - ref;
-      const double scale = total.ref == minus_inf ? (total.sum == total.sum ? 0.0 : total.sum)
-                                                  : exp(shift / temperature);
-      total.dot = scale * (total.dot + shift * total.sum);
-      total.sum *= scale;
+      if (total.ref != minus_inf) {
+        const double shift = total.ref - ref, scale = exp(shift / temperature);
+        total.dot = scale * (total.dot + shift * total.sum);
+        total.sum *= scale;
+      }
       total.ref = ref;
     }
     total.sum += block.sum;

@@ -91,11 +91,14 @@ template <class T> void token_logprobs_backward_t(const TokenLogprobsBackward& a
         continue;
       }
       const T* z = row<T>(a.logits, r);
-      // log p = d/T + rest, with ref the representable number next to T·lse.
+      // log p = d/T + rest, with ref the representable number next to T·lse; the target's own logit
+      // where it carries most of the probability, so that 1 - p keeps its digits.
       const double lse = a.lse64[r], entropy = h != 0.0 ? a.entropy64[r] : 0.0;
-      const double ref = static_cast<Accumulator<T>>(t * lse);
+      const double zy = load_scalar(z + y);
+      const bool likely = fabs(zy * inverse_t - lse) < 0.7;
+      const double ref = likely ? zy : static_cast<double>(static_cast<Accumulator<T>>(t * lse));
       const double rest = ref * inverse_t - lse, p_scale = exp(rest) * inverse_t;
-      const double zy = load_scalar(z + y), logp = (zy - ref) * inverse_t + rest;
+      const double logp = (zy - ref) * inverse_t + rest;
       const double p = exp(logp), plogp = p == 0.0 ? 0.0 : p * (logp + entropy);
       const RowGradient coefficients{ref, t, p_scale * (l - g - h * (rest + entropy)),
                                      -h * p_scale * inverse_t, 0.0};

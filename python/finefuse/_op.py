@@ -32,6 +32,7 @@ autograd, and one public function that wraps them in a `torch.autograd.Function`
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -129,6 +130,28 @@ def raw_op(
         return default(*args) if type(args[first_float]) is float else tensor(*args)
 
     return call
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward that is not differentiated itself: under create_graph a second one raises.
+
+    torch's own decorator lets it pass, as zeros, where the upstream gradient is a constant.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Any) -> Any:
+        if is_compiling() or not _grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            outputs = backward(ctx, *grads)
+        several = outputs if isinstance(outputs, tuple) else (outputs,)
+        raising = torch._C._functions.DelayedError(
+            b"finefuse: this op is once_differentiable; its gradient has no gradient", len(several)
+        )
+        marked = raising(*[o if o is None else o.detach().requires_grad_() for o in several])
+        return marked
+
+    return wrapper
 
 
 def composite(schema: str, function: Callable[..., Any]) -> None:
@@ -271,16 +294,15 @@ def check_rows(logits: Tensor, targets: Tensor) -> None:
 def gradient_buffer(logits: Tensor, inplace: bool) -> Tensor:
     """Where the gradient of the logits goes: fresh memory, or the logits' own (`inplace=True`)."""
     if not inplace or is_compiling():  # while compiling, Inductor plans the memory
-        return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        return torch.empty_like(logits, memory_format=torch.contiguous_format)
     if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
         raise ValueError("inplace=True: the logits are expanded, their elements share memory")
     return logits.detach()
 
 
-def consumed(logits: Tensor, gradient: Tensor) -> None:
+def consumed(logits: Tensor) -> None:
     """Let autograd know that the logits were overwritten: whoever saved them then raises."""
-    if gradient.data_ptr() == logits.data_ptr() and logits.numel() > 0:
-        torch.autograd.graph.increment_version(logits)
+    torch.autograd.graph.increment_version(logits)
 
 
 def _scale_cpu(x: Tensor, scale: Tensor) -> None:

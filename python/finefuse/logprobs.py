@@ -7,7 +7,6 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _C
 from ._op import (
@@ -25,6 +24,7 @@ from ._op import (
     index_tensor,
     is_compiling,
     logit_rows,
+    once_differentiable,
     require,
     same_device,
     scalar,
@@ -39,65 +39,44 @@ _float64 = torch.float64
 
 
 def _forward_cpu(
-    logits: Tensor, targets: Tensor, saved: Tensor | None, temperature: float, ignore_index: int
-) -> Tensor:
+    logits: Tensor, targets: Tensor, temperature: float, ignore_index: int, stats: bool, keep: bool
+) -> Any:
+    """lp, with stats entropy and lse, with keep what the backward reads."""
     logits, layout = logit_rows(logits, targets)
     if not 0.0 < temperature < inf:
         require(False, "temperature", temperature, "positive and finite")
-    if saved is not None:
-        _check_saved(saved, targets, stats=False)
     if not targets.is_contiguous():
         targets = targets.contiguous()
-    logprobs = torch.empty_like(targets, dtype=accumulator(logits.dtype))
-    _C.token_logprobs(
-        logits, layout, targets, targets.dtype is _int32, ignore_index, temperature,
-        logprobs, None, None, saved, get_num_threads(),
-    )  # fmt: skip
-    return logprobs
-
-
-def _forward_fake(
-    logits: Tensor, targets: Tensor, saved: Any, temperature: Any, ignore_index: int
-) -> Tensor:
-    check_rows(logits, targets)
-    return targets.new_empty(targets.shape, dtype=accumulator(logits.dtype))
-
-
-def _stats_cpu(
-    logits: Tensor, targets: Tensor, saved: Tensor | None, temperature: float, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    logits, layout = logit_rows(logits, targets)
-    require(0.0 < temperature < inf, "temperature", temperature, "positive and finite")
-    if saved is not None:
-        _check_saved(saved, targets, stats=True)
-    targets = targets.contiguous()
     dtype = accumulator(logits.dtype)
     logprobs = torch.empty_like(targets, dtype=dtype)
-    entropy = torch.empty_like(targets, dtype=dtype)
-    lse = torch.empty_like(targets, dtype=dtype)
+    entropy = lse = saved = None
+    if stats:
+        entropy, lse = torch.empty_like(targets, dtype=dtype), torch.empty_like(targets, dtype=dtype)
+    if keep:
+        saved = _saved_like(targets, stats)
     _C.token_logprobs(
         logits, layout, targets, targets.dtype is _int32, ignore_index, temperature,
         logprobs, entropy, lse, saved, get_num_threads(),
     )  # fmt: skip
-    return logprobs, entropy, lse
+    if stats:
+        return (logprobs, entropy, lse, saved) if keep else (logprobs, entropy, lse)
+    return (logprobs, saved) if keep else logprobs
 
 
-def _stats_fake(
-    logits: Tensor, targets: Tensor, saved: Any, temperature: Any, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(logits: Tensor, targets: Tensor, stats: bool, keep: bool) -> Any:
     check_rows(logits, targets)
     dtype = accumulator(logits.dtype)
-    return (
-        targets.new_empty(targets.shape, dtype=dtype),
-        targets.new_empty(targets.shape, dtype=dtype),
-        targets.new_empty(targets.shape, dtype=dtype),
-    )
+    outputs = [targets.new_empty(targets.shape, dtype=dtype) for _ in range(3 if stats else 1)]
+    if keep:
+        outputs.append(_saved_like(targets, stats))
+    return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _saved_for(targets: Tensor, stats: bool) -> Tensor:
+def _saved_like(targets: Tensor, stats: bool) -> Tensor:
     """What the backward reads: lse of each row in float64, with stats the entropy behind it."""
-    shape = (2, *targets.shape) if stats else targets.shape
-    return torch.empty(shape, dtype=_float64, device=targets.device)
+    if stats:
+        return targets.new_empty((2, *targets.shape), dtype=_float64)
+    return torch.empty_like(targets, dtype=_float64, memory_format=torch.contiguous_format)
 
 
 def _check_saved(saved: Tensor, targets: Tensor, stats: bool) -> None:
@@ -164,17 +143,21 @@ def _backward_cpu(
 
 
 _ROWS = "Tensor logits, Tensor targets"
-_FORWARD = raw_op(
-    f"token_logprobs_forward({_ROWS}, Tensor(a!)? saved, float temperature, int ignore_index)"
-    " -> Tensor",
-    cpu=_forward_cpu,
-    fake=_forward_fake,
-)
-_STATS_FORWARD = raw_op(
-    f"token_logprobs_stats_forward({_ROWS}, Tensor(a!)? saved, float temperature, int ignore_index)"
-    " -> (Tensor, Tensor, Tensor)",
-    cpu=_stats_cpu,
-    fake=_stats_fake,
+
+
+def _forward_op(name: str, returns: str, stats: bool, keep: bool) -> Any:
+    return raw_op(
+        f"{name}({_ROWS}, float temperature, int ignore_index) -> {returns}",
+        cpu=lambda x, y, t, ignore_index: _forward_cpu(x, y, t, ignore_index, stats, keep),
+        fake=lambda x, y, t, ignore_index: _forward_fake(x, y, stats, keep),
+    )
+
+
+_INFERENCE = _forward_op("token_logprobs_inference", "Tensor", False, False)
+_FORWARD = _forward_op("token_logprobs_forward", "(Tensor, Tensor)", False, True)
+_STATS_INFERENCE = _forward_op("token_logprobs_stats_inference", "(Tensor, Tensor, Tensor)", True, False)
+_STATS_FORWARD = _forward_op(
+    "token_logprobs_stats_forward", "(Tensor, Tensor, Tensor, Tensor)", True, True
 )
 _BACKWARD = raw_op(
     f"token_logprobs_backward({_ROWS}, Tensor saved, Tensor? g, Tensor? h, Tensor? l, "
@@ -199,12 +182,11 @@ class _TokenLogprobs(torch.autograd.Function):
         inplace: bool,
     ) -> Any:
         raw = _STATS_FORWARD if stats else _FORWARD
-        saved = _saved_for(targets, stats)
-        outputs = raw(logits, targets, saved, temperature, ignore_index)
+        *outputs, saved = raw(logits, targets, temperature, ignore_index)
         ctx.save_for_backward(logits, targets, saved)
         ctx.temperature, ctx.ignore_index, ctx.inplace = temperature, ignore_index, inplace
         ctx.set_materialize_grads(False)
-        return outputs
+        return tuple(outputs) if stats else outputs[0]
 
     @staticmethod
     @once_differentiable
@@ -215,7 +197,7 @@ class _TokenLogprobs(torch.autograd.Function):
         out = gradient_buffer(logits, ctx.inplace)
         _BACKWARD(logits, targets, saved, g, h, l, out, ctx.temperature, ctx.ignore_index)
         if ctx.inplace and not is_compiling():
-            consumed(logits, out)
+            consumed(logits)
         return out, None, None, None, None, None
 
 
@@ -283,8 +265,8 @@ def token_logprobs(
     if logits.requires_grad and torch.is_grad_enabled():
         return _TokenLogprobs.apply(logits, targets, temperature, ignore_index, stats, inplace)
     if stats:
-        return _STATS_FORWARD(logits, targets, None, temperature, ignore_index)
-    return _FORWARD(logits, targets, None, temperature, ignore_index)
+        return _STATS_INFERENCE(logits, targets, temperature, ignore_index)
+    return _INFERENCE(logits, targets, temperature, ignore_index)
 
 
 composite(
@@ -338,25 +320,29 @@ def _cross_entropy(
 
 
 def _ce_forward_cpu(
+    logits: Tensor, targets: Tensor, label_smoothing: float, ignore_index: int, reduction: int
+) -> Any:
+    return _cross_entropy(
+        logits, targets, None, None, 1.0, label_smoothing, ignore_index, reduction, True
+    )
+
+
+def _ce_forward_backward_cpu(
     logits: Tensor,
     targets: Tensor,
-    out: Tensor | None,
+    out: Tensor,
     label_smoothing: float,
     ignore_index: int,
     reduction: int,
-) -> Tensor:
-    loss = _cross_entropy(
+) -> Any:
+    return _cross_entropy(
         logits, targets, out, None, 1.0, label_smoothing, ignore_index, reduction, True
     )
-    assert loss is not None
-    return loss
 
 
-def _ce_forward_fake(
-    logits: Tensor, targets: Tensor, out: Any, label_smoothing: Any, ignore_index: int, reduction: int
-) -> Tensor:
+def _ce_fake(logits: Tensor, targets: Tensor, *options: Any) -> Tensor:
     check_rows(logits, targets)
-    shape = targets.shape if reduction == 0 else ()
+    shape = targets.shape if options[-1] == 0 else ()
     return targets.new_empty(shape, dtype=accumulator(logits.dtype))
 
 
@@ -375,15 +361,18 @@ def _ce_backward_cpu(
     )
 
 
+_CE_OPTIONS = "float label_smoothing, int ignore_index, int reduction"
 _CE_FORWARD = raw_op(
-    f"cross_entropy_forward({_ROWS}, Tensor(a!)? out, float label_smoothing, int ignore_index, "
-    "int reduction) -> Tensor",
-    cpu=_ce_forward_cpu,
-    fake=_ce_forward_fake,
+    f"cross_entropy_forward({_ROWS}, {_CE_OPTIONS}) -> Tensor", cpu=_ce_forward_cpu, fake=_ce_fake
+)
+# The gradient of the loss goes to `out` in the same visit of each row.
+_CE_FORWARD_BACKWARD = raw_op(
+    f"cross_entropy_forward_backward({_ROWS}, Tensor(a!) out, {_CE_OPTIONS}) -> Tensor",
+    cpu=_ce_forward_backward_cpu,
+    fake=_ce_fake,
 )
 _CE_BACKWARD = raw_op(
-    f"cross_entropy_backward({_ROWS}, Tensor g, Tensor(a!) out, float label_smoothing, "
-    "int ignore_index, int reduction) -> ()",
+    f"cross_entropy_backward({_ROWS}, Tensor g, Tensor(a!) out, {_CE_OPTIONS}) -> ()",
     cpu=_ce_backward_cpu,
     fake=lambda *args: None,
 )
@@ -402,16 +391,18 @@ class _CrossEntropy(torch.autograd.Function):
         reduction: int,
         inplace: bool,
     ) -> Tensor:
+        options = (label_smoothing, ignore_index, reduction)
         ctx.gradient = None
         if reduction != 0 and not is_compiling():
-            ctx.gradient = gradient_buffer(logits, inplace)
-        loss = _CE_FORWARD(logits, targets, ctx.gradient, label_smoothing, ignore_index, reduction)
-        if ctx.gradient is not None and inplace:
-            consumed(logits, ctx.gradient)
+            out = ctx.gradient = gradient_buffer(logits, inplace)
+            loss = _CE_FORWARD_BACKWARD(logits, targets, out, *options)
+            if inplace:
+                consumed(logits)
+        else:
+            loss = _CE_FORWARD(logits, targets, *options)
         ctx.save_for_backward(logits, targets)
-        ctx.label_smoothing, ctx.ignore_index = label_smoothing, ignore_index
-        ctx.reduction, ctx.inplace, ctx.spent = reduction, inplace, False
-        return loss
+        ctx.options, ctx.inplace, ctx.spent = options, inplace, False
+        return loss  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
@@ -428,9 +419,9 @@ class _CrossEntropy(torch.autograd.Function):
                 )
         logits, targets = ctx.saved_tensors
         out = gradient_buffer(logits, ctx.inplace)
-        _CE_BACKWARD(logits, targets, g, out, ctx.label_smoothing, ctx.ignore_index, ctx.reduction)
+        _CE_BACKWARD(logits, targets, g, out, *ctx.options)
         if ctx.inplace and not is_compiling():
-            consumed(logits, out)
+            consumed(logits)
             ctx.spent = True
         return out, None, None, None, None, None
 
@@ -476,7 +467,7 @@ def cross_entropy(
     code = choice("reduction", reduction, REDUCTIONS)
     if torch.is_grad_enabled() and logits.requires_grad:
         return _CrossEntropy.apply(logits, targets, label_smoothing, ignore_index, code, inplace)  # type: ignore[no-any-return]
-    return _CE_FORWARD(logits, targets, None, label_smoothing, ignore_index, code)  # type: ignore[no-any-return]
+    return _CE_FORWARD(logits, targets, label_smoothing, ignore_index, code)  # type: ignore[no-any-return]
 
 
 composite(

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _C
 from ._op import (
@@ -18,6 +17,7 @@ from ._op import (
     composite,
     float_tensor,
     index_tensor,
+    once_differentiable,
     require,
     same_device,
     scalar,

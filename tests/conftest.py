@@ -1,0 +1,43 @@
+"""Fixtures: every ISA level that this machine has, thread counts, seeds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+try:
+    import torch
+
+    torch.manual_seed(0)
+except ImportError:
+    torch = None  # the tests that need it say so
+
+from finefuse import _C
+
+LEVELS = ["baseline", "avx2", "avx512", "avx512bf16"]
+MACHINE_LEVELS = LEVELS[: LEVELS.index(_C.machine_isa()) + 1]
+
+
+@pytest.fixture(params=MACHINE_LEVELS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once for each level from baseline to the machine's."""
+    before = _C._set_isa(request.param)
+    yield request.param
+    _C._set_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """Leaves torch's thread count as it was."""
+    if torch is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"finefuse: levels {', '.join(MACHINE_LEVELS)}; {os.cpu_count()} CPUs"
