@@ -50,6 +50,15 @@ void check_offsets(const Indices& offsets, int64_t segments, int64_t total) {
   }
 }
 
+void check_lengths(const char* name, const Reals& lengths, int64_t pairs) {
+  for (int64_t i = 0; lengths && i < pairs; ++i) {
+    if (!(lengths[i] >= 0)) {
+      throw py::value_error(std::string(name) + ": element " + std::to_string(i) + " is " +
+                            std::to_string(lengths[i]) + "; allowed are 0 and above");
+    }
+  }
+}
+
 void token_logprobs(Array logits, Layout layout, Array targets, bool int32, int64_t ignore_index,
                     double temperature, Array logprobs, Array entropy, Array lse, Array saved,
                     int threads) {
@@ -123,6 +132,8 @@ void preference(Array chosen, Array rejected, Array ref_chosen, Array ref_reject
                 Array d_rejected) {
   const auto reals = [wide](const Array& a) { return Reals{a.data, wide}; };
   py::gil_scoped_release nogil;
+  check_lengths("chosen_lengths", reals(chosen_lengths), pairs);
+  check_lengths("rejected_lengths", reals(rejected_lengths), pairs);
   FF_KERNELS(preference_kernels)
       .preference({pairs, reals(chosen), reals(rejected), reals(ref_chosen), reals(ref_rejected),
                    reals(chosen_lengths), reals(rejected_lengths),

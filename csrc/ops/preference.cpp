@@ -49,6 +49,12 @@ Dual pair_loss(PreferenceLoss loss, Dual w, Dual l, double beta, double eps) {
   return {__builtin_nan(""), 0, 0};
 }
 
+// An empty completion counts as one token; its log-probability is 0.
+double length(const Reals& lengths, int64_t i) {
+  const double n = lengths ? lengths[i] : 1;
+  return n == 0 ? 1 : n;
+}
+
 void preference(const Preference& a) {
   const double scale = a.reduction != Reduction::mean ? 1.0
                        : a.pairs == 0                 ? 0.0
@@ -58,8 +64,7 @@ void preference(const Preference& a) {
   for (int64_t i = 0; i < a.pairs; ++i) {
     const double r_w = a.chosen[i] - (a.ref_chosen ? a.ref_chosen[i] : 0);
     const double r_l = a.rejected[i] - (a.ref_rejected ? a.ref_rejected[i] : 0);
-    const double n_w = a.chosen_lengths ? a.chosen_lengths[i] : 1;
-    const double n_l = a.rejected_lengths ? a.rejected_lengths[i] : 1;
+    const double n_w = length(a.chosen_lengths, i), n_l = length(a.rejected_lengths, i);
     const Dual w{r_w / n_w, 1 / n_w, 0}, l{r_l / n_l, 0, 1 / n_l};
     const Dual loss = pair_loss(a.loss, w, l, a.beta, a.label_smoothing);
     total += loss.v;

@@ -177,7 +177,8 @@ def preference_loss(
         beta: β > 0; a number or a 0-d tensor.
         label_smoothing: ε in [0, 1), the share of pairs whose labels are taken as swapped; used by
             `sigmoid` alone. A number or a 0-d tensor.
-        chosen_lengths, rejected_lengths: (pairs,), completion lengths n in tokens.
+        chosen_lengths, rejected_lengths: (pairs,), completion lengths n in tokens; an empty completion
+            counts as one token.
         normalize_lengths: divide each log-ratio by its length. None: the loss's own convention (`ipo`
             divides, as TRL does; the original repository is `normalize_lengths=False`).
         reduction: "mean", "sum" or "none" over the pairs.

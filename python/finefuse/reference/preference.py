@@ -60,6 +60,9 @@ def preference_loss(
     rejected_lengths: Array | float = 1.0,
     reduction: str = "mean",
 ) -> Output:
+    chosen_lengths, rejected_lengths = (
+        np.where(np.asarray(n) == 0, 1.0, n) for n in (chosen_lengths, rejected_lengths)
+    )  # an empty completion counts as one token
     r_w, r_l = np.asarray(chosen - ref_chosen), np.asarray(rejected - ref_rejected)
     value, d_w, d_l = pair_loss(
         loss, r_w / chosen_lengths, r_l / rejected_lengths, beta, label_smoothing

@@ -1,0 +1,124 @@
+"""The tree's one idea: a stem in every folder. And what `import finefuse` promises without torch."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = (
+    "csrc/ops/{}.h",
+    "csrc/ops/{}.cpp",
+    "csrc/ops/{}.cu",
+    "kernels/{}.py",
+    "python/finefuse/{}.py",
+    "python/finefuse/reference/{}.py",
+    "python/finefuse/numpy/{}.py",
+    "tests/test_{}.py",
+    "benchmarks/bench_{}.py",
+    "docs/{}.md",
+)
+# What a stem does not have, and why. Each line is deleted by the change that adds the file.
+MISSING = {
+    "csrc/ops/logprobs.cu": "the CPU came first; CUDA is the next step of this stem",
+    "csrc/ops/preference.cu": "the CPU came first; CUDA is the next step of this stem",
+    "kernels/logprobs.py": "the CPU came first; Triton is the next step of this stem",
+    "kernels/preference.py": "the CPU came first; Triton is the next step of this stem",
+    "python/finefuse/numpy/logprobs.py": "the torch door came first",
+    "python/finefuse/numpy/preference.py": "the torch door came first",
+}
+
+
+def stems() -> list[str]:
+    listed = re.search(r"set\(FINEFUSE_OPS ([^)]*)\)", (ROOT / "CMakeLists.txt").read_text())
+    assert listed
+    return listed[1].split()
+
+
+def test_stems_are_what_is_built():
+    assert sorted(stems()) == sorted(p.stem for p in (ROOT / "csrc/ops").glob("*.cpp"))
+
+
+@pytest.mark.parametrize("stem", stems())
+def test_every_stem_in_every_folder(stem):
+    for folder in FOLDERS:
+        path = folder.format(stem)
+        if path in MISSING:
+            assert not (ROOT / path).exists(), f"{path} is there: delete its line in MISSING"
+        else:
+            assert (ROOT / path).exists(), f"{path} is missing"
+
+
+def imports(path: Path) -> set[str]:
+    return set(re.findall(r"^\s*(?:from|import) ([\w.]+)", path.read_text(), re.M))
+
+
+def test_imports_run_downhill():
+    for path in (ROOT / "python/finefuse/reference").glob("*.py"):
+        assert imports(path) <= {"__future__", "numpy", "numpy.typing", "typing"}, path
+    below = {"logprobs": set(), "preference": {".logprobs"}}
+    for stem in stems():
+        local = {i for i in imports(ROOT / f"python/finefuse/{stem}.py") if i.startswith(".")}
+        assert local <= {".", "._op"} | below[stem], stem
+    for path in (ROOT / "csrc/ops").iterdir():
+        for header in re.findall(r'#include "([^"]+)"', path.read_text()):
+            assert header.startswith("core/") or header == f"ops/{path.stem}.h", path
+    for path in (ROOT / "csrc/core").iterdir():
+        for header in re.findall(r'#include "([^"]+)"', path.read_text()):
+            assert header.startswith("core/"), path
+
+
+def test_no_std_in_the_files_compiled_per_level():
+    """Weak symbols of the standard library could be picked for the baseline."""
+    for name in ("core/vec.h", "core/parallel.h", "core/softmax_row.h"):
+        assert "std::" not in (ROOT / "csrc" / name).read_text(), name
+    for stem in stems():
+        assert "std::" not in (ROOT / f"csrc/ops/{stem}.cpp").read_text(), stem
+
+
+def test_without_torch():
+    """`import finefuse` works; a torch name raises the ImportError that says what to install."""
+    code = """
+import importlib.util as u, sys
+find = u.find_spec
+u.find_spec = lambda name, *a: None if name == "torch" else find(name, *a)
+sys.modules["torch"] = None
+import finefuse
+assert "torch" not in [m for m in sys.modules if sys.modules[m] is not None]
+for name in ("token_logprobs", "preference_loss"):
+    try:
+        getattr(finefuse, name)
+    except ImportError as e:
+        assert "pip install" in str(e) and name in str(e), e
+    else:
+        raise SystemExit(f"{name}: no ImportError")
+assert not hasattr(finefuse, "nonsense")
+from finefuse import _C
+print(_C.isa())
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.strip() in ("baseline", "avx2", "avx512", "avx512bf16")
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512bf16", "nonsense"])
+def test_isa_environment(level):
+    """FINEFUSE_ISA lowers the level and never raises it past the machine."""
+    code = "from finefuse import _C; print(_C.isa(), _C.machine_isa())"
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={"FINEFUSE_ISA": level}
+    )
+    isa, machine = out.stdout.split()
+    levels = ["baseline", "avx2", "avx512", "avx512bf16"]
+    lowered = level in levels and levels.index(level) < levels.index(machine)
+    assert isa == (level if lowered else machine)
+
+
+def test_kernels_are_installed():
+    import importlib.util
+
+    assert importlib.util.find_spec("finefuse.kernels") is not None
