@@ -59,7 +59,7 @@ def imports(path: Path) -> set[str]:
 
 def test_imports_run_downhill():
     for path in (ROOT / "python/finefuse/reference").glob("*.py"):
-        assert imports(path) <= {"__future__", "numpy", "numpy.typing", "typing"}, path
+        assert imports(path) <= {"__future__", "itertools", "numpy", "numpy.typing", "typing"}, path
     below = {"logprobs": set(), "preference": {".logprobs"}}
     for stem in stems():
         local = {i for i in imports(ROOT / f"python/finefuse/{stem}.py") if i.startswith(".")}

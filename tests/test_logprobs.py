@@ -62,7 +62,9 @@ def truth_gradient(logits, targets, upstream, temperature=1.0):
 def gradients(function, logits, targets, upstream, **options):
     x = logits.detach().clone().requires_grad_()
     outputs = function(x, targets, **options)
-    loss = sum((o * u.to(o.dtype)).sum() for o, u in zip(outputs, upstream, strict=True) if u is not None)
+    loss = sum(
+        (o * u.to(o.dtype)).sum() for o, u in zip(outputs, upstream, strict=True) if u is not None
+    )
     loss.backward()
     return [o.detach() for o in outputs], x.grad
 
@@ -109,7 +111,9 @@ def test_extreme_logits(isa, spread, shift):
     upstream = [torch.ones(5), None, None]
     ours, dz = gradients(ff.token_logprobs, logits, targets, upstream, stats=True)
     eager, eager_dz = gradients(eager_stats, logits, targets, upstream)
-    for name, a, e, t in zip(("lp", "entropy", "lse"), ours, eager, truth_stats(logits, targets), strict=True):
+    for name, a, e, t in zip(
+        ("lp", "entropy", "lse"), ours, eager, truth_stats(logits, targets), strict=True
+    ):
         check(name, a, e, t)
     zero = torch.zeros(5)
     check("gradient", dz, eager_dz, truth_gradient(logits, targets, [torch.ones(5), zero, zero]))
@@ -123,7 +127,11 @@ def test_maximum_rises_late(isa, position):
     targets[0] = position
     ours = ff.token_logprobs(logits, targets, stats=True)
     for name, a, e, t in zip(
-        ("lp", "entropy", "lse"), ours, eager_stats(logits, targets), truth_stats(logits, targets), strict=True
+        ("lp", "entropy", "lse"),
+        ours,
+        eager_stats(logits, targets),
+        truth_stats(logits, targets),
+        strict=True,
     ):
         check(name, a, e, t)
 
@@ -132,14 +140,22 @@ def test_maximum_rises_late(isa, position):
 def test_temperature(isa, temperature):
     logits, targets = make(6, 1000)
     upstream = [torch.randn(6), torch.randn(6), torch.randn(6)]
-    ours, dz = gradients(ff.token_logprobs, logits, targets, upstream, stats=True, temperature=temperature)
+    ours, dz = gradients(
+        ff.token_logprobs, logits, targets, upstream, stats=True, temperature=temperature
+    )
     eager, eager_dz = gradients(eager_stats, logits, targets, upstream, temperature=temperature)
     for name, a, e, t in zip(
-        ("lp", "entropy", "lse"), ours, eager, truth_stats(logits, targets, temperature), strict=True
+        ("lp", "entropy", "lse"),
+        ours,
+        eager,
+        truth_stats(logits, targets, temperature),
+        strict=True,
     ):
         check(name, a, e, t)
     check("gradient", dz, eager_dz, truth_gradient(logits, targets, upstream, temperature))
-    as_tensor = ff.token_logprobs(logits, targets, temperature=torch.tensor(temperature, dtype=torch.float64))
+    as_tensor = ff.token_logprobs(
+        logits, targets, temperature=torch.tensor(temperature, dtype=torch.float64)
+    )
     assert torch.equal(as_tensor, ff.token_logprobs(logits, targets, temperature=temperature))
 
 
@@ -157,7 +173,10 @@ def test_strides(isa, dtype):
         "transposed rows": (cube.transpose(0, 1), targets.t()),
         "transposed classes": (cube.transpose(1, 2)[:, :, :9], targets.new_full((6, 65), 4)),
         "expanded": (cube[:1].expand(6, 9, 65), targets),
-        "4-D uneven": (base[: 2 * 3 * 4].view(2, 3, 4, 65)[:, :2, :3], targets.view(-1)[:12].view(2, 2, 3)),
+        "4-D uneven": (
+            base[: 2 * 3 * 4].view(2, 3, 4, 65)[:, :2, :3],
+            targets.view(-1)[:12].view(2, 2, 3),
+        ),
         "int32": (cube, targets.int()),
         "int16": (cube, targets.short()),
         "one row": (cube[0, 0], targets[0, 0]),
@@ -191,7 +210,10 @@ def test_empty():
         loss.backward()
         assert loss.item() == value
     assert logits.grad.shape == (0, 7)
-    assert ff.token_logprobs(torch.zeros(2, 0, 7), torch.zeros(2, 0, dtype=torch.long)).shape == (2, 0)
+    assert ff.token_logprobs(torch.zeros(2, 0, 7), torch.zeros(2, 0, dtype=torch.long)).shape == (
+        2,
+        0,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -211,7 +233,9 @@ def test_minus_infinity(isa, dtype):
     check("entropy", entropy[:3], eager[1][:3], truth[1][:3])
     check("lse", lse, eager[2], truth[2])
     upstream = [torch.tensor([2.0, -1.0, 0.5]), torch.tensor([1.0, 1.0, 1.0]), None]
-    _, dz = gradients(ff.token_logprobs, logits[:3], targets[:3], upstream, stats=True, temperature=2.0)
+    _, dz = gradients(
+        ff.token_logprobs, logits[:3], targets[:3], upstream, stats=True, temperature=2.0
+    )
     up = [*upstream[:2], torch.zeros(3)]
     t = truth_gradient(logits[:3], targets[:3], up, temperature=2.0)
     check("gradient", dz, t, t)
@@ -261,7 +285,9 @@ def test_nan_and_infinity_in_a_row_that_counts(isa, dtype):
         for column in (0, 50, 2500):
             logits, targets = make(3, 2600, dtype, ignore=False)
             logits[1, column] = bad
-            outputs, dz = gradients(ff.token_logprobs, logits, targets, [torch.ones(3)] * 3, stats=True)
+            outputs, dz = gradients(
+                ff.token_logprobs, logits, targets, [torch.ones(3)] * 3, stats=True
+            )
             assert all(torch.isnan(o[1]) for o in outputs[:2])
             assert all(torch.isfinite(o[[0, 2]]).all() for o in outputs)
             assert torch.isnan(dz[1]).all()
@@ -280,7 +306,7 @@ def test_zero_upstream_is_zero_back():
     assert (x.grad == 0).all()
 
 
-# ---- cross_entropy -------------------------------------------------------------------------------------
+# ---- cross_entropy -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -374,25 +400,28 @@ def test_inplace_gradient(isa, dtype):
         ff.token_logprobs(x, t, inplace=True).sum().backward()
         assert torch.equal(x.grad, plain.grad)
         assert torch.equal(view(storage), plain.grad)
+    x = logits[:1].expand(24, 129).detach().requires_grad_()
+    lp = ff.token_logprobs(x, targets, inplace=True).sum()
     with pytest.raises(ValueError, match="inplace=True"):
-        x = logits[:1].expand(24, 129).detach().requires_grad_()
-        ff.token_logprobs(x, targets, inplace=True).sum().backward()
+        lp.backward()
 
 
 def test_inplace_is_seen_by_autograd():
     """Whoever saved the logits before they were consumed raises instead of using the gradient."""
     logits, targets = make(3, 10)
-    x = (logits.clone().requires_grad_() * 1.0)
+    x = logits.clone().requires_grad_() * 1.0
     other = x.square().sum()
     loss = ff.cross_entropy(x, targets, inplace=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (loss + other).backward()
 
 
-# ---- sequence_logprobs ----------------------------------------------------------------------------------
+# ---- sequence_logprobs -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
 @pytest.mark.parametrize("average", [False, True])
 def test_sequence_logprobs(isa, dtype, average):
     lp = -torch.rand(3, 5, 11).to(dtype) * 9
@@ -421,7 +450,8 @@ def test_sequence_logprobs(isa, dtype, average):
         eager = torch.stack([p.sum() / (max(len(p), 1) if average else 1) for p in parts])
         check("cu_seqlens", s, eager, t)
         (s * torch.arange(1.0, 5.0)).sum().backward()
-        want = torch.cat([torch.full((len(p),), (i + 1.0) / (max(len(p), 1) if average else 1)) for i, p in enumerate(parts)])
+        counts = [max(len(p), 1) if average else 1 for p in parts]
+        want = torch.cat([torch.full((len(p),), (i + 1) / counts[i]) for i, p in enumerate(parts)])
         torch.testing.assert_close(x.grad, want.to(dtype))
 
 
@@ -431,7 +461,7 @@ def test_sequence_logprobs_empty():
     assert ff.sequence_logprobs(torch.zeros(0)).item() == 0.0
 
 
-# ---- autograd, compile, torch's own checks ----------------------------------------------------------------
+# ---- autograd, compile, torch's own checks -----------------------------------------------------
 
 
 def test_gradcheck(isa):
@@ -444,12 +474,15 @@ def test_gradcheck(isa):
     for reduction in ("mean", "sum", "none"):
         for eps in (0.0, 0.2):
             assert torch.autograd.gradcheck(
-                lambda z: ff.cross_entropy(z, targets, reduction=reduction, label_smoothing=eps), (x,)
+                lambda z: ff.cross_entropy(z, targets, reduction=reduction, label_smoothing=eps),
+                (x,),
             )
     lp = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     mask = torch.rand(4, 6) > 0.5
     for average in (False, True):
-        assert torch.autograd.gradcheck(lambda z: ff.sequence_logprobs(z, mask=mask, average=average), (lp,))
+        assert torch.autograd.gradcheck(
+            lambda z: ff.sequence_logprobs(z, mask=mask, average=average), (lp,)
+        )
 
 
 def raw_calls(grad=False):
@@ -491,12 +524,18 @@ def test_opcheck_raw(case):
     torch.library.opcheck(op, args)
 
 
-@pytest.mark.parametrize("name", ["token_logprobs", "token_logprobs_stats", "cross_entropy", "sequence_logprobs"])
+@pytest.mark.parametrize(
+    "name", ["token_logprobs", "token_logprobs_stats", "cross_entropy", "sequence_logprobs"]
+)
 def test_opcheck_public(name):
     """torch.ops.finefuse.<name> differentiates, and is the public function."""
     logits, targets = make(4, 9)
     op = getattr(RAW, name).default
-    x = torch.randn(2, 5, requires_grad=True) if name == "sequence_logprobs" else logits.requires_grad_()
+    x = (
+        torch.randn(2, 5, requires_grad=True)
+        if name == "sequence_logprobs"
+        else logits.requires_grad_()
+    )
     args = (x,) if name == "sequence_logprobs" else (x, targets)
     torch.library.opcheck(op, args)
     public = getattr(ff, name.removesuffix("_stats"))
@@ -508,14 +547,18 @@ def test_opcheck_public(name):
 
 
 def test_backward_through_a_raw_op_raises():
+    """At the backward; at the call already where the op writes into an argument."""
+
+    def differentiate(op, args):
+        out = op(*args)
+        sum(o.sum() for o in (out if isinstance(out, (tuple, list)) else [out])).backward()
+
     seen = 0
     for op, args in raw_calls(grad=True):
-        if not any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
-            continue
-        seen += 1
-        with pytest.raises(RuntimeError, match="is a raw op"):  # noqa: PT012: at the call or at the backward
-            out = op(*args)
-            sum(o.sum() for o in (out if isinstance(out, (tuple, list)) else [out])).backward()
+        if any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+            seen += 1
+            with pytest.raises(RuntimeError, match="is a raw op"):
+                differentiate(op, args)
     assert seen >= 10
 
 
@@ -602,7 +645,7 @@ def test_autocast():
     torch.testing.assert_close(loss, plain, rtol=1e-5, atol=1e-5)
 
 
-# ---- determinism and threads --------------------------------------------------------------------------------
+# ---- determinism and threads -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -656,7 +699,7 @@ def test_concurrent_python_threads():
     assert wrong == []
 
 
-# ---- wrong arguments -------------------------------------------------------------------------------------------
+# ---- wrong arguments ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [-1, 7, 2**31, -(2**31) - 5])
@@ -673,7 +716,9 @@ def test_target_out_of_range(bad, where):
         lambda: ff.token_logprobs(logits, targets, stats=True),
         lambda: ff.cross_entropy(logits, targets),
         lambda: ff.cross_entropy(logits.clone().requires_grad_(), targets),
-        lambda: RAW.token_logprobs_backward(logits, targets, saved, torch.ones(6), None, None, out, 1.0, IGNORE),
+        lambda: RAW.token_logprobs_backward(
+            logits, targets, saved, torch.ones(6), None, None, out, 1.0, IGNORE
+        ),
         lambda: RAW.cross_entropy_forward_backward(logits, targets, out, 0.0, IGNORE, 2),
     ):
         with pytest.raises(ValueError, match=message):
@@ -696,7 +741,9 @@ def test_wrong_arguments():
             f(x, y.float())
         with pytest.raises(TypeError, match=r"targets: dtype torch.bool"):
             f(x, y.bool())
-        with pytest.raises(ValueError, match=r"targets: shape \(2,\); logits of shape \(3, 5\) need \(3,\)"):
+        with pytest.raises(
+            ValueError, match=r"targets: shape \(2,\); logits of shape \(3, 5\) need \(3,\)"
+        ):
             f(x, y[:2])
         with pytest.raises(ValueError, match=r"targets: shape \(3, 1\)"):
             f(x, y[:, None])
@@ -712,7 +759,9 @@ def test_wrong_arguments():
                 ff.token_logprobs(x, y, temperature=value)
     with pytest.raises(TypeError, match="temperature: a number"):
         ff.token_logprobs(x, y, temperature="hot")
-    with pytest.raises(ValueError, match=r"temperature: a number or a 0-d tensor, not of shape \(2,\)"):
+    with pytest.raises(
+        ValueError, match=r"temperature: a number or a 0-d tensor, not of shape \(2,\)"
+    ):
         ff.token_logprobs(x, y, temperature=torch.ones(2))
     with pytest.raises(ValueError, match="temperature: has no gradient"):
         ff.token_logprobs(x, y, temperature=torch.tensor(1.0, requires_grad=True))
@@ -750,7 +799,7 @@ def test_isa_levels():
     assert _C.isa() in levels
 
 
-# ---- random inputs ------------------------------------------------------------------------------------------------
+# ---- random inputs -----------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -768,7 +817,9 @@ def test_random(rows, vocab, dtype, spread, temperature, seed):
         logits[torch.rand(logits.shape) < 0.2] = -float("inf")
         logits[:, 0] = 0.0
     upstream = [torch.randn(rows) for _ in range(3)]
-    ours, dz = gradients(ff.token_logprobs, logits, targets, upstream, stats=True, temperature=temperature)
+    ours, dz = gradients(
+        ff.token_logprobs, logits, targets, upstream, stats=True, temperature=temperature
+    )
     truth = truth_stats(logits, targets, temperature)
     eager = eager_stats(logits, targets, temperature)
     for name, a, e, t in zip(("lp", "entropy", "lse"), ours, eager, truth, strict=True):

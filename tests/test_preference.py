@@ -30,8 +30,12 @@ def eager_loss(loss, w, l, beta, eps):
     return torch.relu(1 - x)
 
 
-def eager(chosen, rejected, ref_chosen, ref_rejected, *, loss, beta, eps, n_w=1, n_l=1, reduction="mean"):
-    value = eager_loss(loss, (chosen - ref_chosen) / n_w, (rejected - ref_rejected) / n_l, beta, eps)
+def eager(
+    chosen, rejected, ref_chosen, ref_rejected, *, loss, beta, eps, n_w=1, n_l=1, reduction="mean"
+):
+    value = eager_loss(
+        loss, (chosen - ref_chosen) / n_w, (rejected - ref_rejected) / n_l, beta, eps
+    )
     return value if reduction == "none" else getattr(value, reduction)()
 
 
@@ -130,10 +134,14 @@ def test_extremes():
     assert out.loss[1] == pytest.approx(1e29)
     assert out.loss[2] == pytest.approx(np.log(2))
     assert out.loss[3] == inf
-    assert ff.preference_loss(zero, -torch.full((5,), inf), reduction="none").loss.tolist() == [0] * 5
+    assert (
+        ff.preference_loss(zero, -torch.full((5,), inf), reduction="none").loss.tolist() == [0] * 5
+    )
     nan = torch.full((1,), float("nan"))
     for loss in LOSSES:
-        assert torch.isnan(ff.preference_loss(nan, zero[:1], loss=loss, normalize_lengths=False).loss)
+        assert torch.isnan(
+            ff.preference_loss(nan, zero[:1], loss=loss, normalize_lengths=False).loss
+        )
     empty = torch.zeros(0, requires_grad=True)
     for reduction, shape in (("mean", ()), ("sum", ()), ("none", (0,))):
         out = ff.preference_loss(empty, empty, reduction=reduction)
@@ -152,18 +160,23 @@ def test_lengths():
     lp, (n_w, n_l) = vectors(6)
     plain = ff.preference_loss(*lp, loss="ipo", normalize_lengths=False)
     ones = torch.ones(6)
-    assert torch.equal(plain.loss, ff.preference_loss(*lp, loss="ipo", chosen_lengths=ones, rejected_lengths=ones).loss)
+    assert torch.equal(
+        plain.loss,
+        ff.preference_loss(*lp, loss="ipo", chosen_lengths=ones, rejected_lengths=ones).loss,
+    )
     # lengths are of no consequence to a loss that does not divide by them, unless it is told to
     a = ff.preference_loss(*lp, chosen_lengths=n_w, rejected_lengths=n_l).loss
     assert torch.equal(a, ff.preference_loss(*lp).loss)
-    b = ff.preference_loss(*lp, chosen_lengths=n_w, rejected_lengths=n_l, normalize_lengths=True).loss
+    b = ff.preference_loss(
+        *lp, chosen_lengths=n_w, rejected_lengths=n_l, normalize_lengths=True
+    ).loss
     t = reference.preference_loss(
         *(x.double().numpy() for x in lp), chosen_lengths=n_w.numpy(), rejected_lengths=n_l.numpy()
     )
     check("normalized", b, t.loss, t.loss)
 
 
-# ---- from logits ------------------------------------------------------------------------------------------
+# ---- from logits -------------------------------------------------------------------------------
 
 
 def batch(pairs, tokens, vocab, dtype, seed=0):
@@ -207,7 +220,9 @@ def truth_from_logits(logits, targets, ref, loss, beta, eps):
     return out, reference_logprobs.token_logprobs_gradient(flat, y, g).reshape(b, t, v)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("shape", [(1, 3, 2), (2, 5, 257), (3, 7, 3001)], ids=str)
 def test_from_logits(isa, loss, dtype, shape):
@@ -260,7 +275,7 @@ def test_prompt_logits_are_not_read():
     assert torch.isfinite(x.grad).all()
 
 
-# ---- autograd, compile, torch's own checks --------------------------------------------------------------------
+# ---- autograd, compile, torch's own checks -----------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -285,13 +300,18 @@ def test_opcheck():
     lp, (n_w, n_l) = vectors(4)
     t, z = torch.tensor(0.1), torch.tensor(0.0)
     torch.library.opcheck(RAW.preference_forward.default, (*lp, None, None, 0.1, 0.0, 0, 2))
-    torch.library.opcheck(RAW.preference_forward.default, (lp[0], lp[1], None, None, n_w.float(), n_l.float(), 0.1, 0.0, 1, 0))
+    torch.library.opcheck(
+        RAW.preference_forward.default,
+        (lp[0], lp[1], None, None, n_w.float(), n_l.float(), 0.1, 0.0, 1, 0),
+    )
     torch.library.opcheck(RAW.preference_forward.tensor, (*lp, None, None, t, z, 2, 1))
     x = [v.clone().requires_grad_() for v in lp[:2]]
     torch.library.opcheck(RAW.preference_loss.default, (*x, *lp[2:]))
     logits, targets, ref = batch(2, 3, 11, torch.float32)
     torch.library.opcheck(
-        RAW.preference_loss_from_logits.default, (logits.requires_grad_(), targets), {"ref_logprobs": ref}
+        RAW.preference_loss_from_logits.default,
+        (logits.requires_grad_(), targets),
+        {"ref_logprobs": ref},
     )
 
 
@@ -346,11 +366,11 @@ def test_autocast():
     assert layer.weight.grad is not None
 
 
-# ---- wrong arguments ----------------------------------------------------------------------------------------------
+# ---- wrong arguments ---------------------------------------------------------------------------
 
 
 def test_wrong_arguments():
-    lp, (n_w, n_l) = vectors(3)
+    lp, (n_w, _) = vectors(3)
     a, b = lp[:2]
     with pytest.raises(ValueError, match="loss: 'dpo'; allowed: 'sigmoid', 'ipo', 'hinge'"):
         ff.preference_loss(a, b, loss="dpo")
@@ -361,7 +381,9 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match="divides by the completions' lengths"):
         ff.preference_loss(a, b, loss="ipo", chosen_lengths=n_w)
     with pytest.raises(ValueError, match="rejected_lengths: element 1 is -2.0"):
-        ff.preference_loss(a, b, loss="ipo", chosen_lengths=n_w, rejected_lengths=torch.tensor([1, -2, 3]))
+        ff.preference_loss(
+            a, b, loss="ipo", chosen_lengths=n_w, rejected_lengths=torch.tensor([1, -2, 3])
+        )
     with pytest.raises(ValueError, match=r"rejected: shape \(2,\); chosen has \(3,\)"):
         ff.preference_loss(a, b[:2])
     with pytest.raises(ValueError, match=r"chosen: shape \(3, 1\)"):
@@ -413,11 +435,21 @@ def test_random(pairs, loss, beta, eps, scale, seed):
     lp, _ = vectors(pairs, seed=seed, scale=scale)
     x = [v.clone().requires_grad_() for v in lp[:2]]
     out = ff.preference_loss(
-        *x, *lp[2:], loss=loss, beta=beta, label_smoothing=eps, normalize_lengths=False, reduction="none"
+        *x,
+        *lp[2:],
+        loss=loss,
+        beta=beta,
+        label_smoothing=eps,
+        normalize_lengths=False,
+        reduction="none",
     )
     out.loss.sum().backward()
     t = reference.preference_loss(
-        *(v.double().numpy() for v in lp), loss=loss, beta=beta, label_smoothing=eps, reduction="none"
+        *(v.double().numpy() for v in lp),
+        loss=loss,
+        beta=beta,
+        label_smoothing=eps,
+        reduction="none",
     )
     check("loss", out.loss, t.loss, t.loss)
     check("d chosen", x[0].grad, t.d_chosen, t.d_chosen)

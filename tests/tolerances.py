@@ -39,7 +39,9 @@ def _same_non_finite(name: str, ours: np.ndarray, truth: np.ndarray) -> np.ndarr
     return finite
 
 
-def check(name: str, ours: torch.Tensor, eager: object, truth: object, dtype: torch.dtype | None = None) -> None:
+def check(
+    name: str, ours: torch.Tensor, eager: object, truth: object, dtype: torch.dtype | None = None
+) -> None:
     """Assert the rule on one tensor; `dtype` is the type whose tolerance counts (default: ours')."""
     dtype = dtype or ours.dtype
     a, e, t = as_float64(ours), as_float64(eager), as_float64(truth)

@@ -1,8 +1,8 @@
 // How arrays cross into C++: as addresses, taken from the object while the call holds it.
 //
 // The argument itself (a torch tensor, a NumPy array or None) is passed, never an integer made
-// beforehand: Python keeps the arguments alive for the call, so that f(g.contiguous()) is safe, where
-// f(g.contiguous().data_ptr()) would free the copy first.
+// beforehand: Python keeps the arguments alive for the call, so that f(g.contiguous()) is safe,
+// where f(g.contiguous().data_ptr()) would free the copy first.
 #pragma once
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -15,7 +15,8 @@ struct Array {
   void* data = nullptr;  // null for None
 };
 
-// (dtype, rows, vocab, inner, outer_stride, inner_stride), see _op.logit_rows: LogitsShape, LogitRows.
+// (dtype, rows, vocab, inner, outer_stride, inner_stride), see _op.logit_rows: LogitsShape,
+// LogitRows.
 struct Layout {
   int64_t field[6];
 };

@@ -1,6 +1,6 @@
-// finefuse._C: the CPU kernels on raw addresses. It knows neither torch nor its tensors: shapes, types
-// and strides were checked by the Python side (python/finefuse/_op.py), indices are checked here,
-// before anything is written.
+// finefuse._C: the CPU kernels on raw addresses. It knows neither torch nor its tensors: shapes,
+// types and strides were checked by the Python side (python/finefuse/_op.py), indices are checked
+// here, before anything is written.
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -68,9 +68,17 @@ void token_logprobs(Array logits, Layout layout, Array targets, bool int32, int6
   py::gil_scoped_release nogil;
   check_targets(y, shape, ignore_index);
   FF_KERNELS(logprobs_kernels)
-      .token_logprobs({shape, rows_of(logits, layout), y, ignore_index, temperature,
-                       {logprobs.data, wide}, {entropy.data, wide}, {lse.data, wide},
-                       doubles(saved), entropy.data ? second(saved, shape.rows) : nullptr, threads});
+      .token_logprobs({shape,
+                       rows_of(logits, layout),
+                       y,
+                       ignore_index,
+                       temperature,
+                       {logprobs.data, wide},
+                       {entropy.data, wide},
+                       {lse.data, wide},
+                       doubles(saved),
+                       entropy.data ? second(saved, shape.rows) : nullptr,
+                       threads});
 }
 
 void token_logprobs_backward(Array logits, Layout layout, Array gradient, Layout gradient_layout,
@@ -82,10 +90,18 @@ void token_logprobs_backward(Array logits, Layout layout, Array gradient, Layout
   py::gil_scoped_release nogil;
   check_targets(y, shape, ignore_index);
   FF_KERNELS(logprobs_kernels)
-      .token_logprobs_backward({shape, rows_of(logits, layout), rows_of(gradient, gradient_layout),
-                                y, ignore_index, temperature, doubles(saved),
-                                h.data ? second(saved, shape.rows) : nullptr, {g.data, wide},
-                                {h.data, wide}, {l.data, wide}, threads});
+      .token_logprobs_backward({shape,
+                                rows_of(logits, layout),
+                                rows_of(gradient, gradient_layout),
+                                y,
+                                ignore_index,
+                                temperature,
+                                doubles(saved),
+                                h.data ? second(saved, shape.rows) : nullptr,
+                                {g.data, wide},
+                                {h.data, wide},
+                                {l.data, wide},
+                                threads});
 }
 
 void cross_entropy(Array logits, Layout layout, Array gradient, Layout gradient_layout,
@@ -98,9 +114,18 @@ void cross_entropy(Array logits, Layout layout, Array gradient, Layout gradient_
   py::gil_scoped_release nogil;
   check_targets(y, shape, ignore_index);
   FF_KERNELS(logprobs_kernels)
-      .cross_entropy({shape, rows_of(logits, layout), rows_of(gradient, gradient_layout), y,
-                      ignore_index, label_smoothing, static_cast<Reduction>(reduction),
-                      {loss.data, wide}, doubles(row_loss), {upstream.data, wide}, scale, threads});
+      .cross_entropy({shape,
+                      rows_of(logits, layout),
+                      rows_of(gradient, gradient_layout),
+                      y,
+                      ignore_index,
+                      label_smoothing,
+                      static_cast<Reduction>(reduction),
+                      {loss.data, wide},
+                      doubles(row_loss),
+                      {upstream.data, wide},
+                      scale,
+                      threads});
 }
 
 void sequence_sums(Array logprobs, bool wide, Array mask, Array offsets, bool int32,
@@ -110,8 +135,14 @@ void sequence_sums(Array logprobs, bool wide, Array mask, Array offsets, bool in
   py::gil_scoped_release nogil;
   if (ends.data != nullptr) check_offsets(ends, segments, total);
   FF_KERNELS(logprobs_kernels)
-      .sequence_sums({{logprobs.data, wide}, static_cast<const uint8_t*>(mask.data), ends, segments,
-                      length, average, {sums.data, wide}, threads});
+      .sequence_sums({{logprobs.data, wide},
+                      static_cast<const uint8_t*>(mask.data),
+                      ends,
+                      segments,
+                      length,
+                      average,
+                      {sums.data, wide},
+                      threads});
 }
 
 void sequence_sums_backward(Array gradient, bool wide, Array mask, Array offsets, bool int32,
@@ -121,8 +152,14 @@ void sequence_sums_backward(Array gradient, bool wide, Array mask, Array offsets
   py::gil_scoped_release nogil;
   if (ends.data != nullptr) check_offsets(ends, segments, total);
   FF_KERNELS(logprobs_kernels)
-      .sequence_sums_backward({{gradient.data, wide}, static_cast<const uint8_t*>(mask.data), ends,
-                               segments, length, average, {out.data, wide}, threads});
+      .sequence_sums_backward({{gradient.data, wide},
+                               static_cast<const uint8_t*>(mask.data),
+                               ends,
+                               segments,
+                               length,
+                               average,
+                               {out.data, wide},
+                               threads});
 }
 
 void preference(Array chosen, Array rejected, Array ref_chosen, Array ref_rejected,

@@ -9,12 +9,20 @@ enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
 enum class IndexType : int { i64 = 0, i32 = 1 };
 enum class Reduction : int { none = 0, sum = 1, mean = 2 };
 
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
 
 // Statistics and accumulations: float32, or float64 for float64 input.
-template <class T> struct AccumulatorOf { using type = float; };
-template <> struct AccumulatorOf<double> { using type = double; };
+template <class T> struct AccumulatorOf {
+  using type = float;
+};
+template <> struct AccumulatorOf<double> {
+  using type = double;
+};
 template <class T> using Accumulator = typename AccumulatorOf<T>::type;
 
 // An array of targets or actions, int32 or int64.
@@ -36,8 +44,10 @@ struct Reals {
     return wide ? static_cast<const double*>(data)[i] : static_cast<const float*>(data)[i];
   }
   void set(int64_t i, double value) const {
-    if (wide) static_cast<double*>(data)[i] = value;
-    else static_cast<float*>(data)[i] = static_cast<float>(value);
+    if (wide)
+      static_cast<double*>(data)[i] = value;
+    else
+      static_cast<float*>(data)[i] = static_cast<float>(value);
   }
 };
 

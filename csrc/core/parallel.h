@@ -8,7 +8,8 @@
 
 namespace finefuse::FF_ISA_NS {
 
-// Below this much memory traffic the 1 to 2 us (sometimes 50) of a fork and join is not earned back.
+// Below this much memory traffic the 1 to 2 us (sometimes 50) of a fork and join is not earned
+// back.
 inline constexpr int64_t kSerialBytes = 96 << 10;
 // One piece of work: large enough that two threads rarely fault in the same huge page, small enough
 // that a thread whose core is stolen for a while does not hold up the others.

@@ -46,8 +46,8 @@ template <class T> FF_INLINE double block_top(const T* z, int64_t n) {
   return horizontal_max(max(top[0], top[1]));
 }
 
-// The sums of one block relative to `ref`, in `stats`. What an addition rounds away is collected in a
-// second accumulator: beside a term of 1 the many small ones are not lost.
+// The sums of one block relative to `ref`, in `stats`. What an addition rounds away is collected in
+// a second accumulator: beside a term of 1 the many small ones are not lost.
 template <class T, bool kEntropy, bool kLogitSum>
 FF_INLINE void add_block(const T* z, int64_t n, double ref, double c, double floor, double* top,
                          RowStats* stats) {
@@ -149,8 +149,10 @@ inline void row_gradient(const T* z, T* out, int64_t n, const RowGradient& g) {
     for (int u = 0; u < K; ++u) x[u] -= ref;
     exp_scaled<kPrecision>(x, e, c, floor);
     for (int u = 0; u < K; ++u) {
-      if constexpr (kEntropy) x[u] = fma(e[u], fma(b, x[u], a), offset);
-      else x[u] = fma(e[u], a, offset);
+      if constexpr (kEntropy)
+        x[u] = fma(e[u], fma(b, x[u], a), offset);
+      else
+        x[u] = fma(e[u], a, offset);
     }
   };
   const auto partial = [&](int64_t i, int k) __attribute__((always_inline)) {

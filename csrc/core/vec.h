@@ -38,8 +38,14 @@ typedef int64_t VecL __attribute__((vector_size(FF_VECTOR_BYTES)));
 typedef uint16_t VecH __attribute__((vector_size(FF_VECTOR_BYTES / 2)));
 
 template <class A> struct Simd;
-template <> struct Simd<float> { using V = VecF; using I = VecI; };
-template <> struct Simd<double> { using V = VecD; using I = VecL; };
+template <> struct Simd<float> {
+  using V = VecF;
+  using I = VecI;
+};
+template <> struct Simd<double> {
+  using V = VecD;
+  using I = VecL;
+};
 template <class T> using Vec = typename Simd<Accumulator<T>>::V;
 template <class T> inline constexpr int kLanes = FF_VECTOR_BYTES / sizeof(Accumulator<T>);
 
@@ -49,14 +55,22 @@ template <class V> FF_INLINE V splat(double x) {
   return V{} + static_cast<S>(x);
 }
 
-// ---- what the extensions cannot say -------------------------------------------------------------
+// ---- what the extensions cannot say -----------------------------------------------------------
 
 #if defined(__AVX512F__)
-FF_INLINE VecF fma(VecF a, VecF b, VecF c) { return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-FF_INLINE VecD fma(VecD a, VecD b, VecD c) { return (VecD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+FF_INLINE VecF fma(VecF a, VecF b, VecF c) {
+  return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+FF_INLINE VecD fma(VecD a, VecD b, VecD c) {
+  return (VecD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
 #elif defined(__AVX2__)
-FF_INLINE VecF fma(VecF a, VecF b, VecF c) { return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-FF_INLINE VecD fma(VecD a, VecD b, VecD c) { return (VecD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+FF_INLINE VecF fma(VecF a, VecF b, VecF c) {
+  return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+FF_INLINE VecD fma(VecD a, VecD b, VecD c) {
+  return (VecD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
 #else
 FF_INLINE VecF fma(VecF a, VecF b, VecF c) { return a * b + c; }
 FF_INLINE VecD fma(VecD a, VecD b, VecD c) { return a * b + c; }
@@ -77,10 +91,19 @@ FF_INLINE VecF max(VecF a, VecF b) { return a > b ? a : b; }
 FF_INLINE VecD max(VecD a, VecD b) { return a > b ? a : b; }
 #endif
 
-// ---- loads (any alignment) -----------------------------------------------------------------------
+// ---- loads (any alignment)
+// -----------------------------------------------------------------------
 
-FF_INLINE VecF load(const float* p) { VecF v; __builtin_memcpy(&v, p, sizeof v); return v; }
-FF_INLINE VecD load(const double* p) { VecD v; __builtin_memcpy(&v, p, sizeof v); return v; }
+FF_INLINE VecF load(const float* p) {
+  VecF v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+FF_INLINE VecD load(const double* p) {
+  VecD v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
 FF_INLINE VecF load(const bf16* p) {
   VecH h;
   __builtin_memcpy(&h, p, sizeof h);
@@ -96,15 +119,17 @@ FF_INLINE VecF load(const f16* p) {
   __builtin_memcpy(&h, p, sizeof h);
   const VecU w = __builtin_convertvector(h, VecU);
   const VecU magnitude = (w & 0x7fff) << 13;
-  VecU bits = (VecU)((VecF)magnitude * 0x1p112f);               // rebias; exact for denormals too
-  bits |= (VecU)(magnitude >= (0x7c00u << 13)) & 0x7f800000u;   // inf and NaN
+  VecU bits = (VecU)((VecF)magnitude * 0x1p112f);              // rebias; exact for denormals too
+  bits |= (VecU)(magnitude >= (0x7c00u << 13)) & 0x7f800000u;  // inf and NaN
   return (VecF)(bits | ((w & 0x8000) << 16));
 #endif
 }
 
-// ---- stores, rounding to nearest even --------------------------------------------------------------
+// ---- stores, rounding to nearest even
+// --------------------------------------------------------------
 
-// The upper 16 bits of each lane hold the rounded value; what is below them is rubbish. Not for NaN.
+// The upper 16 bits of each lane hold the rounded value; what is below them is rubbish. Not for
+// NaN.
 FF_INLINE VecU round_to_bf16(VecF v) {
   const VecU bits = (VecU)v;
   return bits + 0x7fff + ((bits >> 16) & 1);
@@ -148,10 +173,17 @@ FF_INLINE VecH to_f16_bits(VecF v) {
 
 FF_INLINE void store(float* p, VecF v) { __builtin_memcpy(p, &v, sizeof v); }
 FF_INLINE void store(double* p, VecD v) { __builtin_memcpy(p, &v, sizeof v); }
-FF_INLINE void store(bf16* p, VecF v) { const VecH h = to_bf16_bits(v); __builtin_memcpy(p, &h, sizeof h); }
-FF_INLINE void store(f16* p, VecF v) { const VecH h = to_f16_bits(v); __builtin_memcpy(p, &h, sizeof h); }
+FF_INLINE void store(bf16* p, VecF v) {
+  const VecH h = to_bf16_bits(v);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+FF_INLINE void store(f16* p, VecF v) {
+  const VecH h = to_f16_bits(v);
+  __builtin_memcpy(p, &h, sizeof h);
+}
 
-// ---- pairs of vectors, for element-wise passes -------------------------------------------------------
+// ---- pairs of vectors, for element-wise passes
+// -------------------------------------------------------
 //
 // load_pair and store_pair agree on which of 2·lanes consecutive elements goes where, and that is
 // all: bf16 puts the even elements in one vector and the odd ones in the other, two instructions
@@ -200,7 +232,8 @@ template <bool kStream, class T> FF_INLINE void store_pair_finite(T* p, const Ve
   }
 }
 
-// ---- partial vectors and single elements ------------------------------------------------------------
+// ---- partial vectors and single elements
+// ------------------------------------------------------------
 
 // k < lanes elements from p, `fill` in the other lanes.
 template <class T> FF_INLINE Vec<T> load_partial(const T* p, int k, double fill) {
@@ -224,7 +257,8 @@ template <class T> FF_INLINE void store_scalar(T* p, double x) {
   store_partial(p, splat<Vec<T>>(x), 1);
 }
 
-// ---- reductions (lanes in a fixed order) ---------------------------------------------------------------
+// ---- reductions (lanes in a fixed order)
+// ---------------------------------------------------------------
 
 template <class V> FF_INLINE double horizontal_sum(V v) {
   double s = 0;
@@ -237,13 +271,14 @@ template <class V> FF_INLINE double horizontal_max(V v) {
   return m;
 }
 
-// ---- exponential ------------------------------------------------------------------------------------------
+// ---- exponential
+// ------------------------------------------------------------------------------------------
 //
 // 2^(x·c) for x·c <= 120, where c = log2(e)/T. With a table of 2^(j/8) in one register (2^(j/16) in
 // 64 bytes) x·c = n + j/8 + f/8, |f| <= 1/2: a short polynomial in f, the table entry by a permute,
-// 2^n by exponent bits. Without a register permute (baseline): n + f and a longer polynomial. Value at
-// x = 0 exactly 1. `floor` is the x at which n = -127: there and below the result is exactly 0 and x
-// counts as `floor`, so that 0·x stays 0 for x = -inf. NaN stays NaN. On return x is clamped.
+// 2^n by exponent bits. Without a register permute (baseline): n + f and a longer polynomial. Value
+// at x = 0 exactly 1. `floor` is the x at which n = -127: there and below the result is exactly 0
+// and x counts as `floor`, so that 0·x stays 0 for x = -inf. NaN stays NaN. On return x is clamped.
 //
 //   precision                       relative error: largest, RMS   (table 8; table 16; none)
 //   full: float32, all statistics   1.6e-7, 4.3e-8;   1.6e-7, 4.4e-8;   7.9e-8, 2.7e-8
@@ -300,7 +335,8 @@ FF_INLINE void exp_scaled(VecF (&x)[K], VecF (&e)[K], double scale, VecF floor) 
     const VecF f = fma(x[i], c, magic - k);
     constexpr bool kLong = kPrecision == Precision::full;
     VecF p = splat<VecF>(kLong ? kFull[5] : kHalf[3]);
-    for (int j = kLong ? 4 : 2; j >= 0; --j) p = fma(p, f, splat<VecF>(kLong ? kFull[j] : kHalf[j]));
+    for (int j = kLong ? 4 : 2; j >= 0; --j)
+      p = fma(p, f, splat<VecF>(kLong ? kFull[j] : kHalf[j]));
     e[i] = fma(p, f, splat<VecF>(1)) * (VecF)((VecI)((VecU)k << 23) + 0x3f800000);
   }
 #endif
@@ -311,11 +347,12 @@ template <Precision kPrecision, int K>
 FF_INLINE void exp_scaled(VecD (&x)[K], VecD (&e)[K], double scale, VecD floor) {
   const VecD c = splat<VecD>(scale);
   const VecD magic = splat<VecD>(0x1.8p52);
-  constexpr double kSeries[] = {  // ln(2)^i / i!
-      0x1.62e42fefa39efp-1,  0x1.ebfbdff82c58fp-3,  0x1.c6b08d704a0c0p-5,  0x1.3b2ab6fba4e77p-7,
-      0x1.5d87fe78a6731p-10, 0x1.430912f86c787p-13, 0x1.ffcbfc588b0c7p-17, 0x1.62c0223a5c824p-20,
-      0x1.b5253d395e7c4p-24, 0x1.e4cf5158b8ecap-28, 0x1.e8cac7351bb25p-32, 0x1.c3bd650fc2986p-36,
-      0x1.816193166d0f9p-40};
+  constexpr double kSeries[] = {// ln(2)^i / i!
+                                0x1.62e42fefa39efp-1,  0x1.ebfbdff82c58fp-3,  0x1.c6b08d704a0c0p-5,
+                                0x1.3b2ab6fba4e77p-7,  0x1.5d87fe78a6731p-10, 0x1.430912f86c787p-13,
+                                0x1.ffcbfc588b0c7p-17, 0x1.62c0223a5c824p-20, 0x1.b5253d395e7c4p-24,
+                                0x1.e4cf5158b8ecap-28, 0x1.e8cac7351bb25p-32, 0x1.c3bd650fc2986p-36,
+                                0x1.816193166d0f9p-40};
   for (int i = 0; i < K; ++i) {
     x[i] = max(floor, x[i]);
     const VecD k = fma(x[i], c, magic), f = fma(x[i], c, magic - k);

@@ -42,11 +42,15 @@ template <class T>
 void write_gradient(const T* z, T* out, int64_t vocab, const RowGradient& g, bool entropy,
                     bool stream) {
   if (entropy) {
-    if (stream) row_gradient<T, true, true>(z, out, vocab, g);
-    else row_gradient<T, true, false>(z, out, vocab, g);
+    if (stream)
+      row_gradient<T, true, true>(z, out, vocab, g);
+    else
+      row_gradient<T, true, false>(z, out, vocab, g);
   } else {
-    if (stream) row_gradient<T, false, true>(z, out, vocab, g);
-    else row_gradient<T, false, false>(z, out, vocab, g);
+    if (stream)
+      row_gradient<T, false, true>(z, out, vocab, g);
+    else
+      row_gradient<T, false, false>(z, out, vocab, g);
   }
 }
 
@@ -149,8 +153,10 @@ template <class T> void cross_entropy_t(const CrossEntropy& a) {
           }
         }
       }
-      if (a.reduction != Reduction::none) a.row_loss[r] = loss;
-      else if (a.loss) a.loss.set(r, loss);
+      if (a.reduction != Reduction::none)
+        a.row_loss[r] = loss;
+      else if (a.loss)
+        a.loss.set(r, loss);
     }
     if (stream) stream_fence();
   });
@@ -161,9 +167,9 @@ template <class T> void cross_entropy_t(const CrossEntropy& a) {
   }
 }
 
-template <class Args> void by_dtype(const Args& a, void (*f32_f)(const Args&),
-                                    void (*bf16_f)(const Args&), void (*f16_f)(const Args&),
-                                    void (*f64_f)(const Args&)) {
+template <class Args>
+void by_dtype(const Args& a, void (*f32_f)(const Args&), void (*bf16_f)(const Args&),
+              void (*f16_f)(const Args&), void (*f64_f)(const Args&)) {
   switch (a.shape.dtype) {
     case DType::f32: return f32_f(a);
     case DType::bf16: return bf16_f(a);
@@ -173,8 +179,8 @@ template <class Args> void by_dtype(const Args& a, void (*f32_f)(const Args&),
 }
 
 void token_logprobs(const TokenLogprobs& a) {
-  by_dtype<TokenLogprobs>(a, token_logprobs_t<float>, token_logprobs_t<bf16>,
-                          token_logprobs_t<f16>, token_logprobs_t<double>);
+  by_dtype<TokenLogprobs>(a, token_logprobs_t<float>, token_logprobs_t<bf16>, token_logprobs_t<f16>,
+                          token_logprobs_t<double>);
 }
 void token_logprobs_backward(const TokenLogprobsBackward& a) {
   by_dtype<TokenLogprobsBackward>(a, token_logprobs_backward_t<float>,
@@ -195,7 +201,9 @@ int64_t first_bad_target(const Indices& targets, int64_t rows, int64_t vocab,
   return -1;
 }
 
-struct Span { int64_t begin, end; };
+struct Span {
+  int64_t begin, end;
+};
 template <class Args> Span segment(const Args& a, int64_t i) {
   if (a.offsets.data == nullptr) return {i * a.length, (i + 1) * a.length};
   return {a.offsets[i], a.offsets[i + 1]};
@@ -237,7 +245,7 @@ void sequence_sums_backward(const SequenceSumsBackward& a) {
 }  // namespace
 
 const LogprobsKernels& logprobs_kernels() {
-  static constexpr LogprobsKernels kernels{first_bad_target,       token_logprobs,
+  static constexpr LogprobsKernels kernels{first_bad_target,        token_logprobs,
                                            token_logprobs_backward, cross_entropy,
                                            sequence_sums,           sequence_sums_backward};
   return kernels;

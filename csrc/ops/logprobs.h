@@ -6,7 +6,8 @@
 namespace finefuse {
 
 // Rows of `vocab` contiguous elements; row r starts at
-// (r / inner)·outer_stride + (r % inner)·inner_stride elements, so that logits[:, :-1] needs no copy.
+// (r / inner)·outer_stride + (r % inner)·inner_stride elements, so that logits[:, :-1] needs no
+// copy.
 struct LogitRows {
   void* data;
   int64_t inner, outer_stride, inner_stride;
@@ -25,7 +26,8 @@ struct TokenLogprobs {
   int64_t ignore_index;
   double temperature;
   Reals logprobs, entropy, lse;  // (rows,); entropy and lse may be absent
-  double *lse64, *entropy64;     // (rows,) for the backward; may be absent; entropy64 only with entropy
+  double *lse64,
+      *entropy64;  // (rows,) for the backward; may be absent; entropy64 only with entropy
   int threads;
 };
 
@@ -52,7 +54,7 @@ struct CrossEntropy {
   Reduction reduction;
   Reals loss;        // (rows,) or one; may be absent
   double* row_loss;  // (rows,) scratch, for sum and mean
-  Reals upstream;    // (rows,) w; absent: `scale`, for mean divided by the number of rows not ignored
+  Reals upstream;  // (rows,) w; absent: `scale`, for mean divided by the number of rows not ignored
   double scale;
   int threads;
 };

@@ -16,10 +16,10 @@ struct Preference {
   PreferenceLoss loss;
   double beta, label_smoothing;
   Reduction reduction;
-  Reals out;                                      // (pairs,) for none, else one
+  Reals out;                                        // (pairs,) for none, else one
   Reals chosen_rewards, rejected_rewards, margins;  // (pairs,)
-  Reals accuracy;                                 // one: the share of pairs with a positive margin
-  Reals d_chosen, d_rejected;                     // (pairs,) d out / d chosen, d rejected
+  Reals accuracy;              // one: the share of pairs with a positive margin
+  Reals d_chosen, d_rejected;  // (pairs,) d out / d chosen, d rejected
 };
 
 struct PreferenceKernels {

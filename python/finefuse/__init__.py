@@ -15,26 +15,23 @@ from typing import Any
 
 __version__ = _version("finefuse")
 
-_TORCH_NAMES = (
+__all__ = [
     "PreferenceOutput",
     "cross_entropy",
     "preference_loss",
     "preference_loss_from_logits",
     "sequence_logprobs",
     "token_logprobs",
-)
+]
 
 if _find_spec("torch") is not None:
     # torch first: whichever OpenMP runtime loads first serves both.
     from .logprobs import cross_entropy, sequence_logprobs, token_logprobs
     from .preference import PreferenceOutput, preference_loss, preference_loss_from_logits
-
-    __all__ = [*_TORCH_NAMES]
 else:
-    __all__ = []
 
     def __getattr__(name: str) -> Any:
-        if name in _TORCH_NAMES:
+        if name in __all__:
             raise ImportError(
                 f"finefuse.{name} works on torch tensors and torch is not installed: "
                 "pip install 'torch>=2.6'"

@@ -54,7 +54,7 @@ _modes = torch._C._len_torch_dispatch_stack
 _is_wrapped = torch._is_functional_tensor
 
 
-# ---- registration ----------------------------------------------------------------------------------
+# ---- registration ------------------------------------------------------------------------------
 
 
 class _NoGradient(torch.autograd.Function):
@@ -73,9 +73,7 @@ class _NoGradient(torch.autograd.Function):
         )
 
 
-def raw_op(
-    schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]
-) -> Callable[..., Any]:
+def raw_op(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Register an op without autograd (see the module's docstring); call it with all arguments in order."""
     match = re.fullmatch(r"(\w+)\((.*)\) -> (.*)", schema)
     assert match, schema
@@ -121,9 +119,11 @@ def raw_op(
 
     default = register(name, schema, cpu)
     if not floats:
-        return default  # type: ignore[no-any-return]
+        return default
     tensors = [f"Tensor {a[6:]}" if a.startswith("float ") else a for a in parsed]
-    tensor = register(f"{name}.tensor", f"{name}.tensor({', '.join(tensors)}) -> {returns}", cpu_tensor)
+    tensor = register(
+        f"{name}.tensor", f"{name}.tensor({', '.join(tensors)}) -> {returns}", cpu_tensor
+    )
     first_float = floats[0]
 
     def call(*args: Any) -> Any:
@@ -145,11 +145,10 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         with torch.no_grad():
             outputs = backward(ctx, *grads)
         several = outputs if isinstance(outputs, tuple) else (outputs,)
-        raising = torch._C._functions.DelayedError(
+        raising: Any = torch._C._functions.DelayedError(
             b"finefuse: this op is once_differentiable; its gradient has no gradient", len(several)
         )
-        marked = raising(*[o if o is None else o.detach().requires_grad_() for o in several])
-        return marked
+        return raising(*[o if o is None else o.detach().requires_grad_() for o in several])
 
     return wrapper
 
@@ -160,7 +159,7 @@ def composite(schema: str, function: Callable[..., Any]) -> None:
     _LIB.impl(schema.split("(")[0], function, "CompositeImplicitAutograd")
 
 
-# ---- arguments ---------------------------------------------------------------------------------------
+# ---- arguments ---------------------------------------------------------------------------------
 
 
 def scalar(name: str, value: Any) -> Any:
@@ -222,7 +221,9 @@ def float_tensor(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: a tensor, not {type(value).__name__}")
     if value.dtype not in DTYPES:
-        raise TypeError(f"{name}: dtype {value.dtype}; allowed: float32, bfloat16, float16, float64")
+        raise TypeError(
+            f"{name}: dtype {value.dtype}; allowed: float32, bfloat16, float16, float64"
+        )
     return value
 
 
@@ -248,7 +249,12 @@ def logit_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Layout]:
     rows rely on; whether the targets are in range is checked by the kernel.
     """
     shape, code = logits.shape, DTYPES.get(logits.dtype)
-    if code is None or targets.dtype not in INDEX_DTYPES or not shape or shape[:-1] != targets.shape:
+    if (
+        code is None
+        or targets.dtype not in INDEX_DTYPES
+        or not shape
+        or shape[:-1] != targets.shape
+    ):
         check_rows(logits, targets)
     vocab = shape[-1]
     if vocab == 0:
@@ -288,14 +294,16 @@ def check_rows(logits: Tensor, targets: Tensor) -> None:
         raise ValueError(f"logits: shape {tuple(shape)}; at least one class is needed")
 
 
-# ---- gradients in place ------------------------------------------------------------------------------------
+# ---- gradients in place ------------------------------------------------------------------------
 
 
 def gradient_buffer(logits: Tensor, inplace: bool) -> Tensor:
     """Where the gradient of the logits goes: fresh memory, or the logits' own (`inplace=True`)."""
     if not inplace or is_compiling():  # while compiling, Inductor plans the memory
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
-    if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
+    if any(
+        size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)
+    ):
         raise ValueError("inplace=True: the logits are expanded, their elements share memory")
     return logits.detach()
 
@@ -312,5 +320,6 @@ def _scale_cpu(x: Tensor, scale: Tensor) -> None:
 
 
 # x *= scale, skipped at 1: a gradient computed in the forward, met by its upstream gradient.
-SCALE_ = raw_op("scale_(Tensor(a!) x, Tensor scale) -> ()", cpu=_scale_cpu, fake=lambda x, scale: None)
-
+SCALE_ = raw_op(
+    "scale_(Tensor(a!) x, Tensor scale) -> ()", cpu=_scale_cpu, fake=lambda x, scale: None
+)

@@ -11,7 +11,6 @@ from torch import Tensor
 from . import _C
 from ._op import (
     REDUCTIONS,
-    raw_op,
     SCALE_,
     accumulator,
     check_rows,
@@ -25,6 +24,7 @@ from ._op import (
     is_compiling,
     logit_rows,
     once_differentiable,
+    raw_op,
     require,
     same_device,
     scalar,
@@ -35,7 +35,7 @@ _int32 = torch.int32
 _float64 = torch.float64
 
 
-# ---- token_logprobs: raw ops ---------------------------------------------------------------------------
+# ---- token_logprobs: raw ops -------------------------------------------------------------------
 
 
 def _forward_cpu(
@@ -51,7 +51,10 @@ def _forward_cpu(
     logprobs = torch.empty_like(targets, dtype=dtype)
     entropy = lse = saved = None
     if stats:
-        entropy, lse = torch.empty_like(targets, dtype=dtype), torch.empty_like(targets, dtype=dtype)
+        entropy, lse = (
+            torch.empty_like(targets, dtype=dtype),
+            torch.empty_like(targets, dtype=dtype),
+        )
     if keep:
         saved = _saved_like(targets, stats)
     _C.token_logprobs(
@@ -87,7 +90,9 @@ def _check_saved(saved: Tensor, targets: Tensor, stats: bool) -> None:
         )
 
 
-def _row_gradient(name: str, g: Tensor | None, targets: Tensor, dtype: torch.dtype) -> Tensor | None:
+def _row_gradient(
+    name: str, g: Tensor | None, targets: Tensor, dtype: torch.dtype
+) -> Tensor | None:
     """An upstream gradient, one number a row, as the kernel reads it."""
     if g is None:
         return None
@@ -155,7 +160,9 @@ def _forward_op(name: str, returns: str, stats: bool, keep: bool) -> Any:
 
 _INFERENCE = _forward_op("token_logprobs_inference", "Tensor", False, False)
 _FORWARD = _forward_op("token_logprobs_forward", "(Tensor, Tensor)", False, True)
-_STATS_INFERENCE = _forward_op("token_logprobs_stats_inference", "(Tensor, Tensor, Tensor)", True, False)
+_STATS_INFERENCE = _forward_op(
+    "token_logprobs_stats_inference", "(Tensor, Tensor, Tensor)", True, False
+)
 _STATS_FORWARD = _forward_op(
     "token_logprobs_stats_forward", "(Tensor, Tensor, Tensor, Tensor)", True, True
 )
@@ -167,7 +174,7 @@ _BACKWARD = raw_op(
 )
 
 
-# ---- token_logprobs: autograd and the public function ------------------------------------------------------
+# ---- token_logprobs: autograd and the public function ------------------------------------------
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -280,7 +287,7 @@ composite(
 )
 
 
-# ---- cross_entropy -----------------------------------------------------------------------------------------
+# ---- cross_entropy -----------------------------------------------------------------------------
 
 
 def _cross_entropy(
@@ -402,7 +409,7 @@ class _CrossEntropy(torch.autograd.Function):
             loss = _CE_FORWARD(logits, targets, *options)
         ctx.save_for_backward(logits, targets)
         ctx.options, ctx.inplace, ctx.spent = options, inplace, False
-        return loss  # type: ignore[no-any-return]
+        return loss
 
     @staticmethod
     @once_differentiable
@@ -466,8 +473,8 @@ def cross_entropy(
     label_smoothing = scalar("label_smoothing", label_smoothing)
     code = choice("reduction", reduction, REDUCTIONS)
     if torch.is_grad_enabled() and logits.requires_grad:
-        return _CrossEntropy.apply(logits, targets, label_smoothing, ignore_index, code, inplace)  # type: ignore[no-any-return]
-    return _CE_FORWARD(logits, targets, label_smoothing, ignore_index, code)  # type: ignore[no-any-return]
+        return _CrossEntropy.apply(logits, targets, label_smoothing, ignore_index, code, inplace)
+    return _CE_FORWARD(logits, targets, label_smoothing, ignore_index, code)
 
 
 composite(
@@ -477,7 +484,7 @@ composite(
 )
 
 
-# ---- sequence_logprobs ------------------------------------------------------------------------------------
+# ---- sequence_logprobs -------------------------------------------------------------------------
 
 
 def _segments(shape: Any, mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[list[int], int]:
@@ -566,7 +573,7 @@ class _SequenceLogprobs(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(mask, cu_seqlens)
         ctx.shape, ctx.average = token_lp.shape, average
-        return _SEQUENCE_FORWARD(token_lp, mask, cu_seqlens, average)  # type: ignore[no-any-return]
+        return _SEQUENCE_FORWARD(token_lp, mask, cu_seqlens, average)
 
     @staticmethod
     @once_differentiable
@@ -611,8 +618,8 @@ def sequence_logprobs(
     if mask is not None and mask.dtype is not torch.bool:
         mask = mask != 0
     if wants_gradient(token_lp):
-        return _SequenceLogprobs.apply(token_lp, mask, cu_seqlens, average)  # type: ignore[no-any-return]
-    return _SEQUENCE_FORWARD(token_lp, mask, cu_seqlens, average)  # type: ignore[no-any-return]
+        return _SequenceLogprobs.apply(token_lp, mask, cu_seqlens, average)
+    return _SEQUENCE_FORWARD(token_lp, mask, cu_seqlens, average)
 
 
 composite(

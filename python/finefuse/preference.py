@@ -12,12 +12,12 @@ from torch import Tensor
 from . import _C
 from ._op import (
     REDUCTIONS,
-    raw_op,
     choice,
     composite,
     float_tensor,
     index_tensor,
     once_differentiable,
+    raw_op,
     require,
     same_device,
     scalar,
@@ -46,7 +46,7 @@ class PreferenceOutput(NamedTuple):
     """The share of pairs with a positive margin, ()."""
 
 
-# ---- raw op ----------------------------------------------------------------------------------------------
+# ---- raw op ------------------------------------------------------------------------------------
 
 _Vectors = Sequence[Tensor | None]
 _VECTOR_NAMES = (
@@ -67,12 +67,15 @@ def _check(vectors: _Vectors) -> None:
         if vector.dtype is not chosen.dtype:
             raise TypeError(f"{name}: dtype {vector.dtype}; chosen has {chosen.dtype}")
         if vector.shape != chosen.shape:
-            raise ValueError(f"{name}: shape {tuple(vector.shape)}; chosen has {tuple(chosen.shape)}")
+            raise ValueError(
+                f"{name}: shape {tuple(vector.shape)}; chosen has {tuple(chosen.shape)}"
+            )
         same_device(name, vector, "chosen", chosen)
 
 
 def _forward_cpu(*args: Any) -> tuple[Tensor, ...]:
-    vectors, (beta, label_smoothing, loss, reduction) = args[:6], args[6:]
+    vectors: Any = args[:6]
+    beta, label_smoothing, loss, reduction = args[6:]
     _check(vectors)
     require(0.0 < beta < inf, "beta", beta, "positive and finite")
     require(0.0 <= label_smoothing < 1.0, "label_smoothing", label_smoothing, "0 to below 1")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -90,7 +92,7 @@ def sequence_logprobs(
 ) -> Array:
     """Sum or mean of each sequence's tokens that count."""
     if cu_seqlens is not None:
-        parts = [token_lp[a:b] for a, b in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)]
+        parts = [token_lp[a:b] for a, b in pairwise(cu_seqlens)]
     else:
         flat = token_lp.reshape(-1, token_lp.shape[-1])
         keep = np.ones(flat.shape, bool) if mask is None else mask.reshape(flat.shape)

@@ -18,9 +18,7 @@ def sigmoid(x: Array) -> Array:
     return np.exp(log_sigmoid(x))
 
 
-def pair_loss(
-    loss: str, w: Array, l: Array, beta: float, eps: float
-) -> tuple[Array, Array, Array]:
+def pair_loss(loss: str, w: Array, l: Array, beta: float, eps: float) -> tuple[Array, Array, Array]:
     """(value, d/dw, d/dl) per pair; w and l are the log-ratios, divided by length where wanted."""
     x = beta * (w - l)
     if loss == "sigmoid":
