@@ -487,7 +487,7 @@ def test_gradcheck(isa):
 
 def raw_calls(grad=False):
     logits, targets = make(4, 9)
-    saved = torch.zeros(2, 4, dtype=torch.float64)
+    saved = torch.zeros(3, 4, dtype=torch.float64)
     one, out = torch.ones(4), torch.empty(4, 9)
     t = torch.tensor(0.9)
     z = torch.tensor(0.1)
@@ -709,7 +709,7 @@ def test_target_out_of_range(bad, where):
     targets = torch.zeros(6, dtype=torch.long)
     targets[where] = bad
     out = torch.full((6, 7), 5.0)
-    saved = torch.zeros(6, dtype=torch.float64)
+    saved = torch.zeros(2, 6, dtype=torch.float64)
     message = rf"targets: element {where} is {bad}; allowed are 0 to 6 and ignore_index \(-100\)"
     for call in (
         lambda: ff.token_logprobs(logits, targets),

@@ -26,7 +26,6 @@ Indices indices(const Array& a, bool int32) {
   return {a.data, int32 ? IndexType::i32 : IndexType::i64};
 }
 double* doubles(const Array& a) { return static_cast<double*>(a.data); }
-double* second(const Array& a, int64_t rows) { return a.data ? doubles(a) + rows : nullptr; }
 
 void check_targets(const Indices& targets, const LogitsShape& shape, int64_t ignore_index) {
   const int64_t bad =
@@ -77,7 +76,6 @@ void token_logprobs(Array logits, Layout layout, Array targets, bool int32, int6
                        {entropy.data, wide},
                        {lse.data, wide},
                        doubles(saved),
-                       entropy.data ? second(saved, shape.rows) : nullptr,
                        threads});
 }
 
@@ -97,7 +95,6 @@ void token_logprobs_backward(Array logits, Layout layout, Array gradient, Layout
                                 ignore_index,
                                 temperature,
                                 doubles(saved),
-                                h.data ? second(saved, shape.rows) : nullptr,
                                 {g.data, wide},
                                 {h.data, wide},
                                 {l.data, wide},

@@ -12,13 +12,16 @@
 
 namespace finefuse::FF_ISA_NS {
 
-// ref        a logit at most T below the row's maximum
-// sum        Σ e^{(z - ref)/T}, so that lse(z/T) = ref/T + log(sum)
-// dot        Σ (z - ref) e^{(z - ref)/T}    (kEntropy), so that H = log(sum) - dot/(sum·T)
+// ref        a logit at most T below the row's maximum, and the maximum where one stands out
+// excess     Σ e^{(z - ref)/T} - 1, so that lse(z/T) = ref/T + log1p(excess); kept without the 1 of
+// ref's
+//            own term, log-probabilities and entropies near 0 have all their digits
+// dot        Σ (z - ref) e^{(z - ref)/T}    (kEntropy), so that H = log1p(excess) - dot/(sum·T)
 // logit_sum  Σ z                            (kLogitSum), for label smoothing
 // Accumulated in float per block and lane, then in double (all double for double).
 struct RowStats {
-  double ref, sum, dot, logit_sum;
+  double ref, excess, dot, logit_sum;
+  double sum() const { return 1.0 + excess; }
 };
 
 namespace detail {
@@ -46,21 +49,27 @@ template <class T> FF_INLINE double block_top(const T* z, int64_t n) {
   return horizontal_max(max(top[0], top[1]));
 }
 
-// The sums of one block relative to `ref`, in `stats`. What an addition rounds away is collected in
-// a second accumulator: beside a term of 1 the many small ones are not lost.
+// The sums of one block relative to `ref`. What an addition rounds away goes to a second
+// accumulator; the first starts at 4, larger than any term (the block counts only if no logit is
+// more than T above ref, so e <= 2.72), and so the part lost is exact: beside a term of 1 the many
+// small ones survive.
+struct BlockSums {
+  double top, high, low, dot, logit_sum;  // Σ e = high + low
+};
+
 template <class T, bool kEntropy, bool kLogitSum>
-FF_INLINE void add_block(const T* z, int64_t n, double ref, double c, double floor, double* top,
-                         RowStats* stats) {
+FF_INLINE void add_block(const T* z, int64_t n, double ref, double c, double floor,
+                         BlockSums* sums) {
   using V = Vec<T>;
   constexpr int N = kLanes<T>;
   const double minus_inf = -__builtin_inf();
   const V vref = splat<V>(ref), vfloor = splat<V>(floor);
-  V vtop = splat<V>(minus_inf), vsum = {}, vlost = {}, vdot = {}, vlogits = {};
+  V vtop = splat<V>(minus_inf), vsum = splat<V>(4), vlost = {}, vdot = {}, vlogits = {};
   const auto add = [&]<int K>(V(&x)[K]) __attribute__((always_inline)) {
     V e[K];
     for (int u = 0; u < K; ++u) vtop = max(x[u], vtop);
     for (int u = 0; u < K; ++u) x[u] -= vref;
-    exp_scaled<Precision::full>(x, e, c, vfloor);
+    exp_scaled<kEntropy ? Precision::exact : Precision::full>(x, e, c, vfloor);
     for (int u = 0; u < K; ++u) {
       const V sum = vsum + e[u];
       vlost += e[u] - (sum - vsum);
@@ -75,54 +84,58 @@ FF_INLINE void add_block(const T* z, int64_t n, double ref, double c, double flo
     V x[kUnroll];
     for (int u = 0; u < kUnroll; u += 2) load_pair(z + i + u * N, x + u);
     if constexpr (kLogitSum) {
-      for (int u = 0; u < kUnroll; ++u) vlogits += x[u];
+      for (int u = 0; u < kUnroll; ++u) vlogits += x[u] - vref;
     }
     add(x);
   }
   for (; i < n; i += N) {
     const int k = n - i < N ? static_cast<int>(n - i) : N;
-    if constexpr (kLogitSum) vlogits += load_partial(z + i, k, 0.0);
+    if constexpr (kLogitSum) vlogits += load_partial(z + i, k, ref) - vref;
     V x[1] = {load_partial(z + i, k, minus_inf)};
     add(x);
   }
-  *top = horizontal_max(vtop);
-  stats->sum = horizontal_sum(vsum) + horizontal_sum(vlost);
-  stats->dot = kEntropy ? horizontal_sum(vdot) : 0.0;
-  stats->logit_sum = kLogitSum ? horizontal_sum(vlogits) : 0.0;
+  sums->top = horizontal_max(vtop);
+  sums->high = horizontal_sum(vsum - splat<V>(4));
+  sums->low = horizontal_sum(vlost);
+  sums->dot = kEntropy ? horizontal_sum(vdot) : 0.0;
+  sums->logit_sum = kLogitSum ? horizontal_sum(vlogits) + ref * static_cast<double>(n) : 0.0;
 }
 
 }  // namespace detail
 
 // One pass. `ref` is the maximum of the first block and stays there unless a later block rises more
 // than T above it; only then is that block (still in cache) done again and what was summed so far
-// rescaled. So ref is the row's exact maximum where one logit stands out, and the terms around it,
-// e^0 = 1, are exact: log-probabilities and entropies near 0 keep their digits.
+// rescaled. So ref always has a term of its own in the sum, e^0 = 1 exactly.
 template <class T, bool kEntropy, bool kLogitSum>
 inline RowStats row_stats(const T* z, int64_t n, double temperature) {
   using detail::kBlock;
   using A = Accumulator<T>;
   const double c = detail::kLog2e / temperature, floor = exp_floor<A>(c);
   const double minus_inf = -__builtin_inf();
-  RowStats total{minus_inf, 0.0, 0.0, 0.0}, block{};
+  RowStats total{minus_inf, -1.0, 0.0, 0.0};  // an empty sum
+  detail::BlockSums block{};
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t count = n - i < kBlock ? n - i : kBlock;
-    double ref = total.ref, top;
+    double ref = total.ref;
     if (ref == minus_inf) ref = detail::block_top(z + i, count);  // only -inf before
     const double usable = ref == minus_inf ? 0.0 : ref;           // -inf - 0: e = 0; NaN stays NaN
-    detail::add_block<T, kEntropy, kLogitSum>(z + i, count, usable, c, floor, &top, &block);
-    if (top > ref + temperature) {
-      ref = top;
-      detail::add_block<T, kEntropy, kLogitSum>(z + i, count, ref, c, floor, &top, &block);
+    detail::add_block<T, kEntropy, kLogitSum>(z + i, count, usable, c, floor, &block);
+    if (block.top > ref + temperature) {
+      ref = block.top;
+      detail::add_block<T, kEntropy, kLogitSum>(z + i, count, ref, c, floor, &block);
     }
     if (ref != total.ref) {
+      double before = total.sum();  // 0, or NaN, where there was only -inf
       if (total.ref != minus_inf) {
         const double shift = total.ref - ref, scale = exp(shift / temperature);
-        total.dot = scale * (total.dot + shift * total.sum);
-        total.sum *= scale;
+        total.dot = scale * (total.dot + shift * before);
+        before *= scale;
       }
+      total.excess = before;
       total.ref = ref;
+      block.high -= 1.0;
     }
-    total.sum += block.sum;
+    total.excess += block.high + block.low;
     total.dot += block.dot;
     total.logit_sum += block.logit_sum;
   }

@@ -55,37 +55,40 @@ void write_gradient(const T* z, T* out, int64_t vocab, const RowGradient& g, boo
 }
 
 template <class T> void token_logprobs_t(const TokenLogprobs& a) {
-  const int64_t vocab = a.shape.vocab;
+  const int64_t rows = a.shape.rows, vocab = a.shape.vocab;
   const double inverse_t = 1.0 / a.temperature;
-  parallel_for(a.shape.rows, vocab * sizeof(T), a.threads, [&](int64_t begin, int64_t end) {
+  parallel_for(rows, vocab * sizeof(T), a.threads, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t y = a.targets[r];
-      double logp = 0.0, lse = 0.0, entropy = 0.0;
+      double logp = 0.0, lse = 0.0, entropy = 0.0, ref = 0.0, log_sum = 0.0;
       if (y != a.ignore_index) {
         const T* z = row<T>(a.logits, r);
         const RowStats s = a.entropy ? row_stats<T, true, false>(z, vocab, a.temperature)
                                      : row_stats<T, false, false>(z, vocab, a.temperature);
-        const double log_sum = log(s.sum);
-        lse = s.ref * inverse_t + log_sum;
-        logp = (load_scalar(z + y) - s.ref) * inverse_t - log_sum;
-        if (s.ref == -__builtin_inf()) logp = __builtin_nan("");  // every logit is -inf
-        entropy = log_sum - s.dot * inverse_t / s.sum;
+        ref = s.ref;
+        log_sum = log1p(s.excess);
+        lse = ref * inverse_t + log_sum;
+        logp = (load_scalar(z + y) - ref) * inverse_t - log_sum;  // all -inf: -inf + inf, NaN
+        entropy = log_sum - s.dot * inverse_t / s.sum();
       }
       a.logprobs.set(r, logp);
-      if (a.lse64 != nullptr) a.lse64[r] = lse;
-      if (a.entropy64 != nullptr) a.entropy64[r] = entropy;
       if (a.lse) a.lse.set(r, lse);
       if (a.entropy) a.entropy.set(r, entropy);
+      if (a.saved != nullptr) {
+        a.saved[r] = ref;
+        a.saved[rows + r] = log_sum;
+        if (a.entropy) a.saved[2 * rows + r] = entropy;
+      }
     }
   });
 }
 
 template <class T> void token_logprobs_backward_t(const TokenLogprobsBackward& a) {
-  const int64_t vocab = a.shape.vocab;
+  const int64_t rows = a.shape.rows, vocab = a.shape.vocab;
   const double t = a.temperature, inverse_t = 1.0 / t;
   const bool stream = streams<T>(a.gradient, a.logits, a.shape);
   advise(a.gradient, a.logits, a.shape, sizeof(T));
-  parallel_for(a.shape.rows, 2 * vocab * sizeof(T), a.threads, [&](int64_t begin, int64_t end) {
+  parallel_for(rows, 2 * vocab * sizeof(T), a.threads, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t y = a.targets[r];
       T* out = row<T>(a.gradient, r);
@@ -95,16 +98,12 @@ template <class T> void token_logprobs_backward_t(const TokenLogprobsBackward& a
         continue;
       }
       const T* z = row<T>(a.logits, r);
-      // log p = d/T + rest, with ref the representable number next to T·lse; the target's own logit
-      // where it carries most of the probability, so that 1 - p keeps its digits.
-      const double lse = a.lse64[r], entropy = h != 0.0 ? a.entropy64[r] : 0.0;
-      const double zy = load_scalar(z + y);
-      const bool likely = fabs(zy * inverse_t - lse) < 0.7;
-      const double ref = likely ? zy : static_cast<double>(static_cast<Accumulator<T>>(t * lse));
-      const double rest = ref * inverse_t - lse, p_scale = exp(rest) * inverse_t;
-      const double logp = (zy - ref) * inverse_t + rest;
+      const double ref = a.saved[r], log_sum = a.saved[rows + r];
+      const double entropy = h != 0.0 ? a.saved[2 * rows + r] : 0.0;
+      const double p_scale = exp(-log_sum) * inverse_t;
+      const double logp = (load_scalar(z + y) - ref) * inverse_t - log_sum;
       const double p = exp(logp), plogp = p == 0.0 ? 0.0 : p * (logp + entropy);
-      const RowGradient coefficients{ref, t, p_scale * (l - g - h * (rest + entropy)),
+      const RowGradient coefficients{ref, t, p_scale * (l - g - h * (entropy - log_sum)),
                                      -h * p_scale * inverse_t, 0.0};
       write_gradient<T>(z, out, vocab, coefficients, h != 0.0, stream);
       store_scalar(out + y, inverse_t * (-g * expm1(logp) - h * plogp + l * p));
@@ -134,9 +133,8 @@ template <class T> void cross_entropy_t(const CrossEntropy& a) {
         const T* z = row<T>(a.logits, r);
         const RowStats s = eps != 0.0 ? row_stats<T, false, true>(z, vocab, 1.0)
                                       : row_stats<T, false, false>(z, vocab, 1.0);
-        const double log_sum = log(s.sum), zy = load_scalar(z + y);
-        double logp = zy - s.ref - log_sum;
-        if (s.ref == -__builtin_inf()) logp = __builtin_nan("");
+        const double log_sum = log1p(s.excess);
+        const double logp = load_scalar(z + y) - s.ref - log_sum;  // all -inf: -inf + inf, NaN
         loss = -logp;
         if (eps != 0.0) {
           loss = (1.0 - eps) * loss +
@@ -147,7 +145,7 @@ template <class T> void cross_entropy_t(const CrossEntropy& a) {
           if (w == 0.0) {
             row_zero(out, vocab);
           } else {
-            const RowGradient coefficients{s.ref, 1.0, w / s.sum, 0.0, -w * offset};
+            const RowGradient coefficients{s.ref, 1.0, w / s.sum(), 0.0, -w * offset};
             write_gradient<T>(z, out, vocab, coefficients, false, stream);
             store_scalar(out + y, w * (expm1(logp) + eps - offset));
           }

@@ -26,8 +26,8 @@ struct TokenLogprobs {
   int64_t ignore_index;
   double temperature;
   Reals logprobs, entropy, lse;  // (rows,); entropy and lse may be absent
-  double *lse64,
-      *entropy64;  // (rows,) for the backward; may be absent; entropy64 only with entropy
+  double*
+      saved;  // (2, rows): ref and log-sum for the backward; (3, rows) with entropy; may be absent
   int threads;
 };
 
@@ -38,8 +38,8 @@ struct TokenLogprobsBackward {
   Indices targets;
   int64_t ignore_index;
   double temperature;
-  const double *lse64, *entropy64;
-  Reals g, h, l;  // (rows,), each may be absent
+  const double* saved;  // what the forward left; (3, rows) where h is there
+  Reals g, h, l;        // (rows,), each may be absent
   int threads;
 };
 

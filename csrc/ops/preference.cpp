@@ -14,7 +14,6 @@ namespace {
 struct Dual {
   double v, w, l;
 };
-Dual operator+(Dual a, Dual b) { return {a.v + b.v, a.w + b.w, a.l + b.l}; }
 Dual operator-(Dual a, Dual b) { return {a.v - b.v, a.w - b.w, a.l - b.l}; }
 Dual operator-(Dual a) { return {-a.v, -a.w, -a.l}; }
 Dual operator*(double s, Dual a) { return {s * a.v, s * a.w, s * a.l}; }

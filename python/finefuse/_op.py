@@ -95,24 +95,25 @@ def raw_op(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Ca
         op = getattr(getattr(torch.ops.finefuse, name), "tensor" if "." in overload else "default")
 
         def below(*args: Any) -> Any:
-            # Plain CPU tensors and no mode watching: what the dispatcher would do, 4 us sooner.
-            first = args[0]
-            if type(first) is Tensor and first.is_cpu and not _modes() and not _is_wrapped(first):
-                return kernel(*args)
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*args)
 
         def autograd(*args: Any) -> Any:
-            if _grad_enabled():
-                for a in args:
-                    if isinstance(a, Tensor) and a.requires_grad:
+            grad = _grad_enabled()
+            # Plain CPU tensors and no mode watching: call what the dispatcher would, 4 us sooner.
+            plain = not _modes() and not _is_wrapped(args[0])
+            for a in args:
+                if isinstance(a, Tensor):
+                    if grad and a.requires_grad:
                         if not mutates:
                             return _NoGradient.apply(name, below, *args)
                         raise RuntimeError(
                             f"finefuse::{name} is a raw op that writes into an argument and has no "
                             "gradient; call finefuse's public function, which has"
                         )
-            return below(*args)
+                    if type(a) is not Tensor or not a.is_cpu:
+                        plain = False
+            return kernel(*args) if plain else below(*args)
 
         _LIB.impl(overload, autograd, "Autograd")
         return op

@@ -76,14 +76,12 @@ def _forward_fake(logits: Tensor, targets: Tensor, stats: bool, keep: bool) -> A
 
 
 def _saved_like(targets: Tensor, stats: bool) -> Tensor:
-    """What the backward reads: lse of each row in float64, with stats the entropy behind it."""
-    if stats:
-        return targets.new_empty((2, *targets.shape), dtype=_float64)
-    return torch.empty_like(targets, dtype=_float64, memory_format=torch.contiguous_format)
+    """What the backward reads of each row: its reference logit, log-sum and, with stats, entropy."""
+    return targets.new_empty((3 if stats else 2, *targets.shape), dtype=_float64)
 
 
-def _check_saved(saved: Tensor, targets: Tensor, stats: bool) -> None:
-    shape = (2, *targets.shape) if stats else tuple(targets.shape)
+def _check_saved(saved: Tensor, targets: Tensor, entropy: bool) -> None:
+    shape = (3 if entropy or len(saved) == 3 else 2, *targets.shape)
     if tuple(saved.shape) != shape or saved.dtype is not _float64 or not saved.is_contiguous():
         raise ValueError(
             f"saved: {tuple(saved.shape)} {saved.dtype}; allowed: {shape} float64, contiguous"
@@ -133,9 +131,7 @@ def _backward_cpu(
 ) -> None:
     rows, layout, out_rows, out_layout = _gradient_rows(logits, targets, out)
     require(0.0 < temperature < inf, "temperature", temperature, "positive and finite")
-    _check_saved(saved, targets, stats=saved.ndim > targets.ndim)
-    if h is not None:
-        _check_saved(saved, targets, stats=True)
+    _check_saved(saved, targets, entropy=h is not None)
     dtype = accumulator(logits.dtype)
     targets = targets.contiguous()
     _C.token_logprobs_backward(

@@ -11,10 +11,14 @@ Array = NDArray[np.float64]
 
 
 def log_softmax(z: Array) -> Array:
-    """z - lse(z) along the last axis; a row that is all -inf gives NaN."""
+    """z - lse(z) of one row; a row that is all -inf gives NaN.
+
+    The maximum's own term, 1, is kept out of the sum (log1p), or an entropy of 1e-17 would be lost.
+    """
     with np.errstate(invalid="ignore", divide="ignore"):
-        d = z - z.max(axis=-1, keepdims=True)
-        return np.asarray(d - np.log(np.exp(d).sum(axis=-1, keepdims=True)))
+        top = int(np.argmax(z))  # NaN counts as the largest
+        d = z - z[top]
+        return np.asarray(d - np.log1p(np.exp(np.delete(d, top)).sum()))
 
 
 def token_logprobs(
