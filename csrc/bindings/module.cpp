@@ -162,8 +162,7 @@ void sequence_sums_backward(Array gradient, bool wide, Array mask, Array offsets
 void preference(Array chosen, Array rejected, Array ref_chosen, Array ref_rejected,
                 Array chosen_lengths, Array rejected_lengths, bool wide, int64_t pairs, int loss,
                 double beta, double label_smoothing, int reduction, Array out, Array chosen_rewards,
-                Array rejected_rewards, Array margins, Array accuracy, Array d_chosen,
-                Array d_rejected) {
+                Array rejected_rewards, Array margins, Array accuracy, Array gradient) {
   const auto reals = [wide](const Array& a) { return Reals{a.data, wide}; };
   py::gil_scoped_release nogil;
   check_lengths("chosen_lengths", reals(chosen_lengths), pairs);
@@ -173,8 +172,7 @@ void preference(Array chosen, Array rejected, Array ref_chosen, Array ref_reject
                    reals(chosen_lengths), reals(rejected_lengths),
                    static_cast<PreferenceLoss>(loss), beta, label_smoothing,
                    static_cast<Reduction>(reduction), reals(out), reals(chosen_rewards),
-                   reals(rejected_rewards), reals(margins), reals(accuracy), reals(d_chosen),
-                   reals(d_rejected)});
+                   reals(rejected_rewards), reals(margins), reals(accuracy), reals(gradient)});
 }
 
 std::string set_isa_by_name(const std::string& name) {

@@ -69,8 +69,8 @@ void preference(const Preference& a) {
     total += loss.v;
     won += r_w > r_l;
     if (a.reduction == Reduction::none) a.out.set(i, loss.v);
-    a.d_chosen.set(i, scale * loss.w);
-    a.d_rejected.set(i, scale * loss.l);
+    a.gradient.set(i, scale * loss.w);
+    a.gradient.set(a.pairs + i, scale * loss.l);
     a.chosen_rewards.set(i, a.beta * r_w);
     a.rejected_rewards.set(i, a.beta * r_l);
     a.margins.set(i, a.beta * (r_w - r_l));

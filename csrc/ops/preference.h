@@ -18,8 +18,8 @@ struct Preference {
   Reduction reduction;
   Reals out;                                        // (pairs,) for none, else one
   Reals chosen_rewards, rejected_rewards, margins;  // (pairs,)
-  Reals accuracy;              // one: the share of pairs with a positive margin
-  Reals d_chosen, d_rejected;  // (pairs,) d out / d chosen, d rejected
+  Reals accuracy;  // one: the share of pairs with a positive margin
+  Reals gradient;  // (2, pairs): d out / d chosen, d out / d rejected
 };
 
 struct PreferenceKernels {

@@ -52,6 +52,8 @@ get_num_threads = torch.get_num_threads
 _grad_enabled = torch.is_grad_enabled
 _modes = torch._C._len_torch_dispatch_stack
 _is_wrapped = torch._is_functional_tensor
+_transforms = torch._C._are_functorch_transforms_active
+_profiling = torch._C._autograd._profiler_enabled
 
 
 # ---- registration ------------------------------------------------------------------------------
@@ -99,38 +101,54 @@ def raw_op(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Ca
                 return op(*args)
 
         def autograd(*args: Any) -> Any:
-            grad = _grad_enabled()
-            # Plain CPU tensors and no mode watching: call what the dispatcher would, 4 us sooner.
-            plain = not _modes() and not _is_wrapped(args[0])
-            for a in args:
-                if isinstance(a, Tensor):
-                    if grad and a.requires_grad:
-                        if not mutates:
-                            return _NoGradient.apply(name, below, *args)
-                        raise RuntimeError(
-                            f"finefuse::{name} is a raw op that writes into an argument and has no "
-                            "gradient; call finefuse's public function, which has"
-                        )
-                    if type(a) is not Tensor or not a.is_cpu:
-                        plain = False
-            return kernel(*args) if plain else below(*args)
+            if _plain(args):
+                return kernel(*args)
+            if _grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+                if not mutates:
+                    return _NoGradient.apply(name, below, *args)
+                raise RuntimeError(
+                    f"finefuse::{name} is a raw op that writes into an argument and has no gradient; "
+                    "call finefuse's public function, which has"
+                )
+            return below(*args)
 
         _LIB.impl(overload, autograd, "Autograd")
         return op
 
-    default = register(name, schema, cpu)
-    if not floats:
-        return default
-    tensors = [f"Tensor {a[6:]}" if a.startswith("float ") else a for a in parsed]
-    tensor = register(
-        f"{name}.tensor", f"{name}.tensor({', '.join(tensors)}) -> {returns}", cpu_tensor
-    )
-    first_float = floats[0]
+    default = tensor = register(name, schema, cpu)
+    first_float = floats[0] if floats else None
+    if floats:
+        tensors = [f"Tensor {a[6:]}" if a.startswith("float ") else a for a in parsed]
+        tensor = register(
+            f"{name}.tensor", f"{name}.tensor({', '.join(tensors)}) -> {returns}", cpu_tensor
+        )
 
     def call(*args: Any) -> Any:
-        return default(*args) if type(args[first_float]) is float else tensor(*args)
+        if not is_compiling():
+            if _plain(args):
+                return cpu(*args)
+            return default(*args)
+        if first_float is not None and type(args[first_float]) is not float:
+            return tensor(*args)
+        return default(*args)
 
     return call
+
+
+def _plain(args: tuple[Any, ...]) -> bool:
+    """Ordinary CPU tensors, no gradient wanted of this op, and nobody watching.
+
+    Then the dispatcher would only look up the CPU function; called at once it is 5 us sooner.
+    """
+    if _modes() or _transforms() or _profiling():
+        return False
+    grad = _grad_enabled()
+    for a in args:
+        if isinstance(a, Tensor) and (
+            type(a) is not Tensor or not a.is_cpu or (grad and a.requires_grad) or _is_wrapped(a)
+        ):
+            return False
+    return True
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -169,6 +187,8 @@ def scalar(name: str, value: Any) -> Any:
     Takes a number or a 0-d tensor (on which nothing is ever specialised). Its range is checked by
     the raw op, where it is a float in both cases.
     """
+    if type(value) is float and not is_compiling():
+        return value
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name}: a number or a 0-d tensor, not of shape {tuple(value.shape)}")
@@ -178,8 +198,6 @@ def scalar(name: str, value: Any) -> Any:
         return value if is_compiling() else value.item()
     if is_compiling():
         return torch.ones((), dtype=torch.float64) * value
-    if type(value) is float:
-        return value
     try:
         return float(value)
     except (TypeError, ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from math import inf
 from typing import Any, Literal, overload
 
@@ -66,7 +67,9 @@ def _forward_cpu(
     return (logprobs, saved) if keep else logprobs
 
 
-def _forward_fake(logits: Tensor, targets: Tensor, stats: bool, keep: bool) -> Any:
+def _forward_fake(
+    logits: Tensor, targets: Tensor, temperature: Any, ignore_index: int, stats: bool, keep: bool
+) -> Any:
     check_rows(logits, targets)
     dtype = accumulator(logits.dtype)
     outputs = [targets.new_empty(targets.shape, dtype=dtype) for _ in range(3 if stats else 1)]
@@ -81,10 +84,17 @@ def _saved_like(targets: Tensor, stats: bool) -> Tensor:
 
 
 def _check_saved(saved: Tensor, targets: Tensor, entropy: bool) -> None:
-    shape = (3 if entropy or len(saved) == 3 else 2, *targets.shape)
-    if tuple(saved.shape) != shape or saved.dtype is not _float64 or not saved.is_contiguous():
+    """(2, …) or, with entropy, (3, …), as the forward returned it."""
+    shape, wanted = saved.shape, targets.shape
+    if (
+        shape[1:] != wanted
+        or not (shape[0] == 3 or (shape[0] == 2 and not entropy))
+        or saved.dtype is not _float64
+        or not saved.is_contiguous()
+    ):
         raise ValueError(
-            f"saved: {tuple(saved.shape)} {saved.dtype}; allowed: {shape} float64, contiguous"
+            f"saved: {tuple(shape)} {saved.dtype}; allowed: ({'3' if entropy else '2 or 3'}, "
+            f"*{tuple(wanted)}) float64, contiguous"
         )
 
 
@@ -96,6 +106,8 @@ def _row_gradient(
         return None
     if g.shape != targets.shape:
         raise ValueError(f"{name}: shape {tuple(g.shape)}; allowed: {tuple(targets.shape)}")
+    if g.dtype is dtype and g.is_contiguous():
+        return g
     return g.to(dtype).contiguous()
 
 
@@ -107,6 +119,8 @@ def _gradient_rows(logits: Tensor, targets: Tensor, out: Tensor) -> tuple[Tensor
             f"out: {tuple(out.shape)} {out.dtype}; the logits are {tuple(logits.shape)} {logits.dtype}"
         )
     same_device("out", out, "logits", logits)
+    if out.is_contiguous() and logits.is_contiguous():
+        return rows, layout, out, layout
     if out.data_ptr() == logits.data_ptr() and out.stride() == logits.stride():
         return rows, layout, rows, layout
     return rows, layout, *logit_rows(out, targets)
@@ -149,8 +163,8 @@ _ROWS = "Tensor logits, Tensor targets"
 def _forward_op(name: str, returns: str, stats: bool, keep: bool) -> Any:
     return raw_op(
         f"{name}({_ROWS}, float temperature, int ignore_index) -> {returns}",
-        cpu=lambda x, y, t, ignore_index: _forward_cpu(x, y, t, ignore_index, stats, keep),
-        fake=lambda x, y, t, ignore_index: _forward_fake(x, y, stats, keep),
+        cpu=functools.partial(_forward_cpu, stats=stats, keep=keep),
+        fake=functools.partial(_forward_fake, stats=stats, keep=keep),
     )
 
 
@@ -180,14 +194,13 @@ class _TokenLogprobs(torch.autograd.Function):
         logits: Tensor,
         targets: Tensor,
         temperature: Any,
-        ignore_index: int,
-        stats: bool,
-        inplace: bool,
+        options: tuple[int, bool, bool],
     ) -> Any:
+        ignore_index, stats, _ = options
         raw = _STATS_FORWARD if stats else _FORWARD
         *outputs, saved = raw(logits, targets, temperature, ignore_index)
         ctx.save_for_backward(logits, targets, saved)
-        ctx.temperature, ctx.ignore_index, ctx.inplace = temperature, ignore_index, inplace
+        ctx.options = temperature, options
         ctx.set_materialize_grads(False)
         return tuple(outputs) if stats else outputs[0]
 
@@ -195,13 +208,14 @@ class _TokenLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Any, h: Any = None, l: Any = None) -> Any:
         if g is None and h is None and l is None:
-            return None, None, None, None, None, None
+            return None, None, None, None
         logits, targets, saved = ctx.saved_tensors
-        out = gradient_buffer(logits, ctx.inplace)
-        _BACKWARD(logits, targets, saved, g, h, l, out, ctx.temperature, ctx.ignore_index)
-        if ctx.inplace and not is_compiling():
+        temperature, (ignore_index, _, inplace) = ctx.options
+        out = gradient_buffer(logits, inplace)
+        _BACKWARD(logits, targets, saved, g, h, l, out, temperature, ignore_index)
+        if inplace and not is_compiling():
             consumed(logits)
-        return out, None, None, None, None, None
+        return out, None, None, None
 
 
 @overload
@@ -263,10 +277,10 @@ def token_logprobs(
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits: a tensor, not {type(logits).__name__}")
     targets = index_tensor("targets", targets, logits)
-    if type(temperature) is not float or is_compiling():
-        temperature = scalar("temperature", temperature)
+    temperature = scalar("temperature", temperature)
     if logits.requires_grad and torch.is_grad_enabled():
-        return _TokenLogprobs.apply(logits, targets, temperature, ignore_index, stats, inplace)
+        options = (ignore_index, stats, inplace)
+        return _TokenLogprobs.apply(logits, targets, temperature, options)
     if stats:
         return _STATS_INFERENCE(logits, targets, temperature, ignore_index)
     return _INFERENCE(logits, targets, temperature, ignore_index)

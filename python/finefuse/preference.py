@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _C
 from ._op import (
+    DTYPES,
     REDUCTIONS,
     choice,
     composite,
@@ -55,6 +56,7 @@ _VECTOR_NAMES = (
 
 
 def _check(vectors: _Vectors) -> None:
+    """Raise what is wrong with the vectors, if anything is."""
     chosen = vectors[0]
     assert chosen is not None
     if chosen.dtype is not torch.float32 and chosen.dtype is not torch.float64:
@@ -74,39 +76,40 @@ def _check(vectors: _Vectors) -> None:
 
 
 def _forward_cpu(*args: Any) -> tuple[Tensor, ...]:
+    """out, chosen_rewards, rejected_rewards, margins, accuracy, gradient (2, pairs)."""
     vectors: Any = args[:6]
     beta, label_smoothing, loss, reduction = args[6:]
     _check(vectors)
-    require(0.0 < beta < inf, "beta", beta, "positive and finite")
-    require(0.0 <= label_smoothing < 1.0, "label_smoothing", label_smoothing, "0 to below 1")
+    if not (0.0 < beta < inf and 0.0 <= label_smoothing < 1.0):
+        require(0.0 < beta < inf, "beta", beta, "positive and finite")
+        require(False, "label_smoothing", label_smoothing, "0 to below 1")
     require(loss in LOSSES.values(), "loss", loss, f"0 to {len(LOSSES) - 1}")
     require(reduction in (0, 1, 2), "reduction", reduction, "0 (none), 1 (sum), 2 (mean)")
     vectors = [v if v is None or v.is_contiguous() else v.contiguous() for v in vectors]
     chosen = vectors[0]
-    scalar_like = torch.empty((), dtype=chosen.dtype)
-    out = torch.empty_like(chosen) if reduction == 0 else scalar_like
-    results = [torch.empty_like(chosen) for _ in range(5)]
-    chosen_rewards, rejected_rewards, margins, d_chosen, d_rejected = results
-    accuracy = torch.empty_like(scalar_like)
+    accuracy = chosen.new_empty(())
+    out = torch.empty_like(chosen if reduction == 0 else accuracy)
+    chosen_rewards, rejected_rewards = torch.empty_like(chosen), torch.empty_like(chosen)
+    margins, gradient = torch.empty_like(chosen), chosen.new_empty((2, chosen.numel()))
     _C.preference(
         *vectors, chosen.dtype is torch.float64, chosen.numel(), loss, beta, label_smoothing, reduction,
-        out, chosen_rewards, rejected_rewards, margins, accuracy, d_chosen, d_rejected,
+        out, chosen_rewards, rejected_rewards, margins, accuracy, gradient,
     )  # fmt: skip
-    return out, chosen_rewards, rejected_rewards, margins, accuracy, d_chosen, d_rejected
+    return out, chosen_rewards, rejected_rewards, margins, accuracy, gradient
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     _check(args[:6])
     chosen, reduction = args[0], args[-1]
-    vectors = [chosen.new_empty(chosen.shape) for _ in range(5)]
     out = chosen.new_empty(chosen.shape if reduction == 0 else ())
-    return out, *vectors[:3], chosen.new_empty(()), *vectors[3:]
+    rewards = [chosen.new_empty(chosen.shape) for _ in range(3)]
+    return out, *rewards, chosen.new_empty(()), chosen.new_empty((2, chosen.shape[0]))
 
 
 _FORWARD = raw_op(
     "preference_forward(Tensor chosen, Tensor rejected, Tensor? ref_chosen, Tensor? ref_rejected, "
     "Tensor? chosen_lengths, Tensor? rejected_lengths, float beta, float label_smoothing, int loss, "
-    "int reduction) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int reduction) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     cpu=_forward_cpu,
     fake=_forward_fake,
 )
@@ -115,8 +118,8 @@ _FORWARD = raw_op(
 class _Preference(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
-        *outputs, d_chosen, d_rejected = _FORWARD(*args)
-        ctx.save_for_backward(d_chosen, d_rejected)
+        *outputs, gradient = _FORWARD(*args)
+        ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
         return tuple(outputs)
@@ -124,25 +127,21 @@ class _Preference(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor | None, *metrics: Any) -> Any:
-        gradients: list[Tensor | None] = [None] * 10
-        if g is not None:
-            d_chosen, d_rejected = ctx.saved_tensors
-            needs = ctx.needs_input_grad
-            if needs[0] or needs[2]:
-                w = d_chosen * g
-                gradients[0], gradients[2] = w, -w if needs[2] else None
-            if needs[1] or needs[3]:
-                l = d_rejected * g
-                gradients[1], gradients[3] = l, -l if needs[3] else None
-        return tuple(gradients)
+        if g is None:
+            return (None,) * 10
+        w, l = (ctx.saved_tensors[0] * g).unbind()
+        _, _, ref_w, ref_l, *_ = ctx.needs_input_grad
+        return w, l, -w if ref_w else None, -l if ref_l else None, *(None,) * 6
 
 
-def _vectors(*values: Any) -> list[Tensor | None]:
+def _vectors(*values: Any) -> Sequence[Tensor | None]:
     """The vectors in the widest of their types, at least float32."""
     for name, value in zip(_VECTOR_NAMES, values, strict=True):
-        if value is not None and not isinstance(value, Tensor):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
             raise TypeError(f"{name}: a tensor, not {type(value).__name__}")
-        if value is not None and not name.endswith("_lengths"):
+        if value.dtype not in DTYPES and not name.endswith("_lengths"):
             float_tensor(name, value)
     wide = any(v is not None and v.dtype is torch.float64 for v in values[:4])
     dtype = torch.float64 if wide else torch.float32
