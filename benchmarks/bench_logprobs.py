@@ -36,7 +36,7 @@ def large(
 
     rows = [Row(case, name, moved=(2 if gradient else 1) * size) for name in functions]
     calls = [make(f) for f in functions.values()]
-    interleaved(rows, calls, 11, 15, setup)
+    interleaved(rows, calls, 9, 10, setup)
     for row, call in zip(rows, calls, strict=True):
         setup()
         row.extra_mb = peak_extra_mb(call)
@@ -75,7 +75,7 @@ def calls() -> Iterator[list[Row]]:
         return call
 
     rows = [Row("a call on 4x32", name) for name in functions]
-    interleaved(rows, [repeated(f) for f in functions.values()], 41, 10, lambda: None)
+    interleaved(rows, [repeated(f) for f in functions.values()], 41, 10, lambda: None, twice=False)
     for row in rows:
         row.times = [t / 200 for t in row.times]
     yield rows

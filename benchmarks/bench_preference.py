@@ -76,7 +76,7 @@ def from_logits(case: str, quick: bool) -> Iterator[list[Row]]:
 
     rows = [Row(f"{case}, forward", name, moved=size) for name, _ in plain]
     calls = [forward(f) for _, f in plain]
-    interleaved(rows, calls, 15, 12, lambda: None)
+    interleaved(rows, calls, 9, 10, lambda: None)
     for row, call in zip(rows, calls, strict=True):
         row.extra_mb = peak_extra_mb(call)
     yield rows
@@ -97,7 +97,7 @@ def from_logits(case: str, quick: bool) -> Iterator[list[Row]]:
 
     rows = [Row(f"{case}, forward + backward", name, moved=3 * size) for name, _ in every]
     calls = [both(f) for _, f in every]
-    interleaved(rows, calls, 11, 40, setup)
+    interleaved(rows, calls, 9, 20, setup)
     for row, call, (_, f) in zip(rows, calls, every, strict=True):
         setup()
         row.extra_mb = peak_extra_mb(call)
@@ -126,7 +126,7 @@ def from_vectors(pairs: int) -> list[Row]:
 
     functions = {"finefuse": fused, "torch.compile": peers.compiled(eager), "eager": eager}
     rows = [Row(f"DPO from vectors of {pairs}, forward + backward", name) for name in functions]
-    interleaved(rows, [both(f) for f in functions.values()], 31, 5, lambda: None)
+    interleaved(rows, [both(f) for f in functions.values()], 31, 5, lambda: None, twice=False)
     for row in rows:
         row.times = [t / 100 for t in row.times]
     return rows

@@ -48,8 +48,14 @@ def interleaved(
     rounds: int,
     seconds: float,
     setup: Callable[[], Any],
+    twice: bool = True,
 ) -> None:
-    """Rounds in which every candidate runs once, so that a drifting machine drifts for all."""
+    """Rounds in which every candidate has its turn, so that a drifting machine drifts for all.
+
+    In its turn it runs twice and the second run counts, as in a training loop: the memory it takes is
+    what it gave back just before, not what another left, or what a virtual machine's host took back
+    from the idle free list (that costs whoever comes next up to ten times the page faults).
+    """
     for call in calls:  # warm up, twice: the first may compile
         for _ in range(2):
             setup()
@@ -57,11 +63,14 @@ def interleaved(
     start = time.perf_counter()
     for done in range(rounds):
         for row, call in zip(rows, calls, strict=True):
+            if twice:
+                setup()
+                call()
             setup()
             begin = time.perf_counter()
             call()
             row.times.append(time.perf_counter() - begin)
-        if done >= 4 and time.perf_counter() - start > seconds:
+        if done >= 3 and time.perf_counter() - start > seconds:
             break
 
 

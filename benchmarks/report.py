@@ -65,10 +65,11 @@ def write(result: dict[str, Any], path: Path) -> None:
     path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     lines = [f"# Benchmarks: {result['family']}", "", result["machine"] + ".", ""]
     lines += [
-        "Candidates take turns in one run; medians, ± half the range between the quartiles. GB/s: the "
-        "bytes that must be moved at least, over the time; of limit: over the copy bandwidth measured "
-        "in the same run. Extra MB: the peak above the start, counted by torch's allocator. Error: of "
-        "the gradient against float64, largest, relative to the largest gradient.",
+        "Candidates take turns in one run, the second of two runs a turn counts; medians, ± half the range "
+        "between the quartiles. GB/s: the bytes that must be moved at least, over the time; of limit: "
+        "over the copy bandwidth measured in the same run. Extra MB: the peak above the start, "
+        "counted by torch's allocator. Error: of the gradient against float64, largest, relative to "
+        "the largest gradient.",
         "",
     ]
     for allocator, part in result["runs"].items():
