@@ -14,7 +14,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/stamps
-SOURCES := $(wildcard csrc/*/* kernels/*.py) CMakeLists.txt pyproject.toml
+# Set up anew when TORCH or PYTHON is another.
+READY := $(STAMPS)/venv-$(shell printf '%s' '$(PYTHON) $(TORCH)' | cksum | cut -d' ' -f1)
+SOURCES := $(wildcard csrc/*/* kernels/*.py python/finefuse/*.py python/finefuse/*/*.py) \
+           CMakeLists.txt pyproject.toml
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DELETE_ON_ERROR:
@@ -33,7 +36,7 @@ lint: $(STAMPS)/build $(STAMPS)/lint
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
 
 gpu: export FINEFUSE_CUDA := ON
-gpu: $(STAMPS)/venv
+gpu: $(READY) $(STAMPS)/test
 	@$(BIN)/python -c "import torch, sys; sys.exit(0 if torch.cuda.is_available() else \
 	'make gpu: no GPU that this torch can use')"
 	$(PIP) install -q --no-build-isolation --force-reinstall --no-deps -e .
@@ -44,16 +47,16 @@ clean:
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # A stamp is written last, so that an interrupted step is done again.
-$(STAMPS)/venv:
+$(READY):
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -U "pip>=25.1" "scikit-build-core>=0.11" "pybind11>=3.0" "cmake>=3.28" ninja
 	$(PIP) install -q $(TORCH) "numpy>=1.24"
-	mkdir -p $(STAMPS) && touch $@
+	mkdir -p $(STAMPS) && rm -f $(STAMPS)/* && touch $@
 
-$(STAMPS)/build: $(STAMPS)/venv $(SOURCES)
+$(STAMPS)/build: $(READY) $(SOURCES)
 	$(PIP) install -q --no-build-isolation --no-deps -e .
 	touch $@
 
-$(STAMPS)/test $(STAMPS)/demo $(STAMPS)/bench $(STAMPS)/lint: $(STAMPS)/venv pyproject.toml
+$(STAMPS)/test $(STAMPS)/demo $(STAMPS)/bench $(STAMPS)/lint: $(READY) pyproject.toml
 	$(PIP) install -q --group $(@F)
 	touch $@

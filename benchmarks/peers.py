@@ -33,11 +33,6 @@ def dpo_eager(logits: Tensor, targets: Tensor, ref: Tensor, beta: float = 0.1) -
     return dpo_from_sums(lp.sum(-1), ref, beta)
 
 
-def dpo_eager_float32(logits: Tensor, targets: Tensor, ref: Tensor, beta: float = 0.1) -> Tensor:
-    """What is needed for float32's accuracy from 16-bit logits without a fused kernel."""
-    return dpo_eager(logits.float(), targets, ref, beta)
-
-
 def dpo_cross_entropy(logits: Tensor, targets: Tensor, ref: Tensor, beta: float = 0.1) -> Tensor:
     nll = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return dpo_from_sums(-nll.view(targets.shape).sum(-1), ref, beta)

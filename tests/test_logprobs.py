@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import numpy as np
@@ -404,6 +405,10 @@ def test_inplace_gradient(isa, dtype):
     lp = ff.token_logprobs(x, targets, inplace=True).sum()
     with pytest.raises(ValueError, match="inplace=True"):
         lp.backward()
+    storage = torch.randn(400)
+    x = storage.unfold(0, 129, 1)[:24].detach().requires_grad_()  # rows that overlap
+    with pytest.raises(ValueError, match="inplace=True"):
+        ff.cross_entropy(x, targets, inplace=True)
 
 
 def test_inplace_is_seen_by_autograd():
@@ -453,6 +458,22 @@ def test_sequence_logprobs(isa, dtype, average):
         counts = [max(len(p), 1) if average else 1 for p in parts]
         want = torch.cat([torch.full((len(p),), (i + 1) / counts[i]) for i, p in enumerate(parts)])
         torch.testing.assert_close(x.grad, want.to(dtype))
+
+
+def test_sequence_logprobs_in_parallel():
+    """Long enough for several threads; the same bits as on one."""
+    lp, mask = torch.randn(40, 5000), torch.rand(40, 5000) > 0.3
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        x = lp.clone().requires_grad_()
+        s = ff.sequence_logprobs(x, mask=mask, average=True)
+        (s * torch.arange(1.0, 41.0)).sum().backward()
+        results.append((s.detach(), x.grad))
+    t = reference.sequence_logprobs(lp.double().numpy(), mask.numpy(), average=True)
+    check("sums", results[0][0], t, t)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_sequence_logprobs_empty():
@@ -515,7 +536,7 @@ def raw_calls(grad=False):
     yield RAW.sequence_logprobs_forward.default, (lp, mask, None, True)
     yield RAW.sequence_logprobs_forward.default, (lp[0, :3].detach(), None, ends, False)
     yield RAW.sequence_logprobs_backward.default, (torch.ones(2), mask, None, [2, 5], True)
-    yield RAW.scale_.default, (torch.randn(3, 4), torch.tensor(2.0))
+    yield RAW.cross_entropy_scale.default, (out.clone(), targets, torch.tensor(2.0), IGNORE)
 
 
 @pytest.mark.parametrize("case", range(len(list(raw_calls()))))
@@ -563,16 +584,106 @@ def test_backward_through_a_raw_op_raises():
 
 
 def test_double_backward_raises():
-    logits, targets = make(3, 8)
-    for function in (
+    """Also through autograd.grad to a weight behind the logits, and through functional.hessian."""
+    _, targets = make(3, 8)
+    functions = (
         lambda x: ff.token_logprobs(x, targets).sum(),
+        lambda x: sum(o.sum() for o in ff.token_logprobs(x, targets, stats=True)),
         lambda x: ff.cross_entropy(x, targets),
-        lambda x: ff.sequence_logprobs(x).sum(),
-    ):
-        x = logits.clone().requires_grad_()
-        (g,) = torch.autograd.grad(function(x * x), x, create_graph=True)
+        lambda x: ff.cross_entropy(x, targets, reduction="none").sum(),
+    )
+    for function in functions:
+        hidden, weight = (
+            torch.randn(3, 5, requires_grad=True),
+            torch.randn(5, 8, requires_grad=True),
+        )
+        (g,) = torch.autograd.grad(function(hidden @ weight), hidden, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
-            g.sum().backward()
+            torch.autograd.grad(g.square().sum(), weight)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            torch.autograd.functional.hessian(function, torch.randn(3, 8))
+    x = torch.randn(3, 8, requires_grad=True)
+    (g,) = torch.autograd.grad(
+        ff.sequence_logprobs(x.square()).square().sum(), x, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.sum().backward()
+
+
+def test_forward_mode_raises():
+    logits, targets = make(3, 8)
+    forward_ad = torch.autograd.forward_ad
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(logits, torch.ones_like(logits))
+        for function in (
+            lambda: ff.token_logprobs(x, targets),
+            lambda: ff.cross_entropy(x, targets),
+            lambda: ff.sequence_logprobs(x),
+            lambda: ff.preference_loss(x[:, 0], x[:, 1]),
+        ):
+            with pytest.raises(RuntimeError, match="forward-mode"):
+                function()
+        assert ff.token_logprobs(logits, targets).shape == (3,)
+
+
+def test_lazy_negatives_and_zero_tensors():
+    """Tensors that are not what their memory says go through torch's dispatcher."""
+    lazy = torch.randn(3, 5, dtype=torch.complex64).conj().imag
+    assert lazy.is_neg()
+    assert torch.equal(ff.sequence_logprobs(lazy), ff.sequence_logprobs(lazy.clone()))
+    y = torch.tensor([0, 1, 2])
+    assert torch.equal(ff.token_logprobs(lazy, y), ff.token_logprobs(lazy.clone(), y))
+    zero = torch._efficientzerotensor((3, 5))
+    with contextlib.suppress(RuntimeError, TypeError):  # refused is as good; a crash is not
+        assert torch.equal(ff.sequence_logprobs(zero), torch.zeros(3))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint(use_reentrant):
+    logits, targets = make(9, 300)
+    for inplace in (False, True):
+        for function in (
+            lambda x, i=inplace: ff.cross_entropy(x * 1.0, targets, inplace=i),
+            lambda x, i=inplace: ff.token_logprobs(x * 1.0, targets, inplace=i).sum(),
+        ):
+            a, b = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+            torch.utils.checkpoint.checkpoint(function, a, use_reentrant=use_reentrant).backward()
+            function(b).backward()
+            assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_loss_scaling(dtype):
+    """A loss scaler's factor must reach small gradients before they are rounded to 16 bits.
+
+    Rows of a gradient sum to 0; where small elements were lost they do not.
+    """
+    logits, targets = make(64, 32001, dtype, ignore=False)
+    x = logits.clone().requires_grad_()
+    (ff.cross_entropy(x, targets) * 16384.0).backward()
+    rows = x.grad.double().sum(-1).abs()
+    at_target = x.grad.double().gather(-1, targets[:, None])[:, 0].abs()
+    assert (
+        rows <= 0.004 * at_target
+    ).all()  # eager's is 0.001; 0.2 was seen where zeros were stored
+
+
+def test_upstream_that_is_not_finite():
+    """Ignored rows pass exactly 0 back whatever comes from above; 0 from above is 0 everywhere."""
+    x = torch.randn(3, 5)
+    x[0] = float("nan")
+    y = torch.tensor([1, IGNORE, 2])
+    for reduction in ("mean", "sum", "none"):
+        for inplace in (False, True):
+            z = x.clone().requires_grad_()
+            (
+                ff.cross_entropy(z, y, reduction=reduction, inplace=inplace).sum() * float("inf")
+            ).backward()
+            assert (z.grad[1] == 0).all()
+            z = x.clone().requires_grad_()
+            loss = ff.cross_entropy(z, y, reduction=reduction, inplace=inplace).sum()
+            loss.backward(torch.tensor(0.0))
+            assert (z.grad == 0).all()
 
 
 @pytest.mark.parametrize("stats", [False, True])
@@ -681,6 +792,11 @@ def test_streamed_gradient_has_the_same_bits():
 def test_concurrent_python_threads():
     cases = [make(20, 500 + 37 * i, seed=i) for i in range(6)]
     want = [ff.cross_entropy(*c) for c in cases]
+    want_grads = []
+    for logits, targets in cases:
+        x = logits.clone().requires_grad_()
+        ff.cross_entropy(x, targets).backward()
+        want_grads.append(x.grad)
     wrong: list[int] = []
 
     def work(i):
@@ -688,7 +804,7 @@ def test_concurrent_python_threads():
             x = cases[i][0].clone().requires_grad_()
             loss = ff.cross_entropy(x, cases[i][1])
             loss.backward()
-            if not torch.equal(loss.detach(), want[i]):
+            if not torch.equal(loss.detach(), want[i]) or not torch.equal(x.grad, want_grads[i]):
                 wrong.append(i)
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(6)]
@@ -725,6 +841,9 @@ def test_target_out_of_range(bad, where):
             call()
     assert (out == 5).all()
     assert ff.token_logprobs(logits, targets.clamp(0, 6), ignore_index=3).shape == (6,)
+    if -(2**31) <= bad < 2**31:
+        with pytest.raises(ValueError, match=message):
+            ff.token_logprobs(logits, targets.int())
 
 
 def test_wrong_arguments():
@@ -770,7 +889,19 @@ def test_wrong_arguments():
             ff.cross_entropy(x, y, label_smoothing=eps)
     with pytest.raises(ValueError, match="reduction: 'avg'; allowed: 'none', 'sum', 'mean'"):
         ff.cross_entropy(x, y, reduction="avg")
+    for index in (None, 1.5, 2**70):
+        for f in fns:
+            with pytest.raises(TypeError, match="ignore_index: an int"):
+                f(x, y, ignore_index=index)
+    with pytest.raises(ValueError, match="temperature"):
+        ff.token_logprobs(x, y, temperature=1e38)
+    with pytest.raises(TypeError, match="temperature: a number"):
+        ff.token_logprobs(x, y, temperature="1.0")
     lp = torch.zeros(3, 5)
+    with pytest.raises(TypeError, match="mask: a tensor, not list"):
+        ff.sequence_logprobs(lp, mask=[True])
+    with pytest.raises(ValueError, match="mask: on meta; token_lp is on cpu"):
+        ff.sequence_logprobs(lp, mask=torch.ones(3, 5, device="meta"))
     with pytest.raises(ValueError, match="one of the two"):
         ff.sequence_logprobs(lp, mask=lp > 0, cu_seqlens=y)
     with pytest.raises(ValueError, match=r"mask: shape \(3,\)"):

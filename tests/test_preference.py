@@ -117,6 +117,20 @@ def test_narrow_and_mixed_types(dtype):
     assert x.grad.dtype is dtype
 
 
+def test_any_shape():
+    lp, _ = vectors(6)
+    flat = ff.preference_loss(*lp, reduction="none")
+    shaped = [v.view(2, 3).t() for v in lp]
+    out = ff.preference_loss(*shaped, reduction="none")
+    assert torch.equal(out.loss, flat.loss.view(2, 3).t())
+    assert torch.equal(out.margins, flat.margins.view(2, 3).t())
+    x = shaped[0].clone().requires_grad_()
+    ff.preference_loss(x, *shaped[1:], reduction="none").loss.sum().backward()
+    y = lp[0].clone().requires_grad_()
+    ff.preference_loss(y, *lp[1:], reduction="none").loss.sum().backward()
+    assert torch.equal(x.grad, y.grad.view(2, 3).t())
+
+
 def test_gradient_of_the_reference():
     lp, _ = vectors(5, torch.float64)
     x = [v.clone().requires_grad_() for v in lp]
@@ -325,6 +339,10 @@ def test_backward_through_the_raw_op_raises():
     (g,) = torch.autograd.grad(ff.preference_loss(x, *lp[1:]).loss, x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         g.sum().backward()
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.functional.hessian(
+            lambda v: ff.preference_loss(v, *lp[1:]).loss, lp[0].detach()
+        )
 
 
 def test_compile():
@@ -339,7 +357,9 @@ def test_compile():
     logits, targets, ref = batch(2, 4, 21, torch.float32)
 
     def step(x, beta):
-        return ff.preference_loss_from_logits(x, targets, ref_logprobs=ref, beta=beta).loss
+        return ff.preference_loss_from_logits(
+            x, targets, ref_logprobs=ref, beta=beta, label_smoothing=beta / 2
+        ).loss
 
     compiled = torch.compile(step, fullgraph=True)
     counted = torch.compile(step, backend=backend, fullgraph=True)
@@ -386,8 +406,11 @@ def test_wrong_arguments():
         )
     with pytest.raises(ValueError, match=r"rejected: shape \(2,\); chosen has \(3,\)"):
         ff.preference_loss(a, b[:2])
-    with pytest.raises(ValueError, match=r"chosen: shape \(3, 1\)"):
-        ff.preference_loss(a[:, None], b[:, None])
+    for pair, name in (((a, None), "rejected"), ((None, b), "chosen")):
+        with pytest.raises(TypeError, match=f"{name}: a tensor, not None"):
+            ff.preference_loss(*pair)
+    with pytest.raises(TypeError, match="rejected: a tensor, not None"):
+        RAW.preference_forward(a, None, None, None, None, None, 0.1, 0.0, 0, 2)
     with pytest.raises(TypeError, match="rejected: a tensor, not list"):
         ff.preference_loss(a, [1.0, 2.0, 3.0])
     with pytest.raises(TypeError, match="chosen: dtype torch.int64"):
@@ -416,6 +439,10 @@ def test_wrong_arguments():
         f(logits, targets, ref_logprobs=ref[:2])
     with pytest.raises(ValueError, match="ref_logits: shape"):
         f(logits, targets, ref_logits=logits[:2])
+    with pytest.raises(TypeError, match="ref_logprobs: a tensor, not list"):
+        f(logits, targets, ref_logprobs=[0.0] * 4)
+    with pytest.raises(TypeError, match="ref_logprobs: dtype torch.int64"):
+        f(logits, targets, ref_logprobs=ref.long())
     with pytest.raises(ValueError, match="targets: element 0 is 7"):
         f(logits, targets.clone().fill_(7))
     with pytest.raises(TypeError, match="logits: a tensor"):

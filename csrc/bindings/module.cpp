@@ -49,6 +49,13 @@ void check_offsets(const Indices& offsets, int64_t segments, int64_t total) {
   }
 }
 
+// None or a tensor without storage where a kernel would read.
+void need(const char* name, const Array& array, int64_t count) {
+  if (count > 0 && array.data == nullptr) {
+    throw py::type_error(std::string(name) + ": a tensor with data, not None");
+  }
+}
+
 void check_lengths(const char* name, const Reals& lengths, int64_t pairs) {
   for (int64_t i = 0; lengths && i < pairs; ++i) {
     if (!(lengths[i] >= 0)) {
@@ -65,6 +72,8 @@ void token_logprobs(Array logits, Layout layout, Array targets, bool int32, int6
   const bool wide = is_wide(layout);
   const Indices y = indices(targets, int32);
   py::gil_scoped_release nogil;
+  need("logits", logits, shape.rows);
+  need("targets", targets, shape.rows);
   check_targets(y, shape, ignore_index);
   FF_KERNELS(logprobs_kernels)
       .token_logprobs({shape,
@@ -86,6 +95,10 @@ void token_logprobs_backward(Array logits, Layout layout, Array gradient, Layout
   const bool wide = is_wide(layout);
   const Indices y = indices(targets, int32);
   py::gil_scoped_release nogil;
+  need("logits", logits, shape.rows);
+  need("targets", targets, shape.rows);
+  need("out", gradient, shape.rows);
+  need("saved", saved, shape.rows);
   check_targets(y, shape, ignore_index);
   FF_KERNELS(logprobs_kernels)
       .token_logprobs_backward({shape,
@@ -109,6 +122,8 @@ void cross_entropy(Array logits, Layout layout, Array gradient, Layout gradient_
   const bool wide = is_wide(layout);
   const Indices y = indices(targets, int32);
   py::gil_scoped_release nogil;
+  need("logits", logits, shape.rows);
+  need("targets", targets, shape.rows);
   check_targets(y, shape, ignore_index);
   FF_KERNELS(logprobs_kernels)
       .cross_entropy({shape,
@@ -130,6 +145,7 @@ void sequence_sums(Array logprobs, bool wide, Array mask, Array offsets, bool in
                    int threads) {
   const Indices ends = indices(offsets, int32);
   py::gil_scoped_release nogil;
+  need("token_lp", logprobs, total);
   if (ends.data != nullptr) check_offsets(ends, segments, total);
   FF_KERNELS(logprobs_kernels)
       .sequence_sums({{logprobs.data, wide},
@@ -137,6 +153,7 @@ void sequence_sums(Array logprobs, bool wide, Array mask, Array offsets, bool in
                       ends,
                       segments,
                       length,
+                      total,
                       average,
                       {sums.data, wide},
                       threads});
@@ -147,6 +164,7 @@ void sequence_sums_backward(Array gradient, bool wide, Array mask, Array offsets
                             Array out, int threads) {
   const Indices ends = indices(offsets, int32);
   py::gil_scoped_release nogil;
+  need("g", gradient, segments);
   if (ends.data != nullptr) check_offsets(ends, segments, total);
   FF_KERNELS(logprobs_kernels)
       .sequence_sums_backward({{gradient.data, wide},
@@ -154,6 +172,7 @@ void sequence_sums_backward(Array gradient, bool wide, Array mask, Array offsets
                                ends,
                                segments,
                                length,
+                               total,
                                average,
                                {out.data, wide},
                                threads});
@@ -165,6 +184,8 @@ void preference(Array chosen, Array rejected, Array ref_chosen, Array ref_reject
                 Array rejected_rewards, Array margins, Array accuracy, Array gradient) {
   const auto reals = [wide](const Array& a) { return Reals{a.data, wide}; };
   py::gil_scoped_release nogil;
+  need("chosen", chosen, pairs);
+  need("rejected", rejected, pairs);
   check_lengths("chosen_lengths", reals(chosen_lengths), pairs);
   check_lengths("rejected_lengths", reals(rejected_lengths), pairs);
   FF_KERNELS(preference_kernels)

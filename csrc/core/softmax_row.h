@@ -12,12 +12,13 @@
 
 namespace finefuse::FF_ISA_NS {
 
+// clang-format off
 // ref        a logit at most T below the row's maximum, and the maximum where one stands out
-// excess     Σ e^{(z - ref)/T} - 1, so that lse(z/T) = ref/T + log1p(excess); kept without the 1 of
-// ref's
-//            own term, log-probabilities and entropies near 0 have all their digits
-// dot        Σ (z - ref) e^{(z - ref)/T}    (kEntropy), so that H = log1p(excess) - dot/(sum·T)
-// logit_sum  Σ z                            (kLogitSum), for label smoothing
+// excess     Σ e^{(z - ref)/T} - 1, so that lse(z/T) = ref/T + log1p(excess); without the 1 of ref's own
+//            term, log-probabilities and entropies near 0 keep all their digits
+// dot        Σ (z - ref) e^{(z - ref)/T}  (kEntropy), so that H = log1p(excess) - dot/(sum·T)
+// logit_sum  Σ z                          (kLogitSum), for label smoothing
+// clang-format on
 // Accumulated in float per block and lane, then in double (all double for double).
 struct RowStats {
   double ref, excess, dot, logit_sum;

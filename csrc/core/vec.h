@@ -1,12 +1,14 @@
+// clang-format off
 // One vector of float and one of double per ISA level, with loads and stores of the four element
 // types. Arithmetic, comparisons and selects are the compiler's vector extensions; only what those
 // cannot say (fused multiply-add, maximum, half conversions, streaming stores) is an intrinsic.
 //
-//   level          bytes   fused multiply-add   f16 conversion   bf16 store
-//   baseline       16      multiply, then add (Arm: fmla)   by bits          by bits (round to
-//   nearest even) avx2           32      vfmadd               vcvtph2ps        by bits avx512 64
-//   vfmadd               vcvtph2ps        by bits avx512bf16     64      vfmadd vcvtph2ps        by
-//   bits
+//   level        bytes   fused multiply-add                f16 conversion   bf16 store
+//   baseline     16      fmla on Arm; on x86 two roundings   by bits          by bits (to nearest even)
+//   avx2         32      vfmadd                            vcvtph2ps        by bits
+//   avx512       64      vfmadd                            vcvtph2ps        by bits
+//   avx512bf16   64      vfmadd                            vcvtph2ps        by bits
+// clang-format on
 #pragma once
 #include <cstdint>
 
@@ -42,11 +44,9 @@ typedef uint16_t VecH __attribute__((vector_size(FF_VECTOR_BYTES / 2)));
 template <class A> struct Simd;
 template <> struct Simd<float> {
   using V = VecF;
-  using I = VecI;
 };
 template <> struct Simd<double> {
   using V = VecD;
-  using I = VecL;
 };
 template <class T> using Vec = typename Simd<Accumulator<T>>::V;
 template <class T> inline constexpr int kLanes = FF_VECTOR_BYTES / sizeof(Accumulator<T>);

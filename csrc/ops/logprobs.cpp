@@ -5,6 +5,9 @@
 //   token_logprobs_backward   sizeof(T) + sizeof(T)       memory, first touch of a fresh gradient
 //   cross_entropy             sizeof(T) + sizeof(T)       the gradient reads the row from cache
 //
+// Targets were checked, but another thread of the caller may write them meanwhile: each is read
+// once a row, and one that is out of range now is not dereferenced.
+//
 // Rows are split over threads whole, so nothing depends on their number. float accumulators per
 // block of 2048 elements, double beyond; ignored rows are never read.
 #include "ops/logprobs.h"
@@ -61,7 +64,9 @@ template <class T> void token_logprobs_t(const TokenLogprobs& a) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t y = a.targets[r];
       double logp = 0.0, lse = 0.0, entropy = 0.0, ref = 0.0, log_sum = 0.0;
-      if (y != a.ignore_index) {
+      if (y != a.ignore_index && (y < 0 || y >= vocab)) {
+        logp = lse = entropy = __builtin_nan("");
+      } else if (y != a.ignore_index) {
         const T* z = row<T>(a.logits, r);
         const RowStats s = a.entropy ? row_stats<T, true, false>(z, vocab, a.temperature)
                                      : row_stats<T, false, false>(z, vocab, a.temperature);
@@ -93,7 +98,7 @@ template <class T> void token_logprobs_backward_t(const TokenLogprobsBackward& a
       const int64_t y = a.targets[r];
       T* out = row<T>(a.gradient, r);
       const double g = a.g ? a.g[r] : 0.0, h = a.h ? a.h[r] : 0.0, l = a.l ? a.l[r] : 0.0;
-      if (y == a.ignore_index || (g == 0.0 && h == 0.0 && l == 0.0)) {
+      if (y == a.ignore_index || y < 0 || y >= vocab || (g == 0.0 && h == 0.0 && l == 0.0)) {
         row_zero(out, vocab);
         continue;
       }
@@ -127,8 +132,9 @@ template <class T> void cross_entropy_t(const CrossEntropy& a) {
       const int64_t y = a.targets[r];
       const double w = a.upstream ? a.upstream[r] : common;
       double loss = 0.0;
-      if (y == a.ignore_index) {
+      if (y == a.ignore_index || y < 0 || y >= vocab) {
         if (want_gradient) row_zero(row<T>(a.gradient, r), vocab);
+        if (y != a.ignore_index) loss = __builtin_nan("");
       } else {
         const T* z = row<T>(a.logits, r);
         const RowStats s = eps != 0.0 ? row_stats<T, false, true>(z, vocab, 1.0)
@@ -204,7 +210,8 @@ struct Span {
 };
 template <class Args> Span segment(const Args& a, int64_t i) {
   if (a.offsets.data == nullptr) return {i * a.length, (i + 1) * a.length};
-  return {a.offsets[i], a.offsets[i + 1]};
+  const int64_t begin = a.offsets[i], end = a.offsets[i + 1];
+  return {begin < 0 ? 0 : begin, end > a.total ? a.total : end};
 }
 
 void sequence_sums(const SequenceSums& a) {

@@ -63,9 +63,9 @@ struct CrossEntropy {
 // Segments are the rows of a (segments, length) array, or [offsets[i], offsets[i + 1]).
 struct SequenceSums {
   Reals logprobs;
-  const uint8_t* mask;  // bool, may be absent
-  Indices offsets;      // data null: rows of `length`
-  int64_t segments, length;
+  const uint8_t* mask;              // bool, may be absent
+  Indices offsets;                  // data null: rows of `length`
+  int64_t segments, length, total;  // total: tokens in all
   bool average;
   Reals sums;
   int threads;
@@ -75,7 +75,7 @@ struct SequenceSumsBackward {
   Reals gradient;  // (segments,)
   const uint8_t* mask;
   Indices offsets;
-  int64_t segments, length;
+  int64_t segments, length, total;  // total: tokens in all
   bool average;
   Reals out;
   int threads;

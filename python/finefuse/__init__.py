@@ -9,6 +9,8 @@ Importing registers every `torch.ops.finefuse.*`. Without torch the package stil
 names then raise an ImportError that says what to install.
 """
 
+import os as _os
+import warnings as _warnings
 from importlib.metadata import version as _version
 from importlib.util import find_spec as _find_spec
 from typing import Any
@@ -23,6 +25,13 @@ __all__ = [
     "sequence_logprobs",
     "token_logprobs",
 ]
+
+_ISA = _os.environ.get("FINEFUSE_ISA")
+if _ISA is not None and _ISA not in ("baseline", "avx2", "avx512", "avx512bf16"):
+    _warnings.warn(
+        f"FINEFUSE_ISA={_ISA!r} is ignored; allowed: baseline, avx2, avx512, avx512bf16",
+        stacklevel=2,
+    )
 
 if _find_spec("torch") is not None:
     # torch first: whichever OpenMP runtime loads first serves both.

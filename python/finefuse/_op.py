@@ -33,12 +33,14 @@ autograd, and one public function that wraps them in a `torch.autograd.Function`
 from __future__ import annotations
 
 import functools
+import numbers
 import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 _LIB = torch.library.Library("finefuse", "DEF")
@@ -103,6 +105,8 @@ def raw_op(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Ca
         def autograd(*args: Any) -> Any:
             if _plain(args):
                 return kernel(*args)
+            if _has_tangent(args):
+                raise RuntimeError(f"finefuse::{name} has no forward-mode derivative")
             if _grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
                 if not mutates:
                     return _NoGradient.apply(name, below, *args)
@@ -140,40 +144,68 @@ def _plain(args: tuple[Any, ...]) -> bool:
 
     Then the dispatcher would only look up the CPU function; called at once it is 5 us sooner.
     """
-    if _modes() or _transforms() or _profiling():
+    if _modes() or _transforms() or _profiling() or forward_ad._current_level >= 0:
         return False
     grad = _grad_enabled()
     for a in args:
         if isinstance(a, Tensor) and (
-            type(a) is not Tensor or not a.is_cpu or (grad and a.requires_grad) or _is_wrapped(a)
+            type(a) is not Tensor
+            or not a.is_cpu
+            or (grad and a.requires_grad)
+            or a.is_neg()
+            or a._is_zerotensor()
+            or _is_wrapped(a)
         ):
             return False
     return True
 
 
+def _has_tangent(args: tuple[Any, ...]) -> bool:
+    return forward_ad._current_level >= 0 and any(
+        isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args
+    )
+
+
+class _OnceOnly(torch.autograd.Function):
+    """Ties gradients to all they were made from, and raises where they are differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Any) -> Any:
+        return tuple(t.detach() for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError("finefuse: ops are once_differentiable; their gradient has no gradient")
+
+
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A backward that is not differentiated itself: under create_graph a second one raises.
 
-    torch's own decorator lets it pass, as zeros, where the upstream gradient is a constant.
+    torch's own decorator lets it pass, as zeros, where the upstream gradient is a constant. The
+    tensors that the gradient depends on must be among ctx.saved_tensors.
     """
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Any) -> Any:
         if is_compiling() or not _grad_enabled():
             return backward(ctx, *grads)
+        sources = [t for t in (*grads, *ctx.saved_tensors) if isinstance(t, Tensor)]
         with torch.no_grad():
-            outputs = backward(ctx, *grads)
-        several = outputs if isinstance(outputs, tuple) else (outputs,)
-        raising: Any = torch._C._functions.DelayedError(
-            b"finefuse: this op is once_differentiable; its gradient has no gradient", len(several)
-        )
-        return raising(*[o if o is None else o.detach().requires_grad_() for o in several])
+            outputs = list(backward(ctx, *grads))
+        places = [i for i, o in enumerate(outputs) if o is not None]
+        tied = _OnceOnly.apply(len(places), *[outputs[i] for i in places], *sources)
+        for i, o in zip(places, tied, strict=True):
+            outputs[i] = o
+        return tuple(outputs)
 
     return wrapper
 
 
 def composite(schema: str, function: Callable[..., Any]) -> None:
-    """Register a public function as `torch.ops.finefuse.<name>`; it differentiates through its parts."""
+    """Register a public function as `torch.ops.finefuse.<name>`; it differentiates through its parts.
+
+    While compiling, its floats are constants of the graph; the public function's are not.
+    """
     _LIB.define(schema, tags=torch.Tag.pt2_compliant_tag)
     _LIB.impl(schema.split("(")[0], function, "CompositeImplicitAutograd")
 
@@ -190,7 +222,7 @@ def scalar(name: str, value: Any) -> Any:
     if type(value) is float and not is_compiling():
         return value
     if isinstance(value, Tensor):
-        if value.numel() != 1:
+        if value.is_complex() or value.numel() != 1:
             raise ValueError(f"{name}: a number or a 0-d tensor, not of shape {tuple(value.shape)}")
         if value.requires_grad:
             raise ValueError(f"{name}: has no gradient here; pass {name}.detach()")
@@ -198,10 +230,9 @@ def scalar(name: str, value: Any) -> Any:
         return value if is_compiling() else value.item()
     if is_compiling():
         return torch.ones((), dtype=torch.float64) * value
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: a number or a 0-d tensor, not {value!r}") from None
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: a number or a 0-d tensor, not {value!r}")
+    return float(value)
 
 
 def require(ok: bool, name: str, value: Any, allowed: str) -> None:
@@ -234,6 +265,11 @@ def index_tensor(name: str, value: Any, logits: Tensor) -> Tensor:
     if dtype in (torch.int8, torch.int16, torch.uint8):
         return value.to(torch.int64)
     raise TypeError(f"{name}: dtype {dtype}; allowed: int64, int32, int16, int8, uint8")
+
+
+def check_index(name: str, value: Any) -> None:
+    if not isinstance(value, int) or not -(2**63) <= value < 2**63:
+        raise TypeError(f"{name}: an int, not {value!r}")
 
 
 def float_tensor(name: str, value: Any) -> Tensor:
@@ -320,25 +356,14 @@ def gradient_buffer(logits: Tensor, inplace: bool) -> Tensor:
     """Where the gradient of the logits goes: fresh memory, or the logits' own (`inplace=True`)."""
     if not inplace or is_compiling():  # while compiling, Inductor plans the memory
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
-    if any(
-        size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)
-    ):
-        raise ValueError("inplace=True: the logits are expanded, their elements share memory")
+    extent = 0  # of the elements that the dimensions of smaller stride reach
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1 and stride <= extent:
+            raise ValueError("inplace=True: the logits' elements share memory")
+        extent += (size - 1) * stride
     return logits.detach()
 
 
 def consumed(logits: Tensor) -> None:
     """Let autograd know that the logits were overwritten: whoever saved them then raises."""
     torch.autograd.graph.increment_version(logits)
-
-
-def _scale_cpu(x: Tensor, scale: Tensor) -> None:
-    factor = scale.item()
-    if factor != 1.0:
-        x.mul_(factor)
-
-
-# x *= scale, skipped at 1: a gradient computed in the forward, met by its upstream gradient.
-SCALE_ = raw_op(
-    "scale_(Tensor(a!) x, Tensor scale) -> ()", cpu=_scale_cpu, fake=lambda x, scale: None
-)

@@ -12,8 +12,8 @@ from torch import Tensor
 from . import _C
 from ._op import (
     REDUCTIONS,
-    SCALE_,
     accumulator,
+    check_index,
     check_rows,
     choice,
     composite,
@@ -34,6 +34,12 @@ from ._op import (
 
 _int32 = torch.int32
 _float64 = torch.float64
+_COLDEST, _HOTTEST = 1e-30, 1e30  # beyond, z/T leaves float32
+
+
+def _check_temperature(temperature: float) -> None:
+    ok = _COLDEST <= temperature <= _HOTTEST
+    require(ok, "temperature", temperature, "positive and finite (1e-30 to 1e30)")
 
 
 # ---- token_logprobs: raw ops -------------------------------------------------------------------
@@ -44,8 +50,8 @@ def _forward_cpu(
 ) -> Any:
     """lp, with stats entropy and lse, with keep what the backward reads."""
     logits, layout = logit_rows(logits, targets)
-    if not 0.0 < temperature < inf:
-        require(False, "temperature", temperature, "positive and finite")
+    if not _COLDEST <= temperature <= _HOTTEST:
+        _check_temperature(temperature)
     if not targets.is_contiguous():
         targets = targets.contiguous()
     dtype = accumulator(logits.dtype)
@@ -144,7 +150,7 @@ def _backward_cpu(
     ignore_index: int,
 ) -> None:
     rows, layout, out_rows, out_layout = _gradient_rows(logits, targets, out)
-    require(0.0 < temperature < inf, "temperature", temperature, "positive and finite")
+    _check_temperature(temperature)
     _check_saved(saved, targets, entropy=h is not None)
     dtype = accumulator(logits.dtype)
     targets = targets.contiguous()
@@ -187,6 +193,9 @@ _BACKWARD = raw_op(
 # ---- token_logprobs: autograd and the public function ------------------------------------------
 
 
+_SPENT = "inplace=True: the logits were consumed by the first backward"
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -200,7 +209,7 @@ class _TokenLogprobs(torch.autograd.Function):
         raw = _STATS_FORWARD if stats else _FORWARD
         *outputs, saved = raw(logits, targets, temperature, ignore_index)
         ctx.save_for_backward(logits, targets, saved)
-        ctx.options = temperature, options
+        ctx.options, ctx.spent = (temperature, options), False
         ctx.set_materialize_grads(False)
         return tuple(outputs) if stats else outputs[0]
 
@@ -211,10 +220,13 @@ class _TokenLogprobs(torch.autograd.Function):
             return None, None, None, None
         logits, targets, saved = ctx.saved_tensors
         temperature, (ignore_index, _, inplace) = ctx.options
+        if ctx.spent:
+            raise RuntimeError(_SPENT)
         out = gradient_buffer(logits, inplace)
         _BACKWARD(logits, targets, saved, g, h, l, out, temperature, ignore_index)
         if inplace and not is_compiling():
             consumed(logits)
+            ctx.spent = True
         return out, None, None, None
 
 
@@ -278,6 +290,7 @@ def token_logprobs(
         raise TypeError(f"logits: a tensor, not {type(logits).__name__}")
     targets = index_tensor("targets", targets, logits)
     temperature = scalar("temperature", temperature)
+    check_index("ignore_index", ignore_index)
     if logits.requires_grad and torch.is_grad_enabled():
         options = (ignore_index, stats, inplace)
         return _TokenLogprobs.apply(logits, targets, temperature, options)
@@ -344,6 +357,16 @@ def _ce_forward_cpu(
     )
 
 
+def _ce_scale_cpu(gradient: Tensor, targets: Tensor, g: Tensor, ignore_index: int) -> None:
+    factor = g.item()
+    if factor == 0.0:
+        gradient.zero_()
+    elif factor != 1.0:
+        gradient.mul_(factor)
+        if not -inf < factor < inf:  # 0·inf would not be 0
+            gradient[targets == ignore_index] = 0.0
+
+
 def _ce_forward_backward_cpu(
     logits: Tensor,
     targets: Tensor,
@@ -372,6 +395,8 @@ def _ce_backward_cpu(
     ignore_index: int,
     reduction: int,
 ) -> None:
+    if g is None:
+        raise TypeError("g: a tensor, not None")
     scale, upstream = (1.0, g) if reduction == 0 else (g.item(), None)
     _cross_entropy(
         logits, targets, out, upstream, scale, label_smoothing, ignore_index, reduction, False
@@ -388,6 +413,12 @@ _CE_FORWARD_BACKWARD = raw_op(
     cpu=_ce_forward_backward_cpu,
     fake=_ce_fake,
 )
+# The gradient that the forward made meets its upstream gradient, in place; skipped at 1.
+_CE_SCALE = raw_op(
+    "cross_entropy_scale(Tensor(a!) gradient, Tensor targets, Tensor g, int ignore_index) -> ()",
+    cpu=_ce_scale_cpu,
+    fake=lambda *args: None,
+)
 _CE_BACKWARD = raw_op(
     f"cross_entropy_backward({_ROWS}, Tensor g, Tensor(a!) out, {_CE_OPTIONS}) -> ()",
     cpu=_ce_backward_cpu,
@@ -395,8 +426,19 @@ _CE_BACKWARD = raw_op(
 )
 
 
+def _early(logits: Tensor) -> bool:
+    """Whether the forward makes the gradient: see _CrossEntropy."""
+    if is_compiling() or logits.dtype is torch.float16:
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+
+
 class _CrossEntropy(torch.autograd.Function):
-    """With a scalar loss the gradient is made in the forward, while the row is in the cache."""
+    """With a scalar loss the gradient is made in the forward, while the row is in the cache.
+
+    Not in float16, where p/N underflows before a loss scaler's factor arrives, and not where
+    saved-tensor hooks (checkpointing, offloading) would rather not keep it.
+    """
 
     @staticmethod
     def forward(
@@ -410,7 +452,7 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         options = (label_smoothing, ignore_index, reduction)
         ctx.gradient = None
-        if reduction != 0 and not is_compiling():
+        if reduction != 0 and _early(logits):
             out = ctx.gradient = gradient_buffer(logits, inplace)
             loss = _CE_FORWARD_BACKWARD(logits, targets, out, *options)
             if inplace:
@@ -418,22 +460,20 @@ class _CrossEntropy(torch.autograd.Function):
         else:
             loss = _CE_FORWARD(logits, targets, *options)
         ctx.save_for_backward(logits, targets)
+        ctx.targets = targets
         ctx.options, ctx.inplace, ctx.spent = options, inplace, False
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
-        if not is_compiling():
-            out, ctx.gradient = ctx.gradient, None
-            if out is not None:
-                SCALE_(out, g)
-                ctx.spent = True
-                return out, None, None, None, None, None
-            if ctx.spent and ctx.inplace:
-                raise RuntimeError(
-                    "cross_entropy(inplace=True): the logits were consumed by the first backward"
-                )
+        out, ctx.gradient = ctx.gradient, None
+        if out is not None:
+            ctx.spent = ctx.inplace
+            _CE_SCALE(out, ctx.targets, g, ctx.options[1])
+            return out, None, None, None, None, None
+        if ctx.spent:
+            raise RuntimeError(_SPENT)
         logits, targets = ctx.saved_tensors
         out = gradient_buffer(logits, ctx.inplace)
         _CE_BACKWARD(logits, targets, g, out, *ctx.options)
@@ -459,7 +499,8 @@ def cross_entropy(
 
     For "mean" and "sum" the gradient is written in the forward, row by row while the row is in the
     cache (one read and one write of memory in all); the backward only scales it where the upstream
-    gradient is not 1.
+    gradient is not 1 (in bfloat16 a second rounding). In float16, and under checkpointing, the backward
+    makes it.
 
     Args:
         logits: (…, V) float32, bfloat16, float16 or float64, any strides; the classes come last.
@@ -482,6 +523,7 @@ def cross_entropy(
     targets = index_tensor("targets", targets, logits)
     label_smoothing = scalar("label_smoothing", label_smoothing)
     code = choice("reduction", reduction, REDUCTIONS)
+    check_index("ignore_index", ignore_index)
     if torch.is_grad_enabled() and logits.requires_grad:
         return _CrossEntropy.apply(logits, targets, label_smoothing, ignore_index, code, inplace)
     return _CE_FORWARD(logits, targets, label_smoothing, ignore_index, code)
@@ -498,7 +540,7 @@ composite(
 
 
 def _segments(shape: Any, mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[list[int], int]:
-    """(shape of the sums, length of a segment); the length is an average guess for cu_seqlens."""
+    """(shape of the sums, length of a segment, for cu_seqlens their mean); raises what is wrong."""
     if mask is not None:
         if mask.dtype is not torch.bool:
             raise TypeError(f"mask: dtype {mask.dtype}; allowed: bool")
@@ -525,8 +567,6 @@ def _sequence_forward_cpu(
     shape, length = _segments(token_lp.shape, mask, cu_seqlens)
     if token_lp.dtype not in (torch.float32, _float64):
         raise TypeError(f"token_lp: dtype {token_lp.dtype}; allowed: float32, float64")
-    same_device("mask", mask, "token_lp", token_lp)
-    same_device("cu_seqlens", cu_seqlens, "token_lp", token_lp)
     sums = torch.empty(shape, dtype=token_lp.dtype)
     _C.sequence_sums(
         token_lp.contiguous(), token_lp.dtype is _float64,
@@ -623,6 +663,10 @@ def sequence_logprobs(
     token_lp = float_tensor("token_lp", token_lp)
     if token_lp.dtype in (torch.bfloat16, torch.float16):
         token_lp = token_lp.float()
+    for name, value in (("mask", mask), ("cu_seqlens", cu_seqlens)):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name}: a tensor, not {type(value).__name__}")
+        same_device(name, value, "token_lp", token_lp)
     if mask is not None and cu_seqlens is not None:
         raise ValueError("mask and cu_seqlens: give one of the two")
     if mask is not None and mask.dtype is not torch.bool:

@@ -58,11 +58,10 @@ _VECTOR_NAMES = (
 def _check(vectors: _Vectors) -> None:
     """Raise what is wrong with the vectors, if anything is."""
     chosen = vectors[0]
-    assert chosen is not None
+    if chosen is None or vectors[1] is None:
+        raise TypeError(f"{'chosen' if chosen is None else 'rejected'}: a tensor, not None")
     if chosen.dtype is not torch.float32 and chosen.dtype is not torch.float64:
         raise TypeError(f"chosen: dtype {chosen.dtype}; allowed: float32, float64")
-    if chosen.ndim != 1:
-        raise ValueError(f"chosen: shape {tuple(chosen.shape)}; allowed: (pairs,)")
     for name, vector in zip(_VECTOR_NAMES[1:], vectors[1:], strict=True):
         if vector is None:
             continue
@@ -90,7 +89,7 @@ def _forward_cpu(*args: Any) -> tuple[Tensor, ...]:
     accuracy = chosen.new_empty(())
     out = torch.empty_like(chosen if reduction == 0 else accuracy)
     chosen_rewards, rejected_rewards = torch.empty_like(chosen), torch.empty_like(chosen)
-    margins, gradient = torch.empty_like(chosen), chosen.new_empty((2, chosen.numel()))
+    margins, gradient = torch.empty_like(chosen), chosen.new_empty((2, *chosen.shape))
     _C.preference(
         *vectors, chosen.dtype is torch.float64, chosen.numel(), loss, beta, label_smoothing, reduction,
         out, chosen_rewards, rejected_rewards, margins, accuracy, gradient,
@@ -103,7 +102,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     chosen, reduction = args[0], args[-1]
     out = chosen.new_empty(chosen.shape if reduction == 0 else ())
     rewards = [chosen.new_empty(chosen.shape) for _ in range(3)]
-    return out, *rewards, chosen.new_empty(()), chosen.new_empty((2, chosen.shape[0]))
+    return out, *rewards, chosen.new_empty(()), chosen.new_empty((2, *chosen.shape))
 
 
 _FORWARD = raw_op(
@@ -119,7 +118,7 @@ class _Preference(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
         *outputs, gradient = _FORWARD(*args)
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(gradient, *args[:4])
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
         return tuple(outputs)
@@ -137,7 +136,7 @@ class _Preference(torch.autograd.Function):
 def _vectors(*values: Any) -> Sequence[Tensor | None]:
     """The vectors in the widest of their types, at least float32."""
     for name, value in zip(_VECTOR_NAMES, values, strict=True):
-        if value is None:
+        if value is None and name not in ("chosen", "rejected"):
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: a tensor, not {type(value).__name__}")
@@ -172,8 +171,8 @@ def preference_loss(
         hinge     max(0, 1 - βd)                        SLiC as a DPO loss, arXiv:2309.06657
 
     Args:
-        chosen, rejected: (pairs,) sequence log-probabilities under the policy, in nats; any float type,
-            computed in float64.
+        chosen, rejected: (pairs,) or any other shape: sequence log-probabilities under the policy, in
+            nats; any float type, computed in float64.
         ref_chosen, ref_rejected: (pairs,), the same under the reference; both or neither.
         loss: the name above.
         beta: β > 0; a number or a 0-d tensor.
@@ -263,6 +262,10 @@ def preference_loss_from_logits(
         raise ValueError(f"logits: shape {tuple(logits.shape)}; allowed: (2·pairs, T, V)")
     if ref_logprobs is not None and ref_logits is not None:
         raise ValueError("ref_logprobs and ref_logits: give one of the two")
+    for name, value in (("ref_logprobs", ref_logprobs), ("ref_logits", ref_logits)):
+        if value is not None:
+            float_tensor(name, value)
+            same_device(name, value, "logits", logits)
     targets = index_tensor("targets", targets, logits)
     batch = logits.shape[0]
     lp = sequence_logprobs(
