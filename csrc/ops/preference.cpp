@@ -23,12 +23,9 @@ Dual operator-(double s, Dual a) { return {s - a.v, -a.w, -a.l}; }
 Dual chain(Dual a, double value, double slope) { return {value, slope * a.w, slope * a.l}; }
 Dual square(Dual a) { return chain(a, a.v * a.v, 2 * a.v); }
 Dual relu(Dual a) { return a.v <= 0 ? chain(a, 0, 0) : a; }  // NaN passes
-double sigmoid(double x) {
-  const double e = exp(-fabs(x));
-  return (x >= 0 ? 1 : e) / (1 + e);
-}
 Dual log_sigmoid(Dual a) {
-  return chain(a, (a.v < 0 ? a.v : 0) - log1p(exp(-fabs(a.v))), sigmoid(-a.v));
+  const double e = exp(-fabs(a.v));  // shared by the value and its slope, sigmoid(-a)
+  return chain(a, (a.v < 0 ? a.v : 0) - log1p(e), (a.v >= 0 ? e : 1) / (1 + e));
 }
 // -(1 - eps)·L(x) - eps·L(-x); at eps = 0 the second term is left out, not 0·inf.
 Dual smoothed_sigmoid(Dual x, double eps) {
