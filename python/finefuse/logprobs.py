@@ -34,6 +34,8 @@ from ._op import (
 
 _int32 = torch.int32
 _float64 = torch.float64
+# The hooks in force, or None; torch before 2.7 cannot tell.
+_saved_tensor_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _COLDEST, _HOTTEST = 1e-30, 1e30  # beyond, z/T leaves float32
 
 
@@ -430,7 +432,7 @@ def _early(logits: Tensor) -> bool:
     """Whether the forward makes the gradient: see _CrossEntropy."""
     if is_compiling() or logits.dtype is torch.float16:
         return False
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    return _saved_tensor_hooks is None or _saved_tensor_hooks(False) is None
 
 
 class _CrossEntropy(torch.autograd.Function):
