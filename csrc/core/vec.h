@@ -287,7 +287,8 @@ template <class V> FF_INLINE double horizontal_max(V v) {
 //   full: float32, all statistics   1.6e-7, 4.3e-8;   1.6e-7, 4.4e-8;   7.9e-8, 2.7e-8
 //   half: 16-bit gradients          3.6e-6, 2.3e-6;   5.6e-7, 3.0e-7;   2.9e-6, 1.8e-6
 //   exact: full without the rounding of c, 3e-8·|x·c| more; entropies of peaked rows need it
-// (baseline on x86 has no fused multiply-add and rounds x·c: up to 4.1e-6 at |x·c| = 120, 1e-7 near 0)
+// (baseline on x86 has no fused multiply-add and rounds x·c: up to 4.1e-6 at |x·c| = 120, 1e-7 near
+// 0)
 enum class Precision { half, full, exact };
 
 template <Precision kPrecision, int K>
