@@ -53,7 +53,9 @@ def gradient_error(function: Any, dtype: torch.dtype, vocab: int) -> float:
     peers.dpo_eager(truth, targets, torch.zeros(2, dtype=torch.float64)).backward()
     x = logits.clone().requires_grad_()
     function(x, targets, torch.zeros(2)).backward()
-    return float((x.grad.double() - truth.grad).abs().max() / truth.grad.abs().max())  # type: ignore[union-attr, operator]
+    assert x.grad is not None
+    assert truth.grad is not None
+    return float((x.grad.double() - truth.grad).abs().max() / truth.grad.abs().max())
 
 
 def from_logits(case: str, quick: bool) -> Iterator[list[Row]]:

@@ -61,7 +61,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def compiled(function: Loss) -> Loss:
     """torch.compile at its best: fixed shapes, one graph."""
     torch._dynamo.reset()  # no limit on recompilations carried over from the case before
-    return torch.compile(function, dynamic=False, fullgraph=True)  # type: ignore[no-any-return]
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def load(candidates: dict[str, tuple[str | None, Loss]]) -> dict[str, Any]:

@@ -42,5 +42,22 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+class GraphCounter:
+    """A torch.compile backend that runs the graph as it is and counts how often it was called."""
+
+    def __init__(self) -> None:
+        torch._dynamo.reset()
+        self.graphs = 0
+
+    def __call__(self, module: object, inputs: object) -> object:
+        self.graphs += 1
+        return module
+
+
+@pytest.fixture
+def counter() -> GraphCounter:
+    return GraphCounter()
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     return f"finefuse: levels {', '.join(MACHINE_LEVELS)}; {os.cpu_count()} CPUs"

@@ -95,7 +95,8 @@ def _check_saved(saved: Tensor, targets: Tensor, entropy: bool) -> None:
     """(2, …) or, with entropy, (3, …), as the forward returned it."""
     shape, wanted = saved.shape, targets.shape
     if (
-        shape[1:] != wanted
+        saved.ndim == 0
+        or shape[1:] != wanted
         or not (shape[0] == 3 or (shape[0] == 2 and not entropy))
         or saved.dtype is not _float64
         or not saved.is_contiguous()
