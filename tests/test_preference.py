@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
-from finefuse.preference import LOSSES
+from finefuse._args import PREFERENCE_LOSSES as LOSSES
 from finefuse.reference import logprobs as reference_logprobs
 from finefuse.reference import preference as reference
 from hypothesis import given, settings

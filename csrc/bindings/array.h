@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "core/place.h"
+
 namespace finefuse {
 
 struct Array {
@@ -53,6 +55,24 @@ template <> struct type_caster<finefuse::Layout> {
       if (value.field[i] == -1 && PyErr_Occurred()) throw error_already_set();
     }
     return true;
+  }
+};
+
+// The number of threads (an int), or (the stream's address, the flags) on a GPU.
+template <> struct type_caster<finefuse::Place> {
+  PYBIND11_TYPE_CASTER(finefuse::Place, const_name("int | tuple[int, Tensor]"));
+
+  bool load(handle source, bool convert) {
+    if (PyLong_Check(source.ptr())) {
+      value.threads = static_cast<int>(PyLong_AsLong(source.ptr()));
+      return !PyErr_Occurred();
+    }
+    if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != 2) return false;
+    type_caster<finefuse::Array> flags;
+    if (!flags.load(PyTuple_GET_ITEM(source.ptr(), 1), convert)) return false;
+    value.flags = static_cast<int32_t*>(static_cast<finefuse::Array&>(flags).data);
+    value.stream = PyLong_AsVoidPtr(PyTuple_GET_ITEM(source.ptr(), 0));
+    return !PyErr_Occurred();
   }
 };
 

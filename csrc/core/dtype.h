@@ -2,6 +2,12 @@
 #pragma once
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define FF_HD __host__ __device__
+#else
+#define FF_HD
+#endif
+
 namespace finefuse {
 
 // The numbers are the contract with python/finefuse/_op.py (DTYPES, INDEX_DTYPES).
@@ -29,7 +35,7 @@ template <class T> using Accumulator = typename AccumulatorOf<T>::type;
 struct Indices {
   const void* data;
   IndexType type;
-  int64_t operator[](int64_t i) const {
+  FF_HD int64_t operator[](int64_t i) const {
     return type == IndexType::i64 ? static_cast<const int64_t*>(data)[i]
                                   : static_cast<const int32_t*>(data)[i];
   }
@@ -39,11 +45,11 @@ struct Indices {
 struct Reals {
   void* data;
   bool wide;  // float64
-  explicit operator bool() const { return data != nullptr; }
-  double operator[](int64_t i) const {
+  FF_HD explicit operator bool() const { return data != nullptr; }
+  FF_HD double operator[](int64_t i) const {
     return wide ? static_cast<const double*>(data)[i] : static_cast<const float*>(data)[i];
   }
-  void set(int64_t i, double value) const {
+  FF_HD void set(int64_t i, double value) const {
     if (wide)
       static_cast<double*>(data)[i] = value;
     else

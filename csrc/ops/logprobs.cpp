@@ -60,7 +60,7 @@ void write_gradient(const T* z, T* out, int64_t vocab, const RowGradient& g, boo
 template <class T> void token_logprobs_t(const TokenLogprobs& a) {
   const int64_t rows = a.shape.rows, vocab = a.shape.vocab;
   const double inverse_t = 1.0 / a.temperature;
-  parallel_for(rows, vocab * sizeof(T), a.threads, [&](int64_t begin, int64_t end) {
+  parallel_for(rows, vocab * sizeof(T), a.place.threads, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t y = a.targets[r];
       double logp = 0.0, lse = 0.0, entropy = 0.0, ref = 0.0, log_sum = 0.0;
@@ -93,7 +93,7 @@ template <class T> void token_logprobs_backward_t(const TokenLogprobsBackward& a
   const double t = a.temperature, inverse_t = 1.0 / t;
   const bool stream = streams<T>(a.gradient, a.logits, a.shape);
   advise(a.gradient, a.logits, a.shape, sizeof(T));
-  parallel_for(rows, 2 * vocab * sizeof(T), a.threads, [&](int64_t begin, int64_t end) {
+  parallel_for(rows, 2 * vocab * sizeof(T), a.place.threads, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t y = a.targets[r];
       T* out = row<T>(a.gradient, r);
@@ -126,11 +126,13 @@ template <class T> void cross_entropy_t(const CrossEntropy& a) {
   int64_t count = 0;
   for (int64_t r = 0; r < rows; ++r) count += a.targets[r] != a.ignore_index;
   const double mean = count == 0 ? 0.0 : 1.0 / static_cast<double>(count);
-  const double common = a.reduction == Reduction::mean ? a.scale * mean : a.scale;
-  parallel_for(rows, 2 * vocab * sizeof(T), a.threads, [&](int64_t begin, int64_t end) {
+  const bool by_row = a.reduction == Reduction::none;
+  const double share = a.reduction == Reduction::mean ? mean : 1.0;
+  const double common = a.upstream && !by_row ? share * a.upstream[0] : share;
+  parallel_for(rows, 2 * vocab * sizeof(T), a.place.threads, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t y = a.targets[r];
-      const double w = a.upstream ? a.upstream[r] : common;
+      const double w = by_row && a.upstream ? a.upstream[r] : common;
       double loss = 0.0;
       if (y == a.ignore_index || y < 0 || y >= vocab) {
         if (want_gradient) row_zero(row<T>(a.gradient, r), vocab);
@@ -157,18 +159,41 @@ template <class T> void cross_entropy_t(const CrossEntropy& a) {
           }
         }
       }
-      if (a.reduction != Reduction::none)
-        a.row_loss[r] = loss;
+      if (!by_row)
+        a.scratch[r] = loss;
       else if (a.loss)
         a.loss.set(r, loss);
     }
     if (stream) stream_fence();
   });
-  if (a.reduction != Reduction::none && a.loss) {
+  if (!by_row && a.loss) {
     double sum = 0.0;
-    for (int64_t r = 0; r < rows; ++r) sum += a.row_loss[r];
-    a.loss.set(0, a.reduction == Reduction::mean ? sum * mean : sum);
+    for (int64_t r = 0; r < rows; ++r) sum += a.scratch[r];
+    a.loss.set(0, share * sum);
   }
+}
+
+template <class T> void scale_gradient_t(const ScaleGradient& a) {
+  using V = Vec<T>;
+  constexpr int N = kLanes<T>;
+  const double w = a.upstream[0];
+  if (w == 1.0) return;
+  const int64_t vocab = a.shape.vocab;
+  parallel_for(a.shape.rows, 2 * vocab * sizeof(T), a.place.threads,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t r = begin; r < end; ++r) {
+                   T* g = row<T>(a.gradient, r);
+                   if (w == 0.0 || a.targets[r] == a.ignore_index) {
+                     row_zero(g, vocab);
+                     continue;
+                   }
+                   const V factor = splat<V>(w);
+                   for (int64_t i = 0; i < vocab; i += N) {
+                     const int k = vocab - i < N ? static_cast<int>(vocab - i) : N;
+                     store_partial(g + i, load_partial(g + i, k, 0.0) * factor, k);
+                   }
+                 }
+               });
 }
 
 template <class Args>
@@ -196,6 +221,11 @@ void cross_entropy(const CrossEntropy& a) {
                          cross_entropy_t<double>);
 }
 
+void scale_gradient(const ScaleGradient& a) {
+  by_dtype<ScaleGradient>(a, scale_gradient_t<float>, scale_gradient_t<bf16>, scale_gradient_t<f16>,
+                          scale_gradient_t<double>);
+}
+
 int64_t first_bad_target(const Indices& targets, int64_t rows, int64_t vocab,
                          int64_t ignore_index) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -215,7 +245,7 @@ template <class Args> Span segment(const Args& a, int64_t i) {
 }
 
 void sequence_sums(const SequenceSums& a) {
-  parallel_for(a.segments, 9 * a.length, a.threads, [&](int64_t begin, int64_t end) {
+  parallel_for(a.segments, 9 * a.length, a.place.threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Span s = segment(a, i);
       double sum = 0.0;
@@ -231,7 +261,7 @@ void sequence_sums(const SequenceSums& a) {
 }
 
 void sequence_sums_backward(const SequenceSumsBackward& a) {
-  parallel_for(a.segments, 9 * a.length, a.threads, [&](int64_t begin, int64_t end) {
+  parallel_for(a.segments, 9 * a.length, a.place.threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Span s = segment(a, i);
       double g = a.gradient[i];
@@ -250,9 +280,9 @@ void sequence_sums_backward(const SequenceSumsBackward& a) {
 }  // namespace
 
 const LogprobsKernels& logprobs_kernels() {
-  static constexpr LogprobsKernels kernels{first_bad_target,        token_logprobs,
-                                           token_logprobs_backward, cross_entropy,
-                                           sequence_sums,           sequence_sums_backward};
+  static constexpr LogprobsKernels kernels{
+      first_bad_target, token_logprobs, token_logprobs_backward, cross_entropy,
+      scale_gradient,   sequence_sums,  sequence_sums_backward};
   return kernels;
 }
 

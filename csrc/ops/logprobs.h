@@ -2,6 +2,7 @@
 #pragma once
 #include "core/dispatch.h"
 #include "core/dtype.h"
+#include "core/place.h"
 
 namespace finefuse {
 
@@ -28,7 +29,7 @@ struct TokenLogprobs {
   Reals logprobs, entropy, lse;  // (rows,); entropy and lse may be absent
   double*
       saved;  // (2, rows): ref and log-sum for the backward; (3, rows) with entropy; may be absent
-  int threads;
+  Place place;
 };
 
 // dz = (1/T)·[g·(1[y] - p) - h·p·(log p + H) + l·p]
@@ -40,7 +41,7 @@ struct TokenLogprobsBackward {
   double temperature;
   const double* saved;  // what the forward left; (3, rows) where h is there
   Reals g, h, l;        // (rows,), each may be absent
-  int threads;
+  Place place;
 };
 
 // loss = (1 - eps)·(lse - z[y]) + eps·(lse - mean z), and in the same visit of the row
@@ -52,11 +53,10 @@ struct CrossEntropy {
   int64_t ignore_index;
   double label_smoothing;
   Reduction reduction;
-  Reals loss;        // (rows,) or one; may be absent
-  double* row_loss;  // (rows,) scratch, for sum and mean
-  Reals upstream;  // (rows,) w; absent: `scale`, for mean divided by the number of rows not ignored
-  double scale;
-  int threads;
+  Reals loss;       // (rows,) or one; may be absent
+  double* scratch;  // (rows + 1,), for sum and mean
+  Reals upstream;   // (rows,) for none, else one; absent: 1
+  Place place;
 };
 
 // sums[i] = Σ lp[t] over the kept t of segment i; average divides by the number kept (0 if none).
@@ -68,7 +68,7 @@ struct SequenceSums {
   int64_t segments, length, total;  // total: tokens in all
   bool average;
   Reals sums;
-  int threads;
+  Place place;
 };
 
 struct SequenceSumsBackward {
@@ -78,7 +78,17 @@ struct SequenceSumsBackward {
   int64_t segments, length, total;  // total: tokens in all
   bool average;
   Reals out;
-  int threads;
+  Place place;
+};
+
+// gradient *= upstream, in place, left as it is where upstream is 1; ignored rows stay 0.
+struct ScaleGradient {
+  LogitsShape shape;
+  LogitRows gradient;
+  Indices targets;
+  int64_t ignore_index;
+  Reals upstream;  // one
+  Place place;
 };
 
 struct LogprobsKernels {
@@ -87,6 +97,7 @@ struct LogprobsKernels {
   void (*token_logprobs)(const TokenLogprobs&);
   void (*token_logprobs_backward)(const TokenLogprobsBackward&);
   void (*cross_entropy)(const CrossEntropy&);
+  void (*scale_gradient)(const ScaleGradient&);
   void (*sequence_sums)(const SequenceSums&);
   void (*sequence_sums_backward)(const SequenceSumsBackward&);
 };

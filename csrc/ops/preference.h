@@ -2,6 +2,7 @@
 #pragma once
 #include "core/dispatch.h"
 #include "core/dtype.h"
+#include "core/place.h"
 
 namespace finefuse {
 
@@ -20,6 +21,7 @@ struct Preference {
   Reals chosen_rewards, rejected_rewards, margins;  // (pairs,)
   Reals accuracy;  // one: the share of pairs with a positive margin
   Reals gradient;  // (2, pairs): d out / d chosen, d out / d rejected
+  Place place;
 };
 
 struct PreferenceKernels {

@@ -43,12 +43,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+from . import _args
+from ._args import Layout, row_strides
+
 _LIB = torch.library.Library("finefuse", "DEF")
 
-# The numbers are the contract with csrc/core/dtype.h.
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+DTYPES = {getattr(torch, name): number for name, number in _args.DTYPES.items()}
 INDEX_DTYPES = (torch.int64, torch.int32)
-REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 
 get_num_threads = torch.get_num_threads
 _grad_enabled = torch.is_grad_enabled
@@ -235,20 +236,6 @@ def scalar(name: str, value: Any) -> Any:
     return float(value)
 
 
-def require(ok: bool, name: str, value: Any, allowed: str) -> None:
-    """Raise the ValueError that names the argument, what it was and what is allowed."""
-    if not ok:
-        raise ValueError(f"{name}: {value!r}; allowed: {allowed}")
-
-
-def choice(name: str, value: Any, allowed: dict[str, int]) -> int:
-    """The number behind one of a few names."""
-    number = allowed.get(value) if isinstance(value, str) else None
-    if number is None:
-        raise ValueError(f"{name}: {value!r}; allowed: {', '.join(map(repr, allowed))}")
-    return number
-
-
 def wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -265,11 +252,6 @@ def index_tensor(name: str, value: Any, logits: Tensor) -> Tensor:
     if dtype in (torch.int8, torch.int16, torch.uint8):
         return value.to(torch.int64)
     raise TypeError(f"{name}: dtype {dtype}; allowed: int64, int32, int16, int8, uint8")
-
-
-def check_index(name: str, value: Any) -> None:
-    if not isinstance(value, int) or not -(2**63) <= value < 2**63:
-        raise TypeError(f"{name}: an int, not {value!r}")
 
 
 def float_tensor(name: str, value: Any) -> Tensor:
@@ -290,9 +272,6 @@ def same_device(name: str, value: Tensor | None, other_name: str, other: Tensor)
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """What statistics and losses come out as: float32, or float64 for float64 input."""
     return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-Layout = tuple[int, int, int, int, int, int]
 
 
 def logit_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Layout]:
@@ -318,19 +297,9 @@ def logit_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Layout]:
     if logits.is_contiguous():
         return logits, (code, rows, vocab, rows, 0, vocab)  # type: ignore[return-value]
     if vocab == 1 or logits.stride(-1) == 1:
-        # Merge neighbouring leading dimensions while the outer one steps over all of the inner.
-        merged: list[tuple[int, int]] = []
-        for size, stride in zip(shape[:-1], logits.stride()[:-1], strict=True):
-            if size == 1:
-                continue
-            if merged and merged[-1][1] == size * stride:
-                merged[-1] = (merged[-1][0] * size, stride)
-            else:
-                merged.append((size, stride))
-        if len(merged) <= 2:
-            merged = [(1, 0)] * (2 - len(merged)) + merged
-            (_, outer_stride), (inner, inner_stride) = merged
-            return logits, (code, rows, vocab, inner, outer_stride, inner_stride)  # type: ignore[return-value]
+        strides = row_strides(shape, logits.stride())
+        if strides is not None:
+            return logits, (code, rows, vocab, *strides)  # type: ignore[return-value]
     return logit_rows(logits.contiguous(), targets)
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import functools
-from math import inf
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import _C
-from ._op import (
+from ._args import (
     REDUCTIONS,
-    accumulator,
     check_index,
-    check_rows,
+    check_label_smoothing,
+    check_temperature,
     choice,
+    require,
+)
+from ._op import (
+    accumulator,
+    check_rows,
     composite,
     consumed,
     float_tensor,
@@ -26,7 +30,6 @@ from ._op import (
     logit_rows,
     once_differentiable,
     raw_op,
-    require,
     same_device,
     scalar,
     wants_gradient,
@@ -36,12 +39,6 @@ _int32 = torch.int32
 _float64 = torch.float64
 # The hooks in force, or None; torch before 2.7 cannot tell.
 _saved_tensor_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-_COLDEST, _HOTTEST = 1e-30, 1e30  # beyond, z/T leaves float32
-
-
-def _check_temperature(temperature: float) -> None:
-    ok = _COLDEST <= temperature <= _HOTTEST
-    require(ok, "temperature", temperature, "positive and finite (1e-30 to 1e30)")
 
 
 # ---- token_logprobs: raw ops -------------------------------------------------------------------
@@ -52,8 +49,7 @@ def _forward_cpu(
 ) -> Any:
     """lp, with stats entropy and lse, with keep what the backward reads."""
     logits, layout = logit_rows(logits, targets)
-    if not _COLDEST <= temperature <= _HOTTEST:
-        _check_temperature(temperature)
+    check_temperature(temperature)
     if not targets.is_contiguous():
         targets = targets.contiguous()
     dtype = accumulator(logits.dtype)
@@ -120,6 +116,12 @@ def _row_gradient(
     return g.to(dtype).contiguous()
 
 
+def _scalar_gradient(g: Tensor, dtype: torch.dtype) -> Tensor:
+    if g.numel() != 1:
+        raise ValueError(f"g: shape {tuple(g.shape)}; allowed: a scalar")
+    return g if g.dtype is dtype else g.to(dtype)
+
+
 def _gradient_rows(logits: Tensor, targets: Tensor, out: Tensor) -> tuple[Tensor, Any, Tensor, Any]:
     """Rows of the logits and of the gradient; in place both are the same rows."""
     rows, layout = logit_rows(logits, targets)
@@ -153,7 +155,7 @@ def _backward_cpu(
     ignore_index: int,
 ) -> None:
     rows, layout, out_rows, out_layout = _gradient_rows(logits, targets, out)
-    _check_temperature(temperature)
+    check_temperature(temperature)
     _check_saved(saved, targets, entropy=h is not None)
     dtype = accumulator(logits.dtype)
     targets = targets.contiguous()
@@ -321,13 +323,12 @@ def _cross_entropy(
     targets: Tensor,
     out: Tensor | None,
     upstream: Tensor | None,
-    scale: float,
     label_smoothing: float,
     ignore_index: int,
     reduction: int,
     want_loss: bool,
 ) -> Tensor | None:
-    require(0.0 <= label_smoothing <= 1.0, "label_smoothing", label_smoothing, "0 to 1")
+    check_label_smoothing(label_smoothing)
     require(reduction in (0, 1, 2), "reduction", reduction, "0 (none), 1 (sum), 2 (mean)")
     dtype = accumulator(logits.dtype)
     out_rows: Tensor | None = None
@@ -337,15 +338,20 @@ def _cross_entropy(
         rows, layout = logit_rows(logits, targets)
         out_layout = layout
     targets = targets.contiguous()
-    loss = row_loss = None
+    loss = scratch = None
     if want_loss:
-        loss = torch.empty(targets.shape if reduction == 0 else (), dtype=dtype)
+        loss = targets.new_empty(targets.shape if reduction == 0 else (), dtype=dtype)
+    if upstream is not None:
+        upstream = (
+            _row_gradient("g", upstream, targets, dtype)
+            if reduction == 0
+            else _scalar_gradient(upstream, dtype)
+        )
     if reduction != 0:
-        row_loss = torch.empty_like(targets, dtype=_float64)
+        scratch = targets.new_empty((targets.numel() + 1,), dtype=_float64)
     _C.cross_entropy(
         rows, layout, out_rows, out_layout, targets, targets.dtype is _int32, ignore_index,
-        label_smoothing, reduction, scale, loss, row_loss,
-        _row_gradient("g", upstream, targets, dtype), get_num_threads(),
+        label_smoothing, reduction, loss, scratch, upstream, get_num_threads(),
     )  # fmt: skip
     if out is not None and out_rows is not None:
         _write_back(out, out_rows)
@@ -356,18 +362,18 @@ def _ce_forward_cpu(
     logits: Tensor, targets: Tensor, label_smoothing: float, ignore_index: int, reduction: int
 ) -> Any:
     return _cross_entropy(
-        logits, targets, None, None, 1.0, label_smoothing, ignore_index, reduction, True
+        logits, targets, None, None, label_smoothing, ignore_index, reduction, True
     )
 
 
 def _ce_scale_cpu(gradient: Tensor, targets: Tensor, g: Tensor, ignore_index: int) -> None:
-    factor = g.item()
-    if factor == 0.0:
-        gradient.zero_()
-    elif factor != 1.0:
-        gradient.mul_(factor)
-        if not -inf < factor < inf:  # 0·inf would not be 0
-            gradient[targets == ignore_index] = 0.0
+    rows, layout = logit_rows(gradient, targets)
+    targets = targets.contiguous()
+    _C.scale_gradient(
+        rows, layout, targets, targets.dtype is _int32, ignore_index,
+        _scalar_gradient(g, accumulator(gradient.dtype)), get_num_threads(),
+    )  # fmt: skip
+    _write_back(gradient, rows)
 
 
 def _ce_forward_backward_cpu(
@@ -379,7 +385,7 @@ def _ce_forward_backward_cpu(
     reduction: int,
 ) -> Any:
     return _cross_entropy(
-        logits, targets, out, None, 1.0, label_smoothing, ignore_index, reduction, True
+        logits, targets, out, None, label_smoothing, ignore_index, reduction, True
     )
 
 
@@ -400,10 +406,7 @@ def _ce_backward_cpu(
 ) -> None:
     if g is None:
         raise TypeError("g: a tensor, not None")
-    scale, upstream = (1.0, g) if reduction == 0 else (g.item(), None)
-    _cross_entropy(
-        logits, targets, out, upstream, scale, label_smoothing, ignore_index, reduction, False
-    )
+    _cross_entropy(logits, targets, out, g, label_smoothing, ignore_index, reduction, False)
 
 
 _CE_OPTIONS = "float label_smoothing, int ignore_index, int reduction"

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _C
+from ._args import (
+    LENGTH_NORMALIZED,
+    PREFERENCE_LOSSES,
+    REDUCTIONS,
+    check_beta,
+    check_label_smoothing,
+    choice,
+    require,
+)
 from ._op import (
     DTYPES,
-    REDUCTIONS,
-    choice,
     composite,
     float_tensor,
+    get_num_threads,
     index_tensor,
     once_differentiable,
     raw_op,
-    require,
     same_device,
     scalar,
     wants_gradient,
 )
 from .logprobs import sequence_logprobs, token_logprobs
-
-# The numbers are the contract with csrc/ops/preference.h, whose table has the formulas.
-LOSSES = {"sigmoid": 0, "ipo": 1, "hinge": 2}
-# Losses that divide each log-ratio by its completion's length unless told otherwise.
-_NORMALIZED = ("ipo",)
 
 
 class PreferenceOutput(NamedTuple):
@@ -79,10 +80,9 @@ def _forward_cpu(*args: Any) -> tuple[Tensor, ...]:
     vectors: Any = args[:6]
     beta, label_smoothing, loss, reduction = args[6:]
     _check(vectors)
-    if not (0.0 < beta < inf and 0.0 <= label_smoothing < 1.0):
-        require(0.0 < beta < inf, "beta", beta, "positive and finite")
-        require(False, "label_smoothing", label_smoothing, "0 to below 1")
-    require(loss in LOSSES.values(), "loss", loss, f"0 to {len(LOSSES) - 1}")
+    check_beta(beta)
+    check_label_smoothing(label_smoothing, "below 1")
+    require(loss in PREFERENCE_LOSSES.values(), "loss", loss, f"0 to {len(PREFERENCE_LOSSES) - 1}")
     require(reduction in (0, 1, 2), "reduction", reduction, "0 (none), 1 (sum), 2 (mean)")
     vectors = [v if v is None or v.is_contiguous() else v.contiguous() for v in vectors]
     chosen = vectors[0]
@@ -92,7 +92,7 @@ def _forward_cpu(*args: Any) -> tuple[Tensor, ...]:
     margins, gradient = torch.empty_like(chosen), chosen.new_empty((2, *chosen.shape))
     _C.preference(
         *vectors, chosen.dtype is torch.float64, chosen.numel(), loss, beta, label_smoothing, reduction,
-        out, chosen_rewards, rejected_rewards, margins, accuracy, gradient,
+        out, chosen_rewards, rejected_rewards, margins, accuracy, gradient, get_num_threads(),
     )  # fmt: skip
     return out, chosen_rewards, rejected_rewards, margins, accuracy, gradient
 
@@ -191,11 +191,11 @@ def preference_loss(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    code = choice("loss", loss, LOSSES)
+    code = choice("loss", loss, PREFERENCE_LOSSES)
     if (ref_chosen is None) != (ref_rejected is None):
         raise ValueError("ref_chosen and ref_rejected: give both or neither")
     if normalize_lengths is None:
-        normalize_lengths = loss in _NORMALIZED
+        normalize_lengths = loss in LENGTH_NORMALIZED
     if not normalize_lengths:
         chosen_lengths = rejected_lengths = None
     elif chosen_lengths is None or rejected_lengths is None:
@@ -287,7 +287,7 @@ def preference_loss_from_logits(
     if ref_logprobs is not None:
         ref_chosen, ref_rejected = ref_logprobs[:half], ref_logprobs[half:]
     chosen_lengths = rejected_lengths = None
-    if loss in _NORMALIZED if normalize_lengths is None else normalize_lengths:
+    if loss in LENGTH_NORMALIZED if normalize_lengths is None else normalize_lengths:
         lengths = (targets != ignore_index).sum(-1)
         chosen_lengths, rejected_lengths = lengths[:half], lengths[half:]
     return preference_loss(

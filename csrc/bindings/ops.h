@@ -1,0 +1,196 @@
+// The functions of _C and of _CUDA: the same names and arguments on both, from arrays to the struct
+// that a kernel takes. They know neither torch nor its tensors: shapes, types and strides were
+// checked by the Python side (_op.py, numpy/), indices are checked by the backend: on the CPU
+// before anything is written, on a GPU by the kernel, which flags them and never follows them.
+//
+// A backend is a struct of static functions: `run`, overloaded on the argument struct, and
+// check_targets, check_offsets, check_lengths.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "bindings/array.h"
+#include "ops/logprobs.h"
+#include "ops/preference.h"
+
+namespace finefuse {
+
+inline LogitsShape shape_of(const Layout& l) {
+  return {static_cast<DType>(l.field[0]), l.field[1], l.field[2]};
+}
+inline LogitRows rows_of(const Array& a, const Layout& l) {
+  return {a.data, l.field[3], l.field[4], l.field[5]};
+}
+inline bool is_wide(const Layout& l) { return static_cast<DType>(l.field[0]) == DType::f64; }
+inline Indices indices(const Array& a, bool int32) {
+  return {a.data, int32 ? IndexType::i32 : IndexType::i64};
+}
+inline double* doubles(const Array& a) { return static_cast<double*>(a.data); }
+inline const uint8_t* bytes(const Array& a) { return static_cast<const uint8_t*>(a.data); }
+
+// None or a tensor without storage where a kernel would read.
+inline void need(const char* name, const Array& array, int64_t count) {
+  if (count > 0 && array.data == nullptr) {
+    throw pybind11::type_error(std::string(name) + ": an array with data, not None");
+  }
+}
+
+template <class Backend>
+void token_logprobs(Array logits, Layout layout, Array targets, bool int32, int64_t ignore_index,
+                    double temperature, Array logprobs, Array entropy, Array lse, Array saved,
+                    Place place) {
+  const LogitsShape shape = shape_of(layout);
+  const bool wide = is_wide(layout);
+  const Indices y = indices(targets, int32);
+  pybind11::gil_scoped_release nogil;
+  need("logits", logits, shape.rows);
+  need("targets", targets, shape.rows);
+  Backend::check_targets(y, shape, ignore_index);
+  Backend::run(TokenLogprobs{shape,
+                             rows_of(logits, layout),
+                             y,
+                             ignore_index,
+                             temperature,
+                             {logprobs.data, wide},
+                             {entropy.data, wide},
+                             {lse.data, wide},
+                             doubles(saved),
+                             place});
+}
+
+template <class Backend>
+void token_logprobs_backward(Array logits, Layout layout, Array gradient, Layout gradient_layout,
+                             Array targets, bool int32, int64_t ignore_index, double temperature,
+                             Array saved, Array g, Array h, Array l, Place place) {
+  const LogitsShape shape = shape_of(layout);
+  const bool wide = is_wide(layout);
+  const Indices y = indices(targets, int32);
+  pybind11::gil_scoped_release nogil;
+  need("logits", logits, shape.rows);
+  need("targets", targets, shape.rows);
+  need("out", gradient, shape.rows);
+  need("saved", saved, shape.rows);
+  Backend::check_targets(y, shape, ignore_index);
+  Backend::run(TokenLogprobsBackward{shape,
+                                     rows_of(logits, layout),
+                                     rows_of(gradient, gradient_layout),
+                                     y,
+                                     ignore_index,
+                                     temperature,
+                                     doubles(saved),
+                                     {g.data, wide},
+                                     {h.data, wide},
+                                     {l.data, wide},
+                                     place});
+}
+
+template <class Backend>
+void cross_entropy(Array logits, Layout layout, Array gradient, Layout gradient_layout,
+                   Array targets, bool int32, int64_t ignore_index, double label_smoothing,
+                   int reduction, Array loss, Array scratch, Array upstream, Place place) {
+  const LogitsShape shape = shape_of(layout);
+  const bool wide = is_wide(layout);
+  const Indices y = indices(targets, int32);
+  pybind11::gil_scoped_release nogil;
+  need("logits", logits, shape.rows);
+  need("targets", targets, shape.rows);
+  if (static_cast<Reduction>(reduction) != Reduction::none) need("scratch", scratch, 1);
+  Backend::check_targets(y, shape, ignore_index);
+  Backend::run(CrossEntropy{shape,
+                            rows_of(logits, layout),
+                            rows_of(gradient, gradient_layout),
+                            y,
+                            ignore_index,
+                            label_smoothing,
+                            static_cast<Reduction>(reduction),
+                            {loss.data, wide},
+                            doubles(scratch),
+                            {upstream.data, wide},
+                            place});
+}
+
+template <class Backend>
+void scale_gradient(Array gradient, Layout layout, Array targets, bool int32, int64_t ignore_index,
+                    Array upstream, Place place) {
+  const LogitsShape shape = shape_of(layout);
+  pybind11::gil_scoped_release nogil;
+  need("gradient", gradient, shape.rows);
+  need("targets", targets, shape.rows);
+  need("upstream", upstream, 1);
+  Backend::run(ScaleGradient{shape,
+                             rows_of(gradient, layout),
+                             indices(targets, int32),
+                             ignore_index,
+                             {upstream.data, is_wide(layout)},
+                             place});
+}
+
+template <class Backend>
+void sequence_sums(Array logprobs, bool wide, Array mask, Array offsets, bool int32,
+                   int64_t segments, int64_t length, int64_t total, bool average, Array sums,
+                   Place place) {
+  const Indices ends = indices(offsets, int32);
+  pybind11::gil_scoped_release nogil;
+  need("token_lp", logprobs, total);
+  if (ends.data != nullptr) Backend::check_offsets(ends, segments, total);
+  Backend::run(SequenceSums{{logprobs.data, wide},
+                            bytes(mask),
+                            ends,
+                            segments,
+                            length,
+                            total,
+                            average,
+                            {sums.data, wide},
+                            place});
+}
+
+template <class Backend>
+void sequence_sums_backward(Array gradient, bool wide, Array mask, Array offsets, bool int32,
+                            int64_t segments, int64_t length, int64_t total, bool average,
+                            Array out, Place place) {
+  const Indices ends = indices(offsets, int32);
+  pybind11::gil_scoped_release nogil;
+  need("g", gradient, segments);
+  if (ends.data != nullptr) Backend::check_offsets(ends, segments, total);
+  Backend::run(SequenceSumsBackward{{gradient.data, wide},
+                                    bytes(mask),
+                                    ends,
+                                    segments,
+                                    length,
+                                    total,
+                                    average,
+                                    {out.data, wide},
+                                    place});
+}
+
+template <class Backend>
+void preference(Array chosen, Array rejected, Array ref_chosen, Array ref_rejected,
+                Array chosen_lengths, Array rejected_lengths, bool wide, int64_t pairs, int loss,
+                double beta, double label_smoothing, int reduction, Array out, Array chosen_rewards,
+                Array rejected_rewards, Array margins, Array accuracy, Array gradient,
+                Place place) {
+  const auto reals = [wide](const Array& a) { return Reals{a.data, wide}; };
+  pybind11::gil_scoped_release nogil;
+  need("chosen", chosen, pairs);
+  need("rejected", rejected, pairs);
+  Backend::check_lengths("chosen_lengths", reals(chosen_lengths), pairs);
+  Backend::check_lengths("rejected_lengths", reals(rejected_lengths), pairs);
+  Backend::run(Preference{
+      pairs, reals(chosen), reals(rejected), reals(ref_chosen), reals(ref_rejected),
+      reals(chosen_lengths), reals(rejected_lengths), static_cast<PreferenceLoss>(loss), beta,
+      label_smoothing, static_cast<Reduction>(reduction), reals(out), reals(chosen_rewards),
+      reals(rejected_rewards), reals(margins), reals(accuracy), reals(gradient), place});
+}
+
+template <class Backend> void define_ops(pybind11::module_& m) {
+  m.def("token_logprobs", token_logprobs<Backend>);
+  m.def("token_logprobs_backward", token_logprobs_backward<Backend>);
+  m.def("cross_entropy", cross_entropy<Backend>);
+  m.def("scale_gradient", scale_gradient<Backend>);
+  m.def("sequence_sums", sequence_sums<Backend>);
+  m.def("sequence_sums_backward", sequence_sums_backward<Backend>);
+  m.def("preference", preference<Backend>);
+}
+
+}  // namespace finefuse
