@@ -19,7 +19,10 @@ __version__ = _version("finefuse")
 
 __all__ = [
     "PreferenceOutput",
+    "backend",
+    "check",
     "cross_entropy",
+    "info",
     "preference_loss",
     "preference_loss_from_logits",
     "sequence_logprobs",
@@ -35,9 +38,13 @@ if _ISA is not None and _ISA not in ("baseline", "avx2", "avx512", "avx512bf16")
 
 if _find_spec("torch") is not None:
     # torch first: whichever OpenMP runtime loads first serves both.
+    import torch as _torch  # noqa: F401
+
+    from ._backend import backend, check, info
     from .logprobs import cross_entropy, sequence_logprobs, token_logprobs
     from .preference import PreferenceOutput, preference_loss, preference_loss_from_logits
 else:
+    from ._backend import info
 
     def __getattr__(name: str) -> Any:
         if name in __all__:

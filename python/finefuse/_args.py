@@ -43,16 +43,16 @@ def check_index(name: str, value: Any) -> None:
         raise TypeError(f"{name}: an int, not {value!r}")
 
 
-def check_temperature(value: float) -> None:
+def check_temperature(value: Any) -> None:
     ok = _COLDEST <= value <= _HOTTEST
     require(ok, "temperature", value, "positive and finite (1e-30 to 1e30)")
 
 
-def check_beta(value: float) -> None:
+def check_beta(value: Any) -> None:
     require(0.0 < value < inf, "beta", value, "positive and finite")
 
 
-def check_label_smoothing(value: float, top: str = "1") -> None:
+def check_label_smoothing(value: Any, top: str = "1") -> None:
     """ε in [0, 1] or, where a loss divides labels between two answers, in [0, 1)."""
     ok = 0.0 <= value <= 1.0 and (top == "1" or value < 1.0)
     require(ok, "label_smoothing", value, f"0 to {top}")

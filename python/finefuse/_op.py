@@ -3,17 +3,20 @@
 A stem defines *raw ops*, `finefuse::<name>_forward` and `finefuse::<name>_backward`, that know nothing of
 autograd, and one public function that wraps them in a `torch.autograd.Function`:
 
-    NAME_FORWARD = raw_op("name_forward(Tensor x, float scale) -> Tensor", cpu=..., fake=...)
+    _KERNEL = kernel("stem", "name")                # _C's, _CUDA's or Triton's, where the tensor is
+    NAME_FORWARD = raw_op("name_forward(Tensor x, float scale) -> Tensor", run=..., fake=...)
 
     class _Name(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x, scale):                 # saves, calls the raw op
+        def forward(ctx, x, scale):                 # saves, notes the backend, calls the raw op
         @staticmethod
         @once_differentiable                        # a double backward raises
         def backward(ctx, g):                       # calls the other raw op
 
     def name(x, *, scale=1.0):
         scale = scalar("scale", scale)
+        if runs_eagerly("stem", x):                 # a device without a kernel, or by choice
+            return eager.stem.name(x, scale)
         if wants_gradient(x):
             return _Name.apply(x, scale)
         return NAME_FORWARD(x, scale)               # a third of the cost
@@ -21,8 +24,9 @@ autograd, and one public function that wraps them in a `torch.autograd.Function`
     composite("name(Tensor x, *, float scale=1.0) -> Tensor", name)   # torch.ops.finefuse.name
 
 `raw_op` registers
-- the CPU function, which checks everything a kernel relies on (types, shapes, devices, scalars) and
-  hands tensors to `_C`, which takes their addresses while it holds them;
+- the function that runs, on CPUs and GPUs alike: it checks everything a kernel relies on (types, shapes,
+  devices, scalars), makes the outputs and hands tensors to the kernel, which takes their addresses
+  while it holds them;
 - the fake function, for `torch.compile`: outputs from shapes alone, contiguous like the real ones;
 - an overload `<name>.tensor` in which every `float` is a 0-d tensor. A Python float would be burnt into
   the graph, one graph a value; `scalar` makes the tensor while compiling, so that two graphs serve all;
@@ -43,7 +47,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from . import _args
+from . import _C, _args, _backend
 from ._args import Layout, row_strides
 
 _LIB = torch.library.Library("finefuse", "DEF")
@@ -78,7 +82,7 @@ class _NoGradient(torch.autograd.Function):
         )
 
 
-def raw_op(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def raw_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Register an op without autograd (see the module's docstring); call it with all arguments in order."""
     match = re.fullmatch(r"(\w+)\((.*)\) -> (.*)", schema)
     assert match, schema
@@ -87,15 +91,16 @@ def raw_op(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Ca
     floats = [i for i, a in enumerate(parsed) if a.startswith("float ")]
     mutates = "!" in arguments
 
-    def cpu_tensor(*args: Any) -> Any:
+    def run_tensor(*args: Any) -> Any:
         values = list(args)
         for i in floats:
             values[i] = values[i].item()
-        return cpu(*values)
+        return run(*values)
 
-    def register(overload: str, schema: str, kernel: Callable[..., Any]) -> Any:
+    def register(overload: str, schema: str, function: Callable[..., Any]) -> Any:
         _LIB.define(schema, tags=torch.Tag.pt2_compliant_tag)
-        _LIB.impl(overload, kernel, "CPU")
+        for key in ("CPU", "CUDA", "XPU"):
+            _LIB.impl(overload, function, key)
         torch.library.register_fake(f"finefuse::{overload}", fake, lib=_LIB)
         op = getattr(getattr(torch.ops.finefuse, name), "tensor" if "." in overload else "default")
 
@@ -105,7 +110,7 @@ def raw_op(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Ca
 
         def autograd(*args: Any) -> Any:
             if _plain(args):
-                return kernel(*args)
+                return function(*args)
             if _has_tangent(args):
                 raise RuntimeError(f"finefuse::{name} has no forward-mode derivative")
             if _grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
@@ -120,18 +125,18 @@ def raw_op(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Ca
         _LIB.impl(overload, autograd, "Autograd")
         return op
 
-    default = tensor = register(name, schema, cpu)
+    default = tensor = register(name, schema, run)
     first_float = floats[0] if floats else None
     if floats:
         tensors = [f"Tensor {a[6:]}" if a.startswith("float ") else a for a in parsed]
         tensor = register(
-            f"{name}.tensor", f"{name}.tensor({', '.join(tensors)}) -> {returns}", cpu_tensor
+            f"{name}.tensor", f"{name}.tensor({', '.join(tensors)}) -> {returns}", run_tensor
         )
 
     def call(*args: Any) -> Any:
         if not is_compiling():
             if _plain(args):
-                return cpu(*args)
+                return run(*args)
             return default(*args)
         if first_float is not None and type(args[first_float]) is not float:
             return tensor(*args)
@@ -141,9 +146,9 @@ def raw_op(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Ca
 
 
 def _plain(args: tuple[Any, ...]) -> bool:
-    """Ordinary CPU tensors, no gradient wanted of this op, and nobody watching.
+    """Ordinary CPU or CUDA tensors, no gradient wanted of this op, and nobody watching.
 
-    Then the dispatcher would only look up the CPU function; called at once it is 5 us sooner.
+    Then the dispatcher would only look up the function; called at once it is 5 us sooner.
     """
     if _modes() or _transforms() or _profiling() or forward_ad._current_level >= 0:
         return False
@@ -151,7 +156,7 @@ def _plain(args: tuple[Any, ...]) -> bool:
     for a in args:
         if isinstance(a, Tensor) and (
             type(a) is not Tensor
-            or not a.is_cpu
+            or not (a.is_cpu or a.is_cuda)
             or (grad and a.requires_grad)
             or a.is_neg()
             or a._is_zerotensor()
@@ -182,13 +187,19 @@ class _OnceOnly(torch.autograd.Function):
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A backward that is not differentiated itself: under create_graph a second one raises.
 
-    torch's own decorator lets it pass, as zeros, where the upstream gradient is a constant. The
-    tensors that the gradient depends on must be among ctx.saved_tensors.
+    It runs on the backend that the forward noted as ctx.backend. torch's own decorator lets it pass, as
+    zeros, where the upstream gradient is a constant. The tensors that the gradient depends on must be
+    among ctx.saved_tensors.
     """
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Any) -> Any:
-        if is_compiling() or not _grad_enabled():
+        if is_compiling():
+            return backward(ctx, *grads)
+        if ctx.backend != _backend.chosen:
+            with _backend.backend(ctx.backend):
+                return wrapper(ctx, *grads)
+        if not _grad_enabled():
             return backward(ctx, *grads)
         sources = [t for t in (*grads, *ctx.saved_tensors) if isinstance(t, Tensor)]
         with torch.no_grad():
@@ -209,6 +220,34 @@ def composite(schema: str, function: Callable[..., Any]) -> None:
     """
     _LIB.define(schema, tags=torch.Tag.pt2_compliant_tag)
     _LIB.impl(schema.split("(")[0], function, "CompositeImplicitAutograd")
+
+
+# ---- where it runs ------------------------------------------------------------------------------
+
+_ON_CPU = ("auto", "cpu")
+
+
+def kernel(stem: str, name: str) -> Callable[..., None]:
+    """A stem's kernel of this name, called where its first argument is; see csrc/bindings/ops.h.
+
+    The last argument of all, threads or stream, is added here.
+    """
+    cpu = getattr(_C, name)
+
+    def call(first: Tensor, *args: Any) -> None:
+        if first.is_cpu and _backend.chosen in _ON_CPU:
+            cpu(first, *args, get_num_threads())
+        else:
+            _backend.launch(stem, name, first, args)
+
+    return call
+
+
+def runs_eagerly(stem: str, tensor: Tensor) -> bool:
+    """Whether the public function shall be plain torch operations: by choice, or for want of a kernel."""
+    if tensor.is_cpu:
+        return _backend.chosen == "eager"
+    return _backend.resolve(stem, tensor.device) == "eager"
 
 
 # ---- arguments ---------------------------------------------------------------------------------

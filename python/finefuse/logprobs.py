@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import _C
+from . import _backend
 from ._args import (
     REDUCTIONS,
     check_index,
@@ -23,17 +23,19 @@ from ._op import (
     composite,
     consumed,
     float_tensor,
-    get_num_threads,
     gradient_buffer,
     index_tensor,
     is_compiling,
+    kernel,
     logit_rows,
     once_differentiable,
     raw_op,
+    runs_eagerly,
     same_device,
     scalar,
     wants_gradient,
 )
+from .eager import logprobs as _eager
 
 _int32 = torch.int32
 _float64 = torch.float64
@@ -41,10 +43,18 @@ _float64 = torch.float64
 _saved_tensor_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
+_LOGPROBS = kernel("logprobs", "token_logprobs")
+_LOGPROBS_BACKWARD = kernel("logprobs", "token_logprobs_backward")
+_CROSS_ENTROPY = kernel("logprobs", "cross_entropy")
+_SCALE_GRADIENT = kernel("logprobs", "scale_gradient")
+_SEQUENCE_SUMS = kernel("logprobs", "sequence_sums")
+_SEQUENCE_SUMS_BACKWARD = kernel("logprobs", "sequence_sums_backward")
+
+
 # ---- token_logprobs: raw ops -------------------------------------------------------------------
 
 
-def _forward_cpu(
+def _forward(
     logits: Tensor, targets: Tensor, temperature: float, ignore_index: int, stats: bool, keep: bool
 ) -> Any:
     """lp, with stats entropy and lse, with keep what the backward reads."""
@@ -62,9 +72,9 @@ def _forward_cpu(
         )
     if keep:
         saved = _saved_like(targets, stats)
-    _C.token_logprobs(
+    _LOGPROBS(
         logits, layout, targets, targets.dtype is _int32, ignore_index, temperature,
-        logprobs, entropy, lse, saved, get_num_threads(),
+        logprobs, entropy, lse, saved,
     )  # fmt: skip
     if stats:
         return (logprobs, entropy, lse, saved) if keep else (logprobs, entropy, lse)
@@ -143,7 +153,7 @@ def _write_back(out: Tensor, out_rows: Tensor) -> None:
         out.copy_(out_rows)
 
 
-def _backward_cpu(
+def _backward(
     logits: Tensor,
     targets: Tensor,
     saved: Tensor,
@@ -159,11 +169,10 @@ def _backward_cpu(
     _check_saved(saved, targets, entropy=h is not None)
     dtype = accumulator(logits.dtype)
     targets = targets.contiguous()
-    _C.token_logprobs_backward(
+    _LOGPROBS_BACKWARD(
         rows, layout, out_rows, out_layout, targets, targets.dtype is _int32, ignore_index,
         temperature, saved, _row_gradient("g", g, targets, dtype),
         _row_gradient("h", h, targets, dtype), _row_gradient("l", l, targets, dtype),
-        get_num_threads(),
     )  # fmt: skip
     _write_back(out, out_rows)
 
@@ -174,7 +183,7 @@ _ROWS = "Tensor logits, Tensor targets"
 def _forward_op(name: str, returns: str, stats: bool, keep: bool) -> Any:
     return raw_op(
         f"{name}({_ROWS}, float temperature, int ignore_index) -> {returns}",
-        cpu=functools.partial(_forward_cpu, stats=stats, keep=keep),
+        run=functools.partial(_forward, stats=stats, keep=keep),
         fake=functools.partial(_forward_fake, stats=stats, keep=keep),
     )
 
@@ -190,9 +199,22 @@ _STATS_FORWARD = _forward_op(
 _BACKWARD = raw_op(
     f"token_logprobs_backward({_ROWS}, Tensor saved, Tensor? g, Tensor? h, Tensor? l, "
     "Tensor(a!) out, float temperature, int ignore_index) -> ()",
-    cpu=_backward_cpu,
+    run=_backward,
     fake=lambda *args: None,
 )
+
+
+def _check_eager(logits: Tensor, targets: Tensor, ignore_index: int) -> None:
+    """What the raw op checks, and on the CPU the targets, which kernels check there too."""
+    check_rows(logits, targets)
+    if logits.is_cpu and not is_compiling():
+        bad = (targets != ignore_index) & ((targets < 0) | (targets >= logits.shape[-1]))
+        if bad.any():
+            i = int(bad.flatten().nonzero()[0])
+            raise ValueError(
+                f"targets: element {i} is {int(targets.flatten()[i])}; allowed are 0 to "
+                f"{logits.shape[-1] - 1} and ignore_index ({ignore_index})"
+            )
 
 
 # ---- token_logprobs: autograd and the public function ------------------------------------------
@@ -215,6 +237,7 @@ class _TokenLogprobs(torch.autograd.Function):
         *outputs, saved = raw(logits, targets, temperature, ignore_index)
         ctx.save_for_backward(logits, targets, saved)
         ctx.options, ctx.spent = (temperature, options), False
+        ctx.backend = _backend.chosen
         ctx.set_materialize_grads(False)
         return tuple(outputs) if stats else outputs[0]
 
@@ -296,6 +319,11 @@ def token_logprobs(
     targets = index_tensor("targets", targets, logits)
     temperature = scalar("temperature", temperature)
     check_index("ignore_index", ignore_index)
+    if runs_eagerly("logprobs", logits):
+        _check_eager(logits, targets, ignore_index)
+        if not is_compiling():
+            check_temperature(temperature)
+        return _eager.token_logprobs(logits, targets, temperature, ignore_index, stats)
     if logits.requires_grad and torch.is_grad_enabled():
         options = (ignore_index, stats, inplace)
         return _TokenLogprobs.apply(logits, targets, temperature, options)
@@ -349,16 +377,16 @@ def _cross_entropy(
         )
     if reduction != 0:
         scratch = targets.new_empty((targets.numel() + 1,), dtype=_float64)
-    _C.cross_entropy(
+    _CROSS_ENTROPY(
         rows, layout, out_rows, out_layout, targets, targets.dtype is _int32, ignore_index,
-        label_smoothing, reduction, loss, scratch, upstream, get_num_threads(),
+        label_smoothing, reduction, loss, scratch, upstream,
     )  # fmt: skip
     if out is not None and out_rows is not None:
         _write_back(out, out_rows)
     return loss
 
 
-def _ce_forward_cpu(
+def _ce_forward(
     logits: Tensor, targets: Tensor, label_smoothing: float, ignore_index: int, reduction: int
 ) -> Any:
     return _cross_entropy(
@@ -366,17 +394,17 @@ def _ce_forward_cpu(
     )
 
 
-def _ce_scale_cpu(gradient: Tensor, targets: Tensor, g: Tensor, ignore_index: int) -> None:
+def _ce_scale(gradient: Tensor, targets: Tensor, g: Tensor, ignore_index: int) -> None:
     rows, layout = logit_rows(gradient, targets)
     targets = targets.contiguous()
-    _C.scale_gradient(
+    _SCALE_GRADIENT(
         rows, layout, targets, targets.dtype is _int32, ignore_index,
-        _scalar_gradient(g, accumulator(gradient.dtype)), get_num_threads(),
+        _scalar_gradient(g, accumulator(gradient.dtype)),
     )  # fmt: skip
     _write_back(gradient, rows)
 
 
-def _ce_forward_backward_cpu(
+def _ce_forward_backward(
     logits: Tensor,
     targets: Tensor,
     out: Tensor,
@@ -395,7 +423,7 @@ def _ce_fake(logits: Tensor, targets: Tensor, *options: Any) -> Tensor:
     return targets.new_empty(shape, dtype=accumulator(logits.dtype))
 
 
-def _ce_backward_cpu(
+def _ce_backward(
     logits: Tensor,
     targets: Tensor,
     g: Tensor,
@@ -411,23 +439,23 @@ def _ce_backward_cpu(
 
 _CE_OPTIONS = "float label_smoothing, int ignore_index, int reduction"
 _CE_FORWARD = raw_op(
-    f"cross_entropy_forward({_ROWS}, {_CE_OPTIONS}) -> Tensor", cpu=_ce_forward_cpu, fake=_ce_fake
+    f"cross_entropy_forward({_ROWS}, {_CE_OPTIONS}) -> Tensor", run=_ce_forward, fake=_ce_fake
 )
 # The gradient of the loss goes to `out` in the same visit of each row.
 _CE_FORWARD_BACKWARD = raw_op(
     f"cross_entropy_forward_backward({_ROWS}, Tensor(a!) out, {_CE_OPTIONS}) -> Tensor",
-    cpu=_ce_forward_backward_cpu,
+    run=_ce_forward_backward,
     fake=_ce_fake,
 )
 # The gradient that the forward made meets its upstream gradient, in place; skipped at 1.
 _CE_SCALE = raw_op(
     "cross_entropy_scale(Tensor(a!) gradient, Tensor targets, Tensor g, int ignore_index) -> ()",
-    cpu=_ce_scale_cpu,
+    run=_ce_scale,
     fake=lambda *args: None,
 )
 _CE_BACKWARD = raw_op(
     f"cross_entropy_backward({_ROWS}, Tensor g, Tensor(a!) out, {_CE_OPTIONS}) -> ()",
-    cpu=_ce_backward_cpu,
+    run=_ce_backward,
     fake=lambda *args: None,
 )
 
@@ -468,6 +496,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(logits, targets)
         ctx.targets = targets
         ctx.options, ctx.inplace, ctx.spent = options, inplace, False
+        ctx.backend = _backend.chosen
         return loss
 
     @staticmethod
@@ -530,6 +559,11 @@ def cross_entropy(
     label_smoothing = scalar("label_smoothing", label_smoothing)
     code = choice("reduction", reduction, REDUCTIONS)
     check_index("ignore_index", ignore_index)
+    if runs_eagerly("logprobs", logits):
+        _check_eager(logits, targets, ignore_index)
+        if not is_compiling():
+            check_label_smoothing(label_smoothing)
+        return _eager.cross_entropy(logits, targets, label_smoothing, ignore_index, reduction)
     if torch.is_grad_enabled() and logits.requires_grad:
         return _CrossEntropy.apply(logits, targets, label_smoothing, ignore_index, code, inplace)
     return _CE_FORWARD(logits, targets, label_smoothing, ignore_index, code)
@@ -567,19 +601,19 @@ def _segments(shape: Any, mask: Tensor | None, cu_seqlens: Tensor | None) -> tup
     return [segments], shape[0] // max(segments, 1)
 
 
-def _sequence_forward_cpu(
+def _sequence_forward(
     token_lp: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, average: bool
 ) -> Tensor:
     shape, length = _segments(token_lp.shape, mask, cu_seqlens)
     if token_lp.dtype not in (torch.float32, _float64):
         raise TypeError(f"token_lp: dtype {token_lp.dtype}; allowed: float32, float64")
-    sums = torch.empty(shape, dtype=token_lp.dtype)
-    _C.sequence_sums(
+    sums = token_lp.new_empty(shape)
+    _SEQUENCE_SUMS(
         token_lp.contiguous(), token_lp.dtype is _float64,
         None if mask is None else mask.contiguous(),
         None if cu_seqlens is None else cu_seqlens.contiguous(),
         cu_seqlens is not None and cu_seqlens.dtype is _int32,
-        sums.numel(), length, token_lp.numel(), average, sums, get_num_threads(),
+        sums.numel(), length, token_lp.numel(), average, sums,
     )  # fmt: skip
     return sums
 
@@ -590,7 +624,7 @@ def _sequence_forward_fake(
     return token_lp.new_empty(_segments(token_lp.shape, mask, cu_seqlens)[0])
 
 
-def _sequence_backward_cpu(
+def _sequence_backward(
     g: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, shape: list[int], average: bool
 ) -> Tensor:
     segments, length = _segments(torch.Size(shape), mask, cu_seqlens)
@@ -598,12 +632,12 @@ def _sequence_backward_cpu(
         raise ValueError(f"g: shape {tuple(g.shape)}; allowed: {tuple(segments)}")
     if g.dtype not in (torch.float32, _float64):
         raise TypeError(f"g: dtype {g.dtype}; allowed: float32, float64")
-    out = torch.empty(shape, dtype=g.dtype)
-    _C.sequence_sums_backward(
+    out = g.new_empty(shape)
+    _SEQUENCE_SUMS_BACKWARD(
         g.contiguous(), g.dtype is _float64, None if mask is None else mask.contiguous(),
         None if cu_seqlens is None else cu_seqlens.contiguous(),
         cu_seqlens is not None and cu_seqlens.dtype is _int32,
-        g.numel(), length, out.numel(), average, out, get_num_threads(),
+        g.numel(), length, out.numel(), average, out,
     )  # fmt: skip
     return out
 
@@ -611,13 +645,13 @@ def _sequence_backward_cpu(
 _SEQUENCE_FORWARD = raw_op(
     "sequence_logprobs_forward(Tensor token_lp, Tensor? mask, Tensor? cu_seqlens, bool average)"
     " -> Tensor",
-    cpu=_sequence_forward_cpu,
+    run=_sequence_forward,
     fake=_sequence_forward_fake,
 )
 _SEQUENCE_BACKWARD = raw_op(
     "sequence_logprobs_backward(Tensor g, Tensor? mask, Tensor? cu_seqlens, SymInt[] shape, "
     "bool average) -> Tensor",
-    cpu=_sequence_backward_cpu,
+    run=_sequence_backward,
     fake=lambda g, mask, cu_seqlens, shape, average: g.new_empty(shape),
 )
 
@@ -628,7 +662,7 @@ class _SequenceLogprobs(torch.autograd.Function):
         ctx: Any, token_lp: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, average: bool
     ) -> Tensor:
         ctx.save_for_backward(mask, cu_seqlens)
-        ctx.shape, ctx.average = token_lp.shape, average
+        ctx.shape, ctx.average, ctx.backend = token_lp.shape, average, _backend.chosen
         return _SEQUENCE_FORWARD(token_lp, mask, cu_seqlens, average)
 
     @staticmethod
@@ -677,6 +711,9 @@ def sequence_logprobs(
         raise ValueError("mask and cu_seqlens: give one of the two")
     if mask is not None and mask.dtype is not torch.bool:
         mask = mask != 0
+    if runs_eagerly("logprobs", token_lp):
+        _segments(token_lp.shape, mask, cu_seqlens)
+        return _eager.sequence_logprobs(token_lp, mask, cu_seqlens, average)
     if wants_gradient(token_lp):
         return _SequenceLogprobs.apply(token_lp, mask, cu_seqlens, average)
     return _SEQUENCE_FORWARD(token_lp, mask, cu_seqlens, average)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _C
+from . import _backend
 from ._args import (
     LENGTH_NORMALIZED,
     PREFERENCE_LOSSES,
@@ -22,14 +22,17 @@ from ._op import (
     DTYPES,
     composite,
     float_tensor,
-    get_num_threads,
     index_tensor,
+    is_compiling,
+    kernel,
     once_differentiable,
     raw_op,
+    runs_eagerly,
     same_device,
     scalar,
     wants_gradient,
 )
+from .eager import preference as _eager
 from .logprobs import sequence_logprobs, token_logprobs
 
 
@@ -46,6 +49,9 @@ class PreferenceOutput(NamedTuple):
     """β·(r_w - r_l), (pairs,)."""
     accuracy: Tensor
     """The share of pairs with a positive margin, ()."""
+
+
+_PREFERENCE = kernel("preference", "preference")
 
 
 # ---- raw op ------------------------------------------------------------------------------------
@@ -75,7 +81,7 @@ def _check(vectors: _Vectors) -> None:
         same_device(name, vector, "chosen", chosen)
 
 
-def _forward_cpu(*args: Any) -> tuple[Tensor, ...]:
+def _forward(*args: Any) -> tuple[Tensor, ...]:
     """out, chosen_rewards, rejected_rewards, margins, accuracy, gradient (2, pairs)."""
     vectors: Any = args[:6]
     beta, label_smoothing, loss, reduction = args[6:]
@@ -90,9 +96,9 @@ def _forward_cpu(*args: Any) -> tuple[Tensor, ...]:
     out = torch.empty_like(chosen if reduction == 0 else accuracy)
     chosen_rewards, rejected_rewards = torch.empty_like(chosen), torch.empty_like(chosen)
     margins, gradient = torch.empty_like(chosen), chosen.new_empty((2, *chosen.shape))
-    _C.preference(
+    _PREFERENCE(
         *vectors, chosen.dtype is torch.float64, chosen.numel(), loss, beta, label_smoothing, reduction,
-        out, chosen_rewards, rejected_rewards, margins, accuracy, gradient, get_num_threads(),
+        out, chosen_rewards, rejected_rewards, margins, accuracy, gradient,
     )  # fmt: skip
     return out, chosen_rewards, rejected_rewards, margins, accuracy, gradient
 
@@ -109,7 +115,7 @@ _FORWARD = raw_op(
     "preference_forward(Tensor chosen, Tensor rejected, Tensor? ref_chosen, Tensor? ref_rejected, "
     "Tensor? chosen_lengths, Tensor? rejected_lengths, float beta, float label_smoothing, int loss, "
     "int reduction) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    cpu=_forward_cpu,
+    run=_forward,
     fake=_forward_fake,
 )
 
@@ -119,6 +125,7 @@ class _Preference(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Any:
         *outputs, gradient = _FORWARD(*args)
         ctx.save_for_backward(gradient, *args[:4])
+        ctx.backend = _backend.chosen
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
         return tuple(outputs)
@@ -131,6 +138,20 @@ class _Preference(torch.autograd.Function):
         w, l = (ctx.saved_tensors[0] * g).unbind()
         _, _, ref_w, ref_l, *_ = ctx.needs_input_grad
         return w, l, -w if ref_w else None, -l if ref_l else None, *(None,) * 6
+
+
+def _check_eager(*args: Any) -> None:
+    """What the raw op checks, and on the CPU the lengths, which kernels check there too."""
+    _check(args[:6])
+    if is_compiling():
+        return
+    check_beta(args[6])
+    check_label_smoothing(args[7], "below 1")
+    for name, lengths in zip(_VECTOR_NAMES[4:], args[4:6], strict=True):
+        if lengths is not None and lengths.is_cpu and not (lengths >= 0).all():
+            i = int((~(lengths >= 0)).flatten().nonzero()[0])
+            value = lengths.flatten()[i].item()
+            raise ValueError(f"{name}: element {i} is {value:f}; allowed are 0 and above")
 
 
 def _vectors(*values: Any) -> Sequence[Tensor | None]:
@@ -204,13 +225,13 @@ def preference_loss(
             "give both, or normalize_lengths=False"
         )
     vectors = _vectors(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
-    args = (
-        *vectors,
-        scalar("beta", beta),
-        scalar("label_smoothing", label_smoothing),
-        code,
-        choice("reduction", reduction, REDUCTIONS),
-    )
+    beta, label_smoothing = scalar("beta", beta), scalar("label_smoothing", label_smoothing)
+    args = (*vectors, beta, label_smoothing, code, choice("reduction", reduction, REDUCTIONS))
+    if runs_eagerly("preference", chosen):
+        _check_eager(*args)
+        return PreferenceOutput(
+            *_eager.preference_loss(vectors, loss, beta, label_smoothing, reduction)
+        )
     outputs = _Preference.apply(*args) if wants_gradient(*vectors[:4]) else _FORWARD(*args)[:5]
     return PreferenceOutput(*outputs)
 
