@@ -1,9 +1,11 @@
-"""Fixtures: every ISA level that this machine has, thread counts, seeds."""
+"""Fixtures: every ISA level and every backend that this machine has, thread counts, seeds."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -14,8 +16,12 @@ try:
     import torch
 
     torch.manual_seed(0)
+    GPU = torch.cuda.is_available()
+    if not GPU:  # before anybody imports triton
+        os.environ["TRITON_INTERPRET"] = "1"
 except ImportError:
     torch = None  # the tests that need it say so
+    GPU = False
 
 from finefuse import _C
 
@@ -29,6 +35,46 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     before = _C._set_isa(request.param)
     yield request.param
     _C._set_isa(before)
+
+
+class Place(NamedTuple):
+    """A backend and the device whose tensors it takes."""
+
+    backend: str
+    device: str
+
+    def put(self, *tensors: Any) -> list[Any]:
+        return [t if t is None else t.to(self.device) for t in tensors]
+
+
+def unavailable(backend: str) -> str:
+    """Why a backend cannot be tested here; empty if it can."""
+    if torch is None:
+        return "torch is not installed"
+    if backend == "triton" and find_spec("triton") is None:
+        return "triton is not installed"
+    if backend == "cuda" and find_spec("finefuse._CUDA") is None:
+        return "built without _CUDA (FINEFUSE_CUDA=ON, or ON_CPU where there is no GPU)"
+    if backend == "cuda":
+        from finefuse import _CUDA
+
+        if _CUDA.emulated == GPU:
+            return "_CUDA was built with FINEFUSE_CUDA=" + ("ON_CPU" if GPU else "ON; no GPU")
+    return ""
+
+
+@pytest.fixture(params=["cuda", "triton", "eager"])
+def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    """Runs the test on every backend beside the CPU's: on the GPU where there is one; else CUDA
+    kernels on the CPU (tests/cuda_on_cpu) and Triton kernels in Triton's interpreter."""
+    why = unavailable(request.param)
+    if why:
+        pytest.skip(why)
+    import finefuse as ff
+
+    with ff.backend(request.param):
+        yield Place(request.param, "cuda" if GPU else "cpu")
+        ff.check()  # a flag that a test did not expect
 
 
 @pytest.fixture(autouse=True)
@@ -60,4 +106,9 @@ def counter() -> GraphCounter:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"finefuse: levels {', '.join(MACHINE_LEVELS)}; {os.cpu_count()} CPUs"
+    backends = [b for b in ("cuda", "triton", "eager") if not unavailable(b)]
+    where = "GPU" if GPU else "CPU"
+    return (
+        f"finefuse: levels {', '.join(MACHINE_LEVELS)}; {os.cpu_count()} CPUs; "
+        f"backends beside cpu, on the {where}: {', '.join(backends)}"
+    )

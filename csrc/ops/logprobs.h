@@ -102,6 +102,15 @@ struct LogprobsKernels {
   void (*sequence_sums_backward)(const SequenceSumsBackward&);
 };
 
+namespace cuda {  // logprobs.cu
+void run(const TokenLogprobs&);
+void run(const TokenLogprobsBackward&);
+void run(const CrossEntropy&);
+void run(const ScaleGradient&);
+void run(const SequenceSums&);
+void run(const SequenceSumsBackward&);
+}  // namespace cuda
+
 }  // namespace finefuse
 
 FF_DECLARE_KERNELS(LogprobsKernels, logprobs_kernels)

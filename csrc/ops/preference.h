@@ -28,6 +28,10 @@ struct PreferenceKernels {
   void (*preference)(const Preference&);
 };
 
+namespace cuda {  // preference.cu
+void run(const Preference&);
+}  // namespace cuda
+
 }  // namespace finefuse
 
 FF_DECLARE_KERNELS(PreferenceKernels, preference_kernels)
