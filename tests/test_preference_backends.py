@@ -23,15 +23,15 @@ def test_vectors(place, loss, pairs, dtype):
     lp, (n_w, n_l) = vectors(pairs, dtype)
     for reduction, eps in (("mean", 0.0), ("sum", 0.1), ("none", 0.1)):
         *x, a, b = place.put(*lp, n_w, n_l)
-        x = [v.requires_grad_() for v in x]
+        x = [v.clone().requires_grad_() for v in x]
         out = ff.preference_loss(
             *x, loss=loss, beta=0.3, label_smoothing=eps, reduction=reduction,
             chosen_lengths=a, rejected_lengths=b,
         )  # fmt: skip
         out.loss.sum().backward()
-        divided = (n_w.numpy(), n_l.numpy()) if loss == "ipo" else (None, None)
+        divided = (n_w.numpy(), n_l.numpy()) if loss == "ipo" else (1.0, 1.0)
         t = reference.preference_loss(
-            *(v.detach().double().numpy() for v in lp), loss=loss, beta=0.3, label_smoothing=eps,
+            *(v.double().numpy() for v in lp), loss=loss, beta=0.3, label_smoothing=eps,
             reduction=reduction, chosen_lengths=divided[0], rejected_lengths=divided[1],
         )  # fmt: skip
         for name in NAMES:
