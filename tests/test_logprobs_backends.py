@@ -6,13 +6,16 @@ truncates when it stores bfloat16: its unit in the last place is in the error ru
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
-from conftest import GPU
+from conftest import GPU, unavailable
 from finefuse.reference import logprobs as reference
 from test_logprobs import (
     DTYPES,
@@ -350,6 +353,41 @@ def test_nothing_is_left_unwritten(place):
     assert torch.isfinite(out).all()
     out.fill_(float("nan"))
     raw.cross_entropy_forward_backward(logits, targets, out, 0.0, IGNORE, 2)
+    assert torch.isfinite(out).all()
+
+
+def between_guards(tensor: torch.Tensor, at_end: bool) -> torch.Tensor:
+    """A copy that begins or ends at a page that must not be touched: one element too far crashes."""
+    size = tensor.numel() * tensor.element_size()
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + 2 * mmap.PAGESIZE)
+    start = np.frombuffer(memory, np.uint8).ctypes.data
+    libc = ctypes.CDLL(None, use_errno=True)
+    for guard in (start, start + mmap.PAGESIZE + pages):
+        assert libc.mprotect(ctypes.c_void_p(guard), mmap.PAGESIZE, 0) == 0
+    offset = mmap.PAGESIZE + (pages - size if at_end else 0)
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
+    return copy.view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.skipif(GPU, reason="compute-sanitizer looks at that on a GPU")
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [1, 7, 31, 257, 2051])
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_nothing_out_of_bounds(backend, vocab, dtype, at_end):
+    if backend == "cuda" and unavailable("cuda"):
+        pytest.skip(unavailable("cuda"))
+    raw = torch.ops.finefuse
+    logits, targets = make(3, vocab, dtype, ignore=False)
+    logits = between_guards(logits, at_end)
+    out = between_guards(torch.zeros_like(logits), at_end)
+    one = torch.ones(3)
+    with ff.backend(backend):
+        saved = raw.token_logprobs_stats_forward(logits, targets, 1.0, IGNORE)[3]
+        raw.token_logprobs_backward(logits, targets, saved, one, one, one, out, 1.0, IGNORE)
+        raw.cross_entropy_forward_backward(logits, targets, out, 0.1, IGNORE, 2)
+        raw.cross_entropy_scale(out, targets, torch.tensor(2.0), IGNORE)
     assert torch.isfinite(out).all()
 
 

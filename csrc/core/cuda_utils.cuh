@@ -105,6 +105,14 @@ template <class T> __device__ __forceinline__ void store(T* p, const Vector<T>& 
 
 inline constexpr int kMaxThreads = 512;
 inline constexpr int kMaxWarps = kMaxThreads / 32;
+// What the kernels over rows are compiled for: two blocks a multiprocessor, 64 registers a thread
+// and 64 KB of loads in flight. ptxas for sm_120 spills there, and for others where it is told
+// nothing.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+#define FF_ROW_BOUNDS __launch_bounds__(kMaxThreads, 1)
+#else
+#define FF_ROW_BOUNDS __launch_bounds__(kMaxThreads, 2)
+#endif
 
 // Threads for a row of so many bytes: about four vectors each, so that their loads overlap.
 inline int row_threads(int64_t bytes) {

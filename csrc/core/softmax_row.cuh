@@ -79,16 +79,16 @@ __device__ RowStats row_stats(const T* z, int64_t n, double temperature, T* stag
   };
   const auto vectors = [&]<int U>(int64_t i, int64_t step) {
     Vector<T> v[U];
-    A x[U * N];
-    FF_UNROLL for (int u = 0; u < U; ++u) v[u] = load<kAccess>(z + i + u * step);
-    if (stage != nullptr) {
-      FF_UNROLL for (int u = 0; u < U; ++u) * reinterpret_cast<Vector<T>*>(stage + i + u * step) =
-          v[u];
+    FF_UNROLL
+    for (int u = 0; u < U; ++u) v[u] = load<kAccess>(z + i + u * step);
+    FF_UNROLL
+    for (int u = 0; u < U; ++u) {
+      if (stage != nullptr) *reinterpret_cast<Vector<T>*>(stage + i + u * step) = v[u];
+      A x[N];
+      FF_UNROLL
+      for (int k = 0; k < N; ++k) x[k] = to_accumulator(v[u].x[k]);
+      own.add(x, c);
     }
-    FF_UNROLL for (int u = 0; u < U; ++u) {
-      FF_UNROLL for (int k = 0; k < N; ++k) x[u * N + k] = to_accumulator(v[u].x[k]);
-    }
-    own.add(x, c);
   };
   const int64_t step = static_cast<int64_t>(blockDim.x) * N;
   int64_t i = span.head + static_cast<int64_t>(threadIdx.x) * N;

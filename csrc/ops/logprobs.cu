@@ -50,7 +50,7 @@ __device__ void write_gradient(const T* z, T* out, int64_t vocab, int64_t y, con
 }
 
 template <class T, bool kEntropy>
-__global__ void __launch_bounds__(kMaxThreads) token_logprobs_kernel(const TokenLogprobs a) {
+__global__ void FF_ROW_BOUNDS token_logprobs_kernel(const TokenLogprobs a) {
   const int64_t rows = a.shape.rows, vocab = a.shape.vocab, r = blockIdx.x, y = a.targets[r];
   const double inverse_t = 1.0 / a.temperature;
   double logp = 0.0, lse = 0.0, entropy = 0.0, ref = 0.0, log_sum = 0.0;
@@ -82,8 +82,7 @@ __global__ void __launch_bounds__(kMaxThreads) token_logprobs_kernel(const Token
 }
 
 template <class T, bool kEntropy>
-__global__ void __launch_bounds__(kMaxThreads)
-    token_logprobs_backward_kernel(const TokenLogprobsBackward a) {
+__global__ void FF_ROW_BOUNDS token_logprobs_backward_kernel(const TokenLogprobsBackward a) {
   const int64_t rows = a.shape.rows, vocab = a.shape.vocab, r = blockIdx.x, y = a.targets[r];
   const bool bad = y != a.ignore_index && (y < 0 || y >= vocab);
   if (bad) raise(a.place, Flag::targets);
@@ -110,7 +109,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 __device__ bool counts(const CrossEntropy& a, int64_t r) { return a.targets[r] != a.ignore_index; }
 
 // scratch[rows] = 1 / (rows that are not ignored), or 0 if there are none.
-__global__ void __launch_bounds__(kMaxThreads) cross_entropy_count_kernel(const CrossEntropy a) {
+__global__ void FF_ROW_BOUNDS cross_entropy_count_kernel(const CrossEntropy a) {
   double count[1] = {0};
   for (int64_t r = threadIdx.x; r < a.shape.rows; r += blockDim.x) count[0] += counts(a, r);
   block_sum(count);
@@ -123,7 +122,7 @@ __device__ double share(const CrossEntropy& a) {
 
 // kStaged: the row fits in shared memory, and the gradient reads it there.
 template <class T, bool kSmoothing, bool kStaged>
-__global__ void __launch_bounds__(kMaxThreads) cross_entropy_kernel(const CrossEntropy a) {
+__global__ void FF_ROW_BOUNDS cross_entropy_kernel(const CrossEntropy a) {
   const int64_t vocab = a.shape.vocab, r = blockIdx.x, y = a.targets[r];
   const bool by_row = a.reduction == Reduction::none, want_gradient = a.gradient.data != nullptr;
   const bool ignored = y == a.ignore_index, bad = !ignored && (y < 0 || y >= vocab);
@@ -168,15 +167,14 @@ __global__ void __launch_bounds__(kMaxThreads) cross_entropy_kernel(const CrossE
   }
 }
 
-__global__ void __launch_bounds__(kMaxThreads) cross_entropy_sum_kernel(const CrossEntropy a) {
+__global__ void FF_ROW_BOUNDS cross_entropy_sum_kernel(const CrossEntropy a) {
   double sum[1] = {0};
   for (int64_t r = threadIdx.x; r < a.shape.rows; r += blockDim.x) sum[0] += a.scratch[r];
   block_sum(sum);
   if (threadIdx.x == 0) a.loss.set(0, share(a) * sum[0]);
 }
 
-template <class T>
-__global__ void __launch_bounds__(kMaxThreads) scale_gradient_kernel(const ScaleGradient a) {
+template <class T> __global__ void FF_ROW_BOUNDS scale_gradient_kernel(const ScaleGradient a) {
   const double w = a.upstream[0];
   if (w == 1.0) return;
   T* g = row<T>(a.gradient, blockIdx.x);
