@@ -28,8 +28,6 @@ MISSING = {
     "csrc/ops/preference.cu": "the CPU came first; CUDA is the next step of this stem",
     "kernels/logprobs.py": "the CPU came first; Triton is the next step of this stem",
     "kernels/preference.py": "the CPU came first; Triton is the next step of this stem",
-    "python/finefuse/numpy/logprobs.py": "the torch door came first",
-    "python/finefuse/numpy/preference.py": "the torch door came first",
 }
 
 
@@ -57,13 +55,17 @@ def imports(path: Path) -> set[str]:
     return set(re.findall(r"^\s*(?:from|import) ([\w.]+)", path.read_text(), re.M))
 
 
+BELOW = {"logprobs": set(), "preference": {".logprobs"}}  # the stems that a stem may build on
+
+
 def test_imports_run_downhill():
     for path in (ROOT / "python/finefuse/reference").glob("*.py"):
         assert imports(path) <= {"__future__", "itertools", "numpy", "numpy.typing", "typing"}, path
-    below = {"logprobs": set(), "preference": {".logprobs"}}
     for stem in stems():
         local = {i for i in imports(ROOT / f"python/finefuse/{stem}.py") if i.startswith(".")}
-        assert local <= {".", "._args", "._op", ".eager"} | below[stem], stem
+        assert local <= {".", "._args", "._op", ".eager"} | BELOW[stem], stem
+        local = {i for i in imports(ROOT / f"python/finefuse/numpy/{stem}.py") if i.startswith(".")}
+        assert local <= {"..", ".._args", "._array"} | BELOW[stem], stem
     for path in (ROOT / "csrc/ops").iterdir():
         for header in re.findall(r'#include "([^"]+)"', path.read_text()):
             stem = path.stem.removesuffix("_table")
@@ -71,6 +73,16 @@ def test_imports_run_downhill():
     for path in (ROOT / "csrc/core").iterdir():
         for header in re.findall(r'#include "([^"]+)"', path.read_text()):
             assert header.startswith("core/"), path
+
+
+def test_no_torch_below_the_numpy_functions():
+    folder = ROOT / "python/finefuse"
+    for path in (folder / "_args.py", *(folder / "numpy").glob("*.py")):
+        assert not any(i.split(".")[0] == "torch" for i in imports(path)), path
+    for path in (folder / "numpy").glob("*.py"):  # nor by way of the torch functions
+        above = {i for i in imports(path) if i.startswith("..")}
+        assert above <= {"..", ".._args"}, path
+        assert set(re.findall(r"^from \.\. import (.*)", path.read_text(), re.M)) <= {"_C", "_args"}
 
 
 def test_no_std_in_the_files_compiled_per_level():
@@ -82,7 +94,8 @@ def test_no_std_in_the_files_compiled_per_level():
 
 
 def test_without_torch():
-    """`import finefuse` works; a torch name raises the ImportError that says what to install."""
+    """`import finefuse` and finefuse.numpy work; a torch name raises the ImportError that says what to
+    install."""
     code = """
 import importlib.util as u, sys
 find = u.find_spec
@@ -98,6 +111,14 @@ for name in ("token_logprobs", "preference_loss"):
     else:
         raise SystemExit(f"{name}: no ImportError")
 assert not hasattr(finefuse, "nonsense")
+import numpy as np
+import finefuse.numpy as ffn
+logits, targets = np.zeros((2, 3, 4), np.float32), np.array([[0, 1, 2], [3, -100, 1]])
+loss, gradient = ffn.cross_entropy(logits, targets, return_grad=True)
+assert abs(loss - np.log(4)) < 1e-6 and abs(gradient[0, 0, 0] + 0.15) < 1e-6
+out, gradient = ffn.preference_loss_from_logits(logits, targets, return_grad=True)
+assert out.margins.shape == (1,) and gradient.shape == logits.shape
+assert "torch" not in [m for m in sys.modules if sys.modules[m] is not None]
 from finefuse import _C
 print(_C.isa())
 """

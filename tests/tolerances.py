@@ -14,26 +14,31 @@ of them what underflows. No test has a tolerance of its own.
 
 from __future__ import annotations
 
-import numpy as np
-import torch
+from typing import Any
 
+import numpy as np
+
+# By the name of the type, torch's or NumPy's: torch is not needed here.
 TOLERANCE = {
-    torch.float64: 1e-13,
-    torch.float32: 1e-6,
-    torch.bfloat16: 2.0**-7,
-    torch.float16: 2.0**-10,
+    "float64": 1e-13,
+    "float32": 1e-6,
+    "bfloat16": 2.0**-7,
+    "float16": 2.0**-10,
 }
 
 # Below this nothing is promised: p·log p of a probability under the smallest normal number.
 FLOOR = {
-    d: 1e3 * torch.finfo(torch.float64 if d is torch.float64 else torch.float32).tiny
-    for d in TOLERANCE
+    d: 1e3 * float(np.finfo(np.float64 if d == "float64" else np.float32).tiny) for d in TOLERANCE
 }
 
 
-def as_float64(x: object) -> np.ndarray:
-    if isinstance(x, torch.Tensor):
-        return x.detach().to(torch.float64).numpy()
+def dtype_name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def as_float64(x: Any) -> np.ndarray:
+    if hasattr(x, "detach"):
+        return x.detach().double().numpy()
     return np.asarray(x, np.float64)
 
 
@@ -45,11 +50,9 @@ def _same_non_finite(name: str, ours: np.ndarray, truth: np.ndarray) -> np.ndarr
     return finite
 
 
-def check(
-    name: str, ours: torch.Tensor, eager: object, truth: object, dtype: torch.dtype | None = None
-) -> None:
-    """Assert the rule on one tensor; `dtype` is the type whose tolerance counts (default: ours')."""
-    dtype = dtype or ours.dtype
+def check(name: str, ours: Any, eager: object, truth: object, dtype: object = None) -> None:
+    """Assert the rule on a tensor or array; `dtype` is the type whose tolerance counts (default: ours')."""
+    dtype = dtype_name(ours.dtype if dtype is None else dtype)
     a, e, t = as_float64(ours), as_float64(eager), as_float64(truth)
     assert a.shape == t.shape, f"{name}: shape {a.shape}, truth {t.shape}"
     finite = _same_non_finite(name, a, t)
@@ -72,11 +75,11 @@ def check(
 class ScalarErrors:
     """Collects a scalar over seeds; `check` at the end."""
 
-    def __init__(self, name: str, dtype: torch.dtype):
-        self.name, self.dtype = name, dtype
+    def __init__(self, name: str, dtype: object):
+        self.name, self.dtype = name, dtype_name(dtype)
         self.rows: list[tuple[float, float, float]] = []
 
-    def add(self, ours: torch.Tensor, eager: torch.Tensor, truth: float, terms: float) -> None:
+    def add(self, ours: Any, eager: Any, truth: float, terms: float) -> None:
         """`terms`: the sum of the absolute values that were added up (in the scalar's units)."""
         self.rows.append((ours.item() - truth, eager.item() - truth, terms))
 

@@ -58,6 +58,17 @@ def check_label_smoothing(value: Any, top: str = "1") -> None:
     require(ok, "label_smoothing", value, f"0 to {top}")
 
 
+def check_row_shapes(logits: Sequence[int], targets: Sequence[int]) -> None:
+    """The shapes of logits (…, V), V at least 1, and of targets (…)."""
+    if len(logits) == 0 or tuple(logits[:-1]) != tuple(targets):
+        raise ValueError(
+            f"targets: shape {tuple(targets)}; logits of shape {tuple(logits)} need "
+            f"{tuple(logits[:-1])}"
+        )
+    if logits[-1] == 0:
+        raise ValueError(f"logits: shape {tuple(logits)}; at least one class is needed")
+
+
 def row_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int, int] | None:
     """(inner, outer_stride, inner_stride) of the rows of (…, V) with contiguous rows, or None.
 
@@ -79,3 +90,81 @@ def row_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int,
     merged = [(1, 0)] * (2 - len(merged)) + merged
     (_, outer_stride), (inner, inner_stride) = merged
     return inner, outer_stride, inner_stride
+
+
+def overlaps(shape: Sequence[int], strides: Sequence[int], itemsize: int = 1) -> bool:
+    """Whether elements share memory, as in an expanded tensor; strides in units of which an element is
+    `itemsize`."""
+    extent = itemsize - 1  # of the elements that the dimensions of smaller stride reach
+    for stride, size in sorted(zip(map(abs, strides), shape, strict=True)):
+        if size > 1 and stride <= extent:
+            return True
+        extent += (size - 1) * stride
+    return False
+
+
+def segments(
+    shape: Sequence[int], mask: Sequence[int] | None, cu_seqlens: Sequence[int] | None
+) -> tuple[list[int], int]:
+    """(shape of the sums, length of a segment, for cu_seqlens their mean) from the three shapes."""
+    if mask is not None and tuple(mask) != tuple(shape):
+        raise ValueError(f"mask: shape {tuple(mask)}; allowed: {tuple(shape)}")
+    if cu_seqlens is None:
+        if len(shape) == 0:
+            raise ValueError("token_lp: a scalar; allowed: (…, tokens)")
+        return list(shape[:-1]), shape[-1]
+    if len(shape) != 1 or len(cu_seqlens) != 1 or cu_seqlens[0] < 1:
+        raise ValueError(
+            f"cu_seqlens: shape {tuple(cu_seqlens)} with token_lp of shape {tuple(shape)}; "
+            "allowed: (sequences + 1,) with (tokens,)"
+        )
+    count = cu_seqlens[0] - 1
+    return [count], shape[0] // max(count, 1)
+
+
+def divides_by_length(loss: str, normalize_lengths: bool | None) -> bool:
+    return loss in LENGTH_NORMALIZED if normalize_lengths is None else normalize_lengths
+
+
+def preference_options(
+    loss: str,
+    ref_chosen: Any,
+    ref_rejected: Any,
+    chosen_lengths: Any,
+    rejected_lengths: Any,
+    normalize_lengths: bool | None,
+) -> tuple[int, Any, Any]:
+    """(the loss's number, the lengths to divide by: None where it does not divide)."""
+    code = choice("loss", loss, PREFERENCE_LOSSES)
+    if (ref_chosen is None) != (ref_rejected is None):
+        raise ValueError("ref_chosen and ref_rejected: give both or neither")
+    if not divides_by_length(loss, normalize_lengths):
+        return code, None, None
+    if chosen_lengths is None or rejected_lengths is None:
+        raise ValueError(
+            f"chosen_lengths, rejected_lengths: loss={loss!r} divides by the completions' lengths; "
+            "give both, or normalize_lengths=False"
+        )
+    return code, chosen_lengths, rejected_lengths
+
+
+def check_halves(pairs: Any, logits: Sequence[int], ref_logprobs: Any, ref_logits: Any) -> None:
+    """What preference losses from logits ask of their batch; `logits` is a shape."""
+    if pairs != "halves":
+        raise ValueError(f"pairs: {pairs!r}; allowed: 'halves'")
+    if len(logits) != 3 or logits[0] % 2:
+        raise ValueError(f"logits: shape {tuple(logits)}; allowed: (2·pairs, T, V)")
+    if ref_logprobs is not None and ref_logits is not None:
+        raise ValueError("ref_logprobs and ref_logits: give one of the two")
+
+
+def check_reference(
+    logits: Sequence[int], ref_logprobs: Sequence[int] | None, ref_logits: Sequence[int] | None
+) -> None:
+    """The shapes of the reference of a batch of pairs."""
+    if ref_logits is not None and (
+        len(ref_logits) != 3 or tuple(ref_logits[:2]) != tuple(logits[:2])
+    ):
+        raise ValueError(f"ref_logits: shape {tuple(ref_logits)}; logits have {tuple(logits)}")
+    if ref_logprobs is not None and tuple(ref_logprobs) != (logits[0],):
+        raise ValueError(f"ref_logprobs: shape {tuple(ref_logprobs)}; allowed: ({logits[0]},)")

@@ -48,7 +48,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import _C, _args, _backend
-from ._args import Layout, row_strides
+from ._args import Layout, check_row_shapes, overlaps, row_strides
 
 _LIB = torch.library.Library("finefuse", "DEF")
 
@@ -347,14 +347,7 @@ def check_rows(logits: Tensor, targets: Tensor) -> None:
     float_tensor("logits", logits)
     if targets.dtype not in INDEX_DTYPES:
         raise TypeError(f"targets: dtype {targets.dtype}; allowed: int64, int32")
-    shape = logits.shape
-    if not shape or shape[:-1] != targets.shape:
-        raise ValueError(
-            f"targets: shape {tuple(targets.shape)}; logits of shape {tuple(shape)} need "
-            f"{tuple(shape[:-1])}"
-        )
-    if shape[-1] == 0:
-        raise ValueError(f"logits: shape {tuple(shape)}; at least one class is needed")
+    check_row_shapes(logits.shape, targets.shape)
 
 
 # ---- gradients in place ------------------------------------------------------------------------
@@ -364,11 +357,8 @@ def gradient_buffer(logits: Tensor, inplace: bool) -> Tensor:
     """Where the gradient of the logits goes: fresh memory, or the logits' own (`inplace=True`)."""
     if not inplace or is_compiling():  # while compiling, Inductor plans the memory
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
-    extent = 0  # of the elements that the dimensions of smaller stride reach
-    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
-        if size > 1 and stride <= extent:
-            raise ValueError("inplace=True: the logits' elements share memory")
-        extent += (size - 1) * stride
+    if overlaps(logits.shape, logits.stride()):
+        raise ValueError("inplace=True: the logits' elements share memory")
     return logits.detach()
 
 

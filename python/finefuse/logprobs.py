@@ -16,8 +16,10 @@ from ._args import (
     check_temperature,
     choice,
     require,
+    segments,
 )
 from ._op import (
+    INDEX_DTYPES,
     accumulator,
     check_rows,
     composite,
@@ -581,24 +583,15 @@ composite(
 
 def _segments(shape: Any, mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[list[int], int]:
     """(shape of the sums, length of a segment, for cu_seqlens their mean); raises what is wrong."""
-    if mask is not None:
-        if mask.dtype is not torch.bool:
-            raise TypeError(f"mask: dtype {mask.dtype}; allowed: bool")
-        if mask.shape != shape:
-            raise ValueError(f"mask: shape {tuple(mask.shape)}; allowed: {tuple(shape)}")
-    if cu_seqlens is None:
-        if len(shape) == 0:
-            raise ValueError("token_lp: a scalar; allowed: (…, tokens)")
-        return list(shape[:-1]), shape[-1]
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+    if mask is not None and mask.dtype is not torch.bool:
+        raise TypeError(f"mask: dtype {mask.dtype}; allowed: bool")
+    if cu_seqlens is not None and cu_seqlens.dtype not in INDEX_DTYPES:
         raise TypeError(f"cu_seqlens: dtype {cu_seqlens.dtype}; allowed: int32, int64")
-    if len(shape) != 1 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(
-            f"cu_seqlens: shape {tuple(cu_seqlens.shape)} with token_lp of shape {tuple(shape)}; "
-            "allowed: (sequences + 1,) with (tokens,)"
-        )
-    segments = cu_seqlens.shape[0] - 1
-    return [segments], shape[0] // max(segments, 1)
+    return segments(
+        shape,
+        None if mask is None else mask.shape,
+        None if cu_seqlens is None else cu_seqlens.shape,
+    )
 
 
 def _sequence_forward(
@@ -627,9 +620,9 @@ def _sequence_forward_fake(
 def _sequence_backward(
     g: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, shape: list[int], average: bool
 ) -> Tensor:
-    segments, length = _segments(torch.Size(shape), mask, cu_seqlens)
-    if list(g.shape) != segments:
-        raise ValueError(f"g: shape {tuple(g.shape)}; allowed: {tuple(segments)}")
+    sums, length = _segments(torch.Size(shape), mask, cu_seqlens)
+    if list(g.shape) != sums:
+        raise ValueError(f"g: shape {tuple(g.shape)}; allowed: {tuple(sums)}")
     if g.dtype not in (torch.float32, _float64):
         raise TypeError(f"g: dtype {g.dtype}; allowed: float32, float64")
     out = g.new_empty(shape)

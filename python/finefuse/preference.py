@@ -10,12 +10,15 @@ from torch import Tensor
 
 from . import _backend
 from ._args import (
-    LENGTH_NORMALIZED,
     PREFERENCE_LOSSES,
     REDUCTIONS,
     check_beta,
+    check_halves,
     check_label_smoothing,
+    check_reference,
     choice,
+    divides_by_length,
+    preference_options,
     require,
 )
 from ._op import (
@@ -212,18 +215,9 @@ def preference_loss(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    code = choice("loss", loss, PREFERENCE_LOSSES)
-    if (ref_chosen is None) != (ref_rejected is None):
-        raise ValueError("ref_chosen and ref_rejected: give both or neither")
-    if normalize_lengths is None:
-        normalize_lengths = loss in LENGTH_NORMALIZED
-    if not normalize_lengths:
-        chosen_lengths = rejected_lengths = None
-    elif chosen_lengths is None or rejected_lengths is None:
-        raise ValueError(
-            f"chosen_lengths, rejected_lengths: loss={loss!r} divides by the completions' lengths; "
-            "give both, or normalize_lengths=False"
-        )
+    code, chosen_lengths, rejected_lengths = preference_options(
+        loss, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, normalize_lengths
+    )
     vectors = _vectors(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
     beta, label_smoothing = scalar("beta", beta), scalar("label_smoothing", label_smoothing)
     args = (*vectors, beta, label_smoothing, code, choice("reduction", reduction, REDUCTIONS))
@@ -275,40 +269,33 @@ def preference_loss_from_logits(
     Raises:
         TypeError, ValueError: naming the argument. Nothing is written.
     """
-    if pairs != "halves":
-        raise ValueError(f"pairs: {pairs!r}; allowed: 'halves'")
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits: a tensor, not {type(logits).__name__}")
-    if logits.ndim != 3 or logits.shape[0] % 2:
-        raise ValueError(f"logits: shape {tuple(logits.shape)}; allowed: (2·pairs, T, V)")
-    if ref_logprobs is not None and ref_logits is not None:
-        raise ValueError("ref_logprobs and ref_logits: give one of the two")
+    check_halves(pairs, logits.shape, ref_logprobs, ref_logits)
     for name, value in (("ref_logprobs", ref_logprobs), ("ref_logits", ref_logits)):
         if value is not None:
             float_tensor(name, value)
             same_device(name, value, "logits", logits)
     targets = index_tensor("targets", targets, logits)
-    batch = logits.shape[0]
+    check_reference(
+        logits.shape,
+        None if ref_logprobs is None else ref_logprobs.shape,
+        None if ref_logits is None else ref_logits.shape,
+    )
     lp = sequence_logprobs(
         token_logprobs(logits, targets, ignore_index=ignore_index, inplace=inplace)
     )
     if ref_logits is not None:
-        if ref_logits.shape[:2] != logits.shape[:2]:
-            raise ValueError(
-                f"ref_logits: shape {tuple(ref_logits.shape)}; logits have {tuple(logits.shape)}"
-            )
         with torch.no_grad():
             ref_logprobs = sequence_logprobs(
                 token_logprobs(ref_logits, targets, ignore_index=ignore_index)
             )
-    if ref_logprobs is not None and ref_logprobs.shape != (batch,):
-        raise ValueError(f"ref_logprobs: shape {tuple(ref_logprobs.shape)}; allowed: ({batch},)")
-    half = batch // 2
+    half = logits.shape[0] // 2
     ref_chosen = ref_rejected = None
     if ref_logprobs is not None:
         ref_chosen, ref_rejected = ref_logprobs[:half], ref_logprobs[half:]
     chosen_lengths = rejected_lengths = None
-    if loss in LENGTH_NORMALIZED if normalize_lengths is None else normalize_lengths:
+    if divides_by_length(loss, normalize_lengths):
         lengths = (targets != ignore_index).sum(-1)
         chosen_lengths, rejected_lengths = lengths[:half], lengths[half:]
     return preference_loss(

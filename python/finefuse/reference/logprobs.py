@@ -34,7 +34,7 @@ def token_logprobs(
         p = np.exp(logp)
         lp[i] = logp[y]
         entropy[i] = -np.sum(p[p > 0] * logp[p > 0]) if not np.isnan(logp).any() else np.nan
-        lse[i] = z.max() + np.log(np.exp(z - z.max()).sum()) if np.isfinite(z.max()) else z.max()
+        lse[i] = z.max() - logp.max() if np.isfinite(z.max()) else z.max()
     return lp, entropy, lse
 
 
