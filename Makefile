@@ -1,11 +1,13 @@
 # make test    set up .venv, build, run the tests          make demo   train a tiny model, both ways
 # make bench   measure against the peers that are there    make lint   what pre-commit runs
-# make gpu     build and test for this machine's GPU       make clean
+# make gpu     build, test, measure on this machine's GPU  make clean
 #
 # TORCH: what pip installs as torch, for example TORCH="torch==2.6.0". PYTHON: the interpreter.
-# FAMILY: one benchmark family. All set-up is done here and only once.
+# FAMILY: one family (bench, gpu). All set-up is done here and only once, except for gpu, which takes
+# GPU_PYTHON with the packages it has.
 
 PYTHON ?= python3
+GPU_PYTHON ?= python3
 TORCH ?= torch==2.13.0
 FAMILY ?=
 PYTEST_FLAGS ?= -q -n auto
@@ -18,6 +20,7 @@ STAMPS := $(VENV)/stamps
 READY := $(STAMPS)/venv-$(shell printf '%s' '$(PYTHON) $(TORCH)' | cksum | cut -d' ' -f1)
 SOURCES := $(wildcard csrc/*/* kernels/*.py python/finefuse/*.py python/finefuse/*/*.py) \
            CMakeLists.txt pyproject.toml
+MACHINE_PATH := $(PATH)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DELETE_ON_ERROR:
@@ -35,12 +38,11 @@ bench: $(STAMPS)/build $(STAMPS)/bench
 lint: $(STAMPS)/build $(STAMPS)/lint
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
 
-gpu: export FINEFUSE_CUDA := ON
-gpu: $(READY) $(STAMPS)/test
-	@$(BIN)/python -c "import torch, sys; sys.exit(0 if torch.cuda.is_available() else \
-	'make gpu: no GPU that this torch can use')"
-	$(PIP) install -q --no-build-isolation --force-reinstall --no-deps -e .
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+# No set-up here: the machine's own Python, not .venv's, with what it has.
+gpu: export PATH := $(MACHINE_PATH)
+gpu: export PYTEST_FLAGS := $(PYTEST_FLAGS)
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu.py $(FAMILY)
 
 clean:
 	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(VENV)

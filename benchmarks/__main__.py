@@ -1,7 +1,10 @@
-"""python -m benchmarks [FAMILY ...] [--quick]: measure, print, write benchmarks/results/<family>.*
+"""python -m benchmarks [FAMILY ...] [--device cpu|cuda] [--quick]: measure, print, write the results.
 
-Every family runs twice, in two processes: with the allocator that users have, and with
-GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which gives every candidate huge pages.
+On a CPU every family runs twice, in two processes: with the allocator that users have, and with
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which gives every candidate huge pages; the files are named
+after the family. On a GPU it runs once, and one set of files, named after the device, holds all families.
+
+`python -m benchmarks report` writes the tables and plots anew from the JSON.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,53 +22,107 @@ from typing import Any
 
 FAMILIES = ("logprobs", "preference")
 RESULTS = Path(__file__).parent / "results"
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
-def measure(family: str, quick: bool, out: Path) -> None:
-    """One family in this process's allocator; the tables go to `out`."""
+def measure(family: str, device: str, quick: bool, out: Path) -> None:
+    """One family in this process, with its allocator; what was measured goes to `out`."""
+    import torch
+
     from . import report, roofline
 
-    bandwidth = roofline.bandwidth(64 if quick else 512)
+    torch.manual_seed(0)
+    limits = roofline.limits(device, quick)
+    print(f"{report.machine(device)}\n{report.measured(limits)}", flush=True)
     tables: list[Any] = []
-    module = importlib.import_module(f"benchmarks.bench_{family}")
-    for rows in module.run(quick):
-        tables.append([row.as_dict(bandwidth["copy"]) for row in rows])
+    for rows in importlib.import_module(f"benchmarks.bench_{family}").run(device, quick):
+        tables.append([row.as_dict(limits["bandwidth"]["copy"]) for row in rows])
         report.show(tables[-1])
-    out.write_text(json.dumps({"bandwidth": bandwidth, "tables": tables}))
+    out.write_text(json.dumps({"limits": limits, "tables": tables}))
+
+
+def in_a_process(args: argparse.Namespace, family: str, env: dict[str, str]) -> Any:
+    """What `measure` wrote; ends this process with the other's exit code if that failed."""
+    with tempfile.NamedTemporaryFile() as file:
+        command = [sys.executable, "-m", "benchmarks", family, "--device", args.device]
+        command += ["--child", file.name, *(["--quick"] * args.quick)]
+        # the profiler counts memory, silently
+        env = {**os.environ, "KINETO_LOG_LEVEL": "99", **env}
+        code = subprocess.run(command, env=env).returncode
+        if code:
+            sys.exit(code)
+        return json.loads(Path(file.name).read_text())
+
+
+def on_cpu(args: argparse.Namespace, family: str) -> tuple[dict[str, Any], str]:
+    """The result of a family and the name of its files."""
+    from . import report
+
+    runs = {}
+    for allocator, env in (("default", {}), ("huge", HUGE_PAGES)):
+        print(f"== {family}, {report.ALLOCATORS[allocator]}", flush=True)
+        runs[allocator] = in_a_process(args, family, env)
+    return {"title": family, "machine": report.machine("cpu"), "runs": runs}, family
+
+
+def on_gpu(args: argparse.Namespace, family: str) -> tuple[dict[str, Any], str]:
+    """The result of the device and the name of its files.
+
+    What stands there of other families stays, if it was measured under the same versions.
+    """
+    import torch
+
+    from . import report
+
+    print(f"== {family}", flush=True)
+    runs = {family: in_a_process(args, family, {})}
+    title, machine = torch.cuda.get_device_name(), report.machine("cuda")
+    stem = re.sub("[^a-z0-9]+", "-", title.lower()).strip("-")
+    before = args.results / f"{stem}.json"
+    if before.exists():
+        result = json.loads(before.read_text())
+        if result["machine"] == machine:
+            runs = {**result["runs"], **runs}
+    return {"title": title, "machine": machine, "runs": runs}, stem
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("family", nargs="*", help=f"of {', '.join(FAMILIES)}; all by default")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="small shapes, to see that it runs")
-    parser.add_argument("--child", metavar="FILE", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--results", type=Path, help="where the files go: benchmarks/results; with --quick nowhere"
+    )
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    families = args.family or FAMILIES
-    for family in families:
+    from . import report
+
+    if args.family == ["report"]:
+        for path in sorted((args.results or RESULTS).glob("*.json")):
+            report.write(json.loads(path.read_text()), path.with_suffix(""))
+        return 0
+    for family in args.family:
         if family not in FAMILIES:
             parser.error(f"family {family!r}; allowed: {', '.join(FAMILIES)}")
     if args.child:
-        measure(families[0], args.quick, Path(args.child))
+        measure(args.family[0], args.device, args.quick, args.child)
         return 0
-    from . import report
+    if args.device == "cuda":
+        import torch
 
-    for family in families:
-        runs = {}
-        for allocator in report.ALLOCATORS:
-            print(f"== {family}, {report.ALLOCATORS[allocator]}", flush=True)
-            env = {**os.environ, "KINETO_LOG_LEVEL": "99"}  # the profiler counts memory, silently
-            if allocator == "huge":
-                env["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-            with tempfile.NamedTemporaryFile() as file:
-                command = [sys.executable, "-m", "benchmarks", family, "--child", file.name]
-                code = subprocess.run([*command, *(["--quick"] * args.quick)], env=env).returncode
-                if code:
-                    return code
-                runs[allocator] = json.loads(Path(file.name).read_text())
-        result = {"family": family, "machine": report.machine(), "runs": runs}
-        if not args.quick:
-            report.write(result, RESULTS / family)
-            print(f"written: {RESULTS / family}.json, .md")
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: no GPU that this torch can use")
+    keep = args.results is not None or not args.quick
+    args.results = args.results or RESULTS
+    for family in args.family or FAMILIES:
+        result, stem = (on_cpu if args.device == "cpu" else on_gpu)(args, family)
+        if keep:
+            report.write(result, args.results / stem)
     return 0
 
 

@@ -1,4 +1,7 @@
-"""Token log-probabilities and cross-entropy; and what a call costs on a tiny tensor."""
+"""Token log-probabilities and cross-entropy; and what a call costs on a tiny tensor.
+
+Bytes at least: a forward reads the logits once; with the gradient they are read once and it is written.
+"""
 
 from __future__ import annotations
 
@@ -7,46 +10,74 @@ from typing import Any
 
 import finefuse as ff
 import torch
+from torch import Tensor
 
 from . import peers
-from .measure import Row, interleaved, peak_extra_mb
+from .measure import Row, compare, compare_calls, forward, gradient, repeated
+from .peers import LIGER_TRITON, OURS, TORCH, TRL
+
+# rows, vocabulary, type
+LOGPROBS = {
+    "cpu": ((2048, 32000, torch.float32), (2048, 32000, torch.bfloat16)),
+    "cuda": ((8192, 151936, torch.bfloat16),),
+}
+CROSS_ENTROPY = {
+    "cpu": ((2048, 32000, torch.float32), (2048, 32000, torch.bfloat16)),
+    "cuda": ((8192, 128256, torch.bfloat16),),
+}
 
 
-def large(
-    case: str, functions: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype, gradient: bool
-) -> list[Row]:
-    source = (torch.randn(shape) * 3).to(dtype)
-    logits = source.clone().requires_grad_(gradient)
-    targets = torch.randint(0, shape[1], (shape[0],))
-    size = logits.numel() * logits.element_size()
-
-    def make(f: Any) -> Callable[[], Any]:
-        def call() -> Any:
-            out = f(logits, targets)
-            if gradient:
-                out.sum().backward()
-            return out
-
-        return call
-
-    def setup() -> None:
-        logits.grad = None
-        with torch.no_grad():
-            logits.copy_(source)
-
-    rows = [Row(case, name, moved=(2 if gradient else 1) * size) for name in functions]
-    calls = [make(f) for f in functions.values()]
-    interleaved(rows, calls, 9, 10, setup)
-    for row, call in zip(rows, calls, strict=True):
-        setup()
-        row.extra_mb = peak_extra_mb(call)
-    return rows
+def draw(
+    device: str, rows: int, vocab: int, dtype: torch.dtype, leaf: bool
+) -> tuple[Tensor, Tensor]:
+    logits = torch.randn(rows, vocab, dtype=dtype, device=device).mul_(3)
+    return logits.requires_grad_(leaf), torch.randint(0, vocab, (rows,), device=device)
 
 
-def calls() -> Iterator[list[Row]]:
-    """Microseconds a call, 200 calls a sample; `x + x` is there as this machine's yardstick."""
-    x, y = torch.randn(4, 32), torch.randint(0, 32, (4,))
-    z, one = x.clone().requires_grad_(), torch.ones(4)
+def token_logprobs(device: str, rows: int, vocab: int, dtype: torch.dtype) -> list[Row]:
+    runs = {
+        "finefuse": (OURS, forward(ff.token_logprobs)),
+        "torch.compile": (TORCH, forward(peers.compiled(peers.logprobs_eager))),
+        "eager": (TORCH, forward(peers.logprobs_eager)),
+        "TRL": (TRL, forward(peers.logprobs_trl)),
+    }
+    inputs = draw(device, rows, vocab, dtype, leaf=False)
+    return compare(
+        f"token_logprobs {rows}x{vocab} {str(dtype).removeprefix('torch.')}, forward",
+        peers.load(runs, device),
+        inputs,
+        truth=forward(peers.logprobs_eager),
+        samples=[draw(device, 16, vocab, dtype, leaf=False)],
+        moved=inputs[0].nbytes,
+    )
+
+
+def cross_entropy(device: str, rows: int, vocab: int, dtype: torch.dtype) -> list[Row]:
+    def inplace(logits: Tensor, targets: Tensor) -> Tensor:
+        return ff.cross_entropy(logits, targets, inplace=True)
+
+    runs = {
+        "finefuse": (OURS, gradient(ff.cross_entropy)),
+        "finefuse in place": (OURS, gradient(inplace)),
+        "torch.compile": (TORCH, gradient(peers.compiled(peers.cross_entropy))),
+        "eager": (TORCH, gradient(peers.cross_entropy)),
+        "Liger": (LIGER_TRITON, gradient(peers.cross_entropy_liger)),
+    }
+    inputs = draw(device, rows, vocab, dtype, leaf=True)
+    return compare(
+        f"cross_entropy {rows}x{vocab} {str(dtype).removeprefix('torch.')}, forward + backward",
+        peers.load(runs, device),
+        inputs,
+        truth=gradient(peers.cross_entropy),
+        samples=[draw(device, 16, vocab, dtype, leaf=True)],
+        moved=2 * inputs[0].nbytes,
+    )
+
+
+def calls(device: str) -> list[Row]:
+    """`x + x` is there as this machine's yardstick."""
+    x, y = torch.randn(4, 32, device=device), torch.randint(0, 32, (4,), device=device)
+    z, one = x.clone().requires_grad_(), torch.ones(4, device=device)
     raw = torch.ops.finefuse.token_logprobs_inference.default
 
     def both(f: Any) -> Callable[[], None]:
@@ -56,54 +87,22 @@ def calls() -> Iterator[list[Row]]:
 
         return call
 
-    functions: dict[str, Callable[[], Any]] = {
-        "x + x": lambda: x + x,
-        "torch.log_softmax": lambda: torch.log_softmax(x, -1),
-        "raw op": lambda: raw(x, y, 1.0, -100),
-        "token_logprobs": lambda: ff.token_logprobs(x, y),
-        "token_logprobs with stats": lambda: ff.token_logprobs(x, y, stats=True),
-        "eager": lambda: peers.logprobs_eager(x, y),
-        "token_logprobs, forward + backward": both(ff.token_logprobs),
-        "eager, forward + backward": both(peers.logprobs_eager),
+    functions: dict[str, tuple[str, Callable[[], Any]]] = {
+        "x + x": (TORCH, lambda: x + x),
+        "torch.log_softmax": (TORCH, lambda: torch.log_softmax(x, -1)),
+        "raw op": (OURS, lambda: raw(x, y, 1.0, -100)),
+        "token_logprobs": (OURS, lambda: ff.token_logprobs(x, y)),
+        "token_logprobs with stats": (OURS, lambda: ff.token_logprobs(x, y, stats=True)),
+        "eager": (TORCH, lambda: peers.logprobs_eager(x, y)),
+        "token_logprobs, forward + backward": (OURS, both(ff.token_logprobs)),
+        "eager, forward + backward": (TORCH, both(peers.logprobs_eager)),
     }
-
-    def repeated(f: Callable[[], Any]) -> Callable[[], None]:
-        def call() -> None:
-            for _ in range(200):
-                f()
-
-        return call
-
-    rows = [Row("a call on 4x32", name) for name in functions]
-    interleaved(rows, [repeated(f) for f in functions.values()], 41, 10, lambda: None, twice=False)
-    for row in rows:
-        row.times = [t / 200 for t in row.times]
-    yield rows
+    runs = {name: (needs, repeated(f, 200)) for name, (needs, f) in functions.items()}
+    return compare_calls("a call on 4x32", peers.load(runs, device), device, 200, rounds=41)
 
 
-def run(quick: bool) -> Iterator[list[Row]]:
-    yield from calls()
-    rows = 64 if quick else 2048
-    for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        shape = (rows, 32000)
-        functions = peers.load(
-            {
-                "finefuse": (None, ff.token_logprobs),
-                "torch.compile": (None, peers.compiled(peers.logprobs_eager)),
-                "eager": (None, peers.logprobs_eager),
-                "TRL": ("trl", peers.logprobs_trl),
-            }
-        )
-        yield large(f"token_logprobs {rows}x32000 {name}, forward", functions, shape, dtype, False)
-        functions = peers.load(
-            {
-                "finefuse": (None, ff.cross_entropy),
-                "finefuse in place": (None, lambda a, b: ff.cross_entropy(a, b, inplace=True)),
-                "torch.compile": (None, peers.compiled(peers.cross_entropy)),
-                "eager": (None, peers.cross_entropy),
-            }
-        )
-        yield large(
-            f"cross_entropy {rows}x32000 {name}, forward + backward", functions, shape, dtype, True
-        )
+def run(device: str, quick: bool) -> Iterator[list[Row]]:
+    yield calls(device)
+    for bench, cases in ((token_logprobs, LOGPROBS), (cross_entropy, CROSS_ENTROPY)):
+        for rows, vocab, dtype in cases[device]:
+            yield bench(device, 64 if quick else rows, vocab, dtype)

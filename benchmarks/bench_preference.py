@@ -1,23 +1,34 @@
-"""DPO: from logits, forward and with the gradient; and from vectors of log-probabilities."""
+"""DPO: from logits, forward and with the gradient; and from vectors of log-probabilities.
+
+Bytes at least: a forward reads the logits once; with the gradient they are read twice and it is written.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator
 
 import finefuse as ff
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from . import peers
-from .measure import Row, interleaved, peak_extra_mb
+from .measure import Inputs, Row, Run, compare, compare_calls, errors, forward, gradient, repeated
+from .peers import LIGER, OURS, TORCH, TRL
 
+# sequences, tokens, vocabulary, type
 CASES = {
-    "DPO 8x512x32000 float32": (8, 512, 32000, torch.float32),
-    "DPO 8x128x32000 float32": (8, 128, 32000, torch.float32),
-    "DPO 8x512x32000 bfloat16": (8, 512, 32000, torch.bfloat16),
-    "DPO 8x128x128256 bfloat16": (8, 128, 128256, torch.bfloat16),
+    "cpu": (
+        (8, 512, 32000, torch.float32),
+        (8, 128, 32000, torch.float32),
+        (8, 512, 32000, torch.bfloat16),
+        (8, 128, 128256, torch.bfloat16),
+    ),
+    "cuda": (
+        (8, 512, 32000, torch.bfloat16),
+        (8, 512, 128256, torch.bfloat16),
+        (8, 512, 32000, torch.float32),
+    ),
 }
 
 
@@ -31,111 +42,78 @@ def ours_inplace(logits: Tensor, targets: Tensor, ref: Tensor) -> Tensor:
     ).loss
 
 
-def candidates() -> dict[str, Any]:
-    return peers.load(
-        {
-            "finefuse": (None, ours),
-            "finefuse in place": (None, ours_inplace),
-            "torch.compile": (None, peers.compiled(peers.dpo_eager)),
-            "cross_entropy": (None, peers.dpo_cross_entropy),
-            "eager": (None, peers.dpo_eager),
-            "TRL": ("trl", peers.dpo_trl),
+def from_logits(
+    device: str, batch: int, tokens: int, vocab: int, dtype: torch.dtype
+) -> Iterator[list[Row]]:
+    def draw(batch: int, tokens: int, leaf: bool) -> Inputs:
+        logits = torch.randn(batch, tokens, vocab, dtype=dtype, device=device).mul_(3)
+        targets = torch.randint(0, vocab, (batch, tokens), device=device)
+        return logits.requires_grad_(leaf), targets, torch.randn(batch, device=device)
+
+    case = f"DPO {batch}x{tokens}x{vocab} {str(dtype).removeprefix('torch.')}"
+    for step, passes, leaf in ((forward, 1, False), (gradient, 3, True)):
+        runs = {
+            "finefuse": (OURS, step(ours)),
+            "finefuse in place": (OURS, step(ours_inplace)),
+            "torch.compile": (TORCH, step(peers.compiled(peers.dpo_eager))),
+            "cross_entropy": (TORCH, step(peers.dpo_cross_entropy)),
+            "eager": (TORCH, step(peers.dpo_eager)),
+            "TRL": (TRL, step(peers.dpo_trl)),
         }
-    )
+        if not leaf:
+            del runs["finefuse in place"]  # of the gradient
+        inputs = draw(batch, tokens, leaf)
+        yield compare(
+            f"{case}, forward{' + backward' if leaf else ''}",
+            peers.load(runs, device),
+            inputs,
+            truth=step(peers.dpo_eager),
+            samples=[draw(2, 8, leaf) for _ in range(4)],
+            moved=passes * inputs[0].nbytes,
+        )
 
 
-def gradient_error(function: Any, dtype: torch.dtype, vocab: int) -> float:
-    """max|error| of the gradient over max|truth|, float64, 2 sequences of 8 tokens."""
-    g = torch.Generator().manual_seed(1)
-    logits = (torch.randn(2, 8, vocab, generator=g) * 3).to(dtype)
-    targets = torch.randint(0, vocab, (2, 8), generator=g)
-    truth = logits.double().requires_grad_()
-    peers.dpo_eager(truth, targets, torch.zeros(2, dtype=torch.float64)).backward()
-    x = logits.clone().requires_grad_()
-    function(x, targets, torch.zeros(2)).backward()
-    assert x.grad is not None
-    assert truth.grad is not None
-    return float((x.grad.double() - truth.grad).abs().max() / truth.grad.abs().max())
-
-
-def from_logits(case: str, quick: bool) -> Iterator[list[Row]]:
-    batch, tokens, vocab, dtype = CASES[case]
-    if quick:
-        batch, tokens = 2, 32
-    source = (torch.randn(batch, tokens, vocab) * 3).to(dtype)
-    logits = source.clone()
-    targets = torch.randint(0, vocab, (batch, tokens))
-    ref = torch.randn(batch)
-    size = logits.numel() * logits.element_size()
-    plain = [(n, f) for n, f in candidates().items() if n != "finefuse in place"]
-
-    def forward(f: Any) -> Any:
-        def call() -> Any:
-            with torch.no_grad():
-                return f(logits, targets, ref)
-
-        return call
-
-    rows = [Row(f"{case}, forward", name, moved=size) for name, _ in plain]
-    calls = [forward(f) for _, f in plain]
-    interleaved(rows, calls, 9, 10, lambda: None)
-    for row, call in zip(rows, calls, strict=True):
-        row.extra_mb = peak_extra_mb(call)
-    yield rows
-
-    every = list(candidates().items())
-    leaf = logits.requires_grad_()
-
-    def both(f: Any) -> Any:
-        def call() -> None:
-            f(leaf, targets, ref).backward()
-
-        return call
-
-    def setup() -> None:
-        leaf.grad = None
-        with torch.no_grad():
-            leaf.copy_(source)  # the in-place candidate consumed them
-
-    rows = [Row(f"{case}, forward + backward", name, moved=3 * size) for name, _ in every]
-    calls = [both(f) for _, f in every]
-    interleaved(rows, calls, 9, 20, setup)
-    for row, call, (_, f) in zip(rows, calls, every, strict=True):
-        setup()
-        row.extra_mb = peak_extra_mb(call)
-        row.error = gradient_error(f, dtype, vocab)
-    yield rows
-
-
-def from_vectors(pairs: int) -> list[Row]:
-    chosen, rejected, ref_chosen, ref_rejected = (-torch.rand(pairs) * 50 for _ in range(4))
-    chosen.requires_grad_()
-    rejected.requires_grad_()
-
-    def eager(c: Tensor, r: Tensor, rc: Tensor, rr: Tensor) -> Tensor:
-        return -functional.logsigmoid(0.1 * ((c - rc) - (r - rr))).mean()
+def from_vectors(device: str, pairs: int) -> list[Row]:
+    vectors = [-torch.rand(pairs, device=device) * 50 for _ in range(4)]
+    for policy in vectors[:2]:
+        policy.requires_grad_()
 
     def fused(*v: Tensor) -> Tensor:
         return ff.preference_loss(*v).loss
 
-    def both(f: Any) -> Any:
-        def call() -> None:
-            for _ in range(100):
-                chosen.grad = rejected.grad = None
-                f(chosen, rejected, ref_chosen, ref_rejected).backward()
+    def step(function: Callable[..., Tensor]) -> Run:
+        """The gradient of the chosen; that of the rejected is its negative."""
 
-        return call
+        def run(*v: Tensor) -> Tensor:
+            v[0].grad = v[1].grad = None
+            function(*v).backward()
+            assert v[0].grad is not None
+            return v[0].grad
 
-    functions = {"finefuse": fused, "torch.compile": peers.compiled(eager), "eager": eager}
-    rows = [Row(f"DPO from vectors of {pairs}, forward + backward", name) for name in functions]
-    interleaved(rows, [both(f) for f in functions.values()], 31, 5, lambda: None, twice=False)
-    for row in rows:
-        row.times = [t / 100 for t in row.times]
+        return run
+
+    steps = {
+        "finefuse": (OURS, step(fused)),
+        "torch.compile": (TORCH, step(peers.compiled(peers.dpo_from_vectors))),
+        "eager": (TORCH, step(peers.dpo_from_vectors)),
+        "Liger": (LIGER, step(peers.dpo_from_vectors_liger)),
+    }
+    runs = {
+        name: (needs, repeated(functools.partial(one, *vectors), 100))
+        for name, (needs, one) in steps.items()
+    }
+    case = f"DPO from vectors of {pairs}, forward + backward"
+    rows = compare_calls(case, peers.load(runs, device), device, 100, rounds=31)
+    checked = list(peers.load(steps, device).values())
+    for row, error in zip(
+        rows, errors(checked, step(peers.dpo_from_vectors), [tuple(vectors)]), strict=True
+    ):
+        row.error = error
     return rows
 
 
-def run(quick: bool) -> Iterator[list[Row]]:
-    for case in CASES:
-        yield from from_logits(case, quick)
+def run(device: str, quick: bool) -> Iterator[list[Row]]:
+    for batch, tokens, vocab, dtype in CASES[device]:
+        yield from from_logits(device, *((2, 32) if quick else (batch, tokens)), vocab, dtype)
     for pairs in (8, 64, 1024):
-        yield from_vectors(pairs)
+        yield from_vectors(device, pairs)

@@ -1,52 +1,115 @@
-"""Timing and counting: candidates take turns, medians are quoted, memory is the allocator's own count."""
+"""Timing, counting and errors: candidates take turns, medians are quoted, truth is float64.
+
+pytest-benchmark was considered and left: it runs one candidate to its end before the next begins, so
+that a drifting machine favours whoever comes first.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
+
+Inputs = tuple[Tensor, ...]
+Run = Callable[..., Tensor]  # of the inputs, to the output or to the gradient of the first of them
 
 
 @dataclass
 class Row:
-    """One candidate in one case; milliseconds, MB, and the numbers to judge them by."""
+    """One candidate in one case, and the numbers to judge it by; None where a number has no meaning."""
 
     case: str
     name: str
-    times: list[float] = field(default_factory=list, repr=False)
-    moved: int = 0  # bytes that must be moved at least
-    extra_mb: float = 0.0
-    error: float | None = None  # of the gradient, max, relative to max|truth|
-
-    @property
-    def ms(self) -> float:
-        return 1e3 * statistics.median(self.times)
-
-    @property
-    def spread(self) -> float:
-        """Half the range between the quartiles, relative to the median."""
-        low, _, high = statistics.quantiles(self.times, n=4)
-        return (high - low) / 2 / statistics.median(self.times)
+    times: list[float] = field(default_factory=list, repr=False)  # seconds
+    moved: int | None = None  # bytes that must be moved at least
+    extra: int | None = None  # peak bytes above the start
+    error: float | None = None  # against float64, max|error| / max|truth|
 
     def as_dict(self, limit: float) -> dict[str, Any]:
-        gbs = self.moved / self.ms / 1e6
+        """Milliseconds, MB and GB/s; `limit` is the copy bandwidth in GB/s."""
+        seconds = statistics.median(self.times)
+        low, _, high = statistics.quantiles(self.times, n=4)
+        gb_s = self.moved / seconds / 1e9 if self.moved else None
         return {
-            "case": self.case, "name": self.name, "ms": round(self.ms, 4),
-            "spread": round(self.spread, 3), "gb_s": round(gbs, 2),
-            "of_limit": round(gbs / limit, 3), "extra_mb": round(self.extra_mb, 2),
+            "case": self.case, "name": self.name, "ms": round(1e3 * seconds, 4),
+            "spread": round((high - low) / 2 / seconds, 3),  # half the range between the quartiles
+            "moved_mb": round(self.moved / 1e6, 1) if self.moved else None,
+            "gb_s": round(gb_s, 2) if gb_s else None,
+            "of_limit": round(gb_s / limit, 3) if gb_s else None,
+            "extra_mb": None if self.extra is None else round(self.extra / 1e6, 2),
             "error": self.error,
         }  # fmt: skip
+
+
+def forward(function: Callable[..., Tensor]) -> Run:
+    """The function's output, without a graph."""
+
+    def run(*inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            return function(*inputs)
+
+    return run
+
+
+def gradient(function: Callable[..., Tensor]) -> Run:
+    """Forward and backward of a scalar function; the gradient of its first argument."""
+
+    def run(leaf: Tensor, *rest: Tensor) -> Tensor:
+        function(leaf, *rest).backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    return run
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def timer(device: str, host: bool = False) -> Callable[[Callable[[], Any]], float]:
+    """Seconds of a call: by the host's clock, or by events on the GPU's stream.
+
+    With events what stands in the stream before the call gives the host time to run ahead, as in a
+    training loop. The last of it reads a buffer of four times the L2 cache: the call finds nothing
+    of its inputs there (which exceed it several times by themselves), and nothing to write back.
+    """
+
+    def by_clock(call: Callable[[], Any]) -> float:
+        synchronize(device)
+        begin = time.perf_counter()
+        call()
+        synchronize(device)
+        return time.perf_counter() - begin
+
+    if device == "cpu" or host:
+        return by_clock
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    other = torch.ones(4 * cache, dtype=torch.uint8, device=device).view(torch.float32)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def by_events(call: Callable[[], Any]) -> float:
+        other.sum()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return by_events
 
 
 def interleaved(
     rows: list[Row],
     calls: list[Callable[[], Any]],
+    seconds_of: Callable[[Callable[[], Any]], float],
     rounds: int,
-    seconds: float,
+    budget: float,
     setup: Callable[[], Any],
     twice: bool = True,
 ) -> None:
@@ -54,7 +117,8 @@ def interleaved(
 
     In its turn it runs twice and the second run counts, as in a training loop: the memory it takes is
     what it gave back just before, not what another left, or what a virtual machine's host took back
-    from the idle free list (that costs whoever comes next up to ten times the page faults).
+    from the idle free list (that costs whoever comes next up to ten times the page faults). After
+    `budget` seconds no further round begins, but four are run.
     """
     for call in calls:  # warm up, twice: the first may compile
         for _ in range(2):
@@ -62,20 +126,25 @@ def interleaved(
             call()
     start = time.perf_counter()
     for done in range(rounds):
+        if done >= 4 and time.perf_counter() - start > budget:
+            break
         for row, call in zip(rows, calls, strict=True):
             if twice:
                 setup()
                 call()
             setup()
-            begin = time.perf_counter()
-            call()
-            row.times.append(time.perf_counter() - begin)
-        if done >= 3 and time.perf_counter() - start > seconds:
-            break
+            row.times.append(seconds_of(call))
 
 
-def peak_extra_mb(call: Callable[[], Any]) -> float:
-    """The most that was allocated above the start, counted by torch's CPU allocator."""
+def peak_extra(device: str, call: Callable[[], Any]) -> int:
+    """The most bytes that were allocated above the start, counted by torch's allocator."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
@@ -89,4 +158,75 @@ def peak_extra_mb(call: Callable[[], Any]) -> float:
     for _, nbytes in sorted(events, key=lambda e: e[0]):
         total += nbytes
         peak = max(peak, total)
-    return peak / 1e6
+    return peak
+
+
+def errors(runs: Sequence[Run], truth: Run, samples: Sequence[Inputs]) -> list[float]:
+    """max|run - truth| / max|truth| over all samples, for each run; truth on the samples in float64."""
+
+    def fresh(t: Tensor, double: bool = False) -> Tensor:  # a run may consume what it is given
+        copy = t.detach().clone()
+        copy = copy.double() if double and t.is_floating_point() else copy
+        return copy.requires_grad_(t.requires_grad)
+
+    exact = [truth(*(fresh(t, double=True) for t in sample)) for sample in samples]
+    scale = torch.stack([e.abs().max() for e in exact]).max()
+    found = []
+    for run in runs:
+        off = [
+            (run(*map(fresh, sample)) - e).abs().max()
+            for sample, e in zip(samples, exact, strict=True)
+        ]
+        found.append(float(torch.stack(off).max() / scale))  # torch's max keeps a NaN
+    return found
+
+
+def compare(
+    case: str,
+    runs: dict[str, Run],
+    inputs: Inputs,
+    truth: Run,
+    samples: Sequence[Inputs],
+    moved: int,
+) -> list[Row]:
+    """A case in full: times on `inputs`, which are restored before each run, memory, errors on `samples`."""
+    device, leaf = inputs[0].device.type, inputs[0]
+    source = leaf.detach().clone() if leaf.requires_grad else None
+
+    def setup() -> None:
+        if source is not None:  # with a gradient: an in-place candidate consumes the logits
+            leaf.grad = None
+            with torch.no_grad():
+                leaf.copy_(source)
+
+    rows = [Row(case, name, moved=moved) for name in runs]
+    calls = [lambda run=run: run(*inputs) for run in runs.values()]
+    rounds, budget = (30, 5.0) if device == "cuda" else (9, 20.0)
+    interleaved(rows, calls, timer(device), rounds, budget, setup)
+    for row, call in zip(rows, calls, strict=True):
+        setup()
+        row.extra = peak_extra(device, call)
+    for row, error in zip(rows, errors(list(runs.values()), truth, samples), strict=True):
+        row.error = error
+    return rows
+
+
+def repeated(function: Callable[[], Any], calls: int) -> Callable[[], Any]:
+    def run() -> Any:
+        for _ in range(calls):
+            out = function()
+        return out
+
+    return run
+
+
+def compare_calls(
+    case: str, runs: dict[str, Callable[[], Any]], device: str, calls: int, rounds: int
+) -> list[Row]:
+    """Time of a call by the host's clock, where calling is all; each run makes `calls` of them."""
+    rows = [Row(case, name) for name in runs]
+    turn = timer(device, host=True)
+    interleaved(rows, list(runs.values()), turn, rounds, 10.0, lambda: None, twice=False)
+    for row in rows:
+        row.times = [t / calls for t in row.times]
+    return rows

@@ -1,0 +1,89 @@
+"""python benchmarks/gpu.py [FAMILY]: build for this machine's NVIDIA GPU, run the tests, measure.
+
+It uses the Python that runs it, with what that has, and leaves it as it is: finefuse goes to
+build/gpu/site. Nothing is downloaded. PYTEST_FLAGS is passed on.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SITE = ROOT / "build/gpu/site"
+NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+PACKAGES = (
+    "pip", "torch", "triton", "numpy", "ml_dtypes", "scikit-build-core", "pybind11", "pytest",
+    "pytest-xdist", "hypothesis", "rich", "matplotlib",
+)  # fmt: skip
+
+
+def installed(package: str) -> bool:
+    try:
+        metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def missing(families: list[str]) -> list[str]:
+    """What this machine lacks, a line each."""
+    lines = [f"a family {f!r}" for f in families if not (ROOT / f"tests/test_{f}.py").exists()]
+    packages = [p for p in PACKAGES if not installed(p)]
+    packages += [p for p in ("cmake", "ninja") if not installed(p) and not shutil.which(p)]
+    if "torch" in packages:
+        if not any(Path("/dev").glob("nvidia[0-9]*")):
+            lines.append("an NVIDIA GPU")
+    else:
+        import torch
+
+        if not torch.cuda.is_available() or torch.version.cuda is None:
+            lines.append(f"an NVIDIA GPU that torch {torch.__version__} can use")
+    if not shutil.which(NVCC):
+        lines.append("nvcc: on the PATH, in CUDACXX or as /usr/local/cuda/bin/nvcc")
+    if installed("finefuse"):
+        origin = metadata.distribution("finefuse").read_text("direct_url.json") or ""
+        if '"editable": true' in origin:
+            lines.append(
+                "a Python without an editable finefuse, which would hide the one built here"
+            )
+    if packages:
+        lines.append(f"Python packages for {sys.executable}: {', '.join(packages)}")
+    return lines
+
+
+def run(*arguments: str, **env: str) -> None:
+    """A Python command; ends this one with its exit code if it fails."""
+    print("+ python", shlex.join(arguments), flush=True)
+    code = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env={**os.environ, **env}
+    ).returncode
+    if code:
+        sys.exit(code)
+
+
+def main() -> None:
+    families = sys.argv[1:]
+    lacking = missing(families)
+    if lacking:
+        print("make gpu: what is missing", *lacking, sep="\n  ", file=sys.stderr)
+        sys.exit(2)
+    run(
+        "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-index",
+        "--no-build-isolation", "--no-deps", "--upgrade", "--target", str(SITE),
+        "-C", "build-dir=build/gpu/cmake", "-C", "cmake.define.CMAKE_CUDA_ARCHITECTURES=native", ".",
+        FINEFUSE_CUDA="ON", CUDACXX=NVCC,
+    )  # fmt: skip
+    path = os.pathsep.join(filter(None, (str(SITE), os.environ.get("PYTHONPATH"))))
+    flags = shlex.split(os.environ.get("PYTEST_FLAGS", ""))
+    run("-m", "pytest", *flags, *(f"tests/test_{f}.py" for f in families), PYTHONPATH=path)
+    run("-m", "benchmarks", *families, "--device", "cuda", PYTHONPATH=path)
+
+
+if __name__ == "__main__":
+    main()
