@@ -4,7 +4,8 @@
 #
 # TORCH: what pip installs as torch, for example TORCH="torch==2.6.0". PYTHON: the interpreter.
 # FAMILY: one family (bench, gpu). All set-up is done here and only once, except for gpu, which takes
-# GPU_PYTHON with the packages it has.
+# GPU_PYTHON with the packages it has. FINEFUSE_CUDA: see README; without a GPU the tests have the CUDA
+# kernels built as C++ (tests/cuda_on_cpu).
 
 PYTHON ?= python3
 GPU_PYTHON ?= python3
@@ -18,8 +19,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/stamps
 # Set up anew when TORCH or PYTHON is another.
 READY := $(STAMPS)/venv-$(shell printf '%s' '$(PYTHON) $(TORCH)' | cksum | cut -d' ' -f1)
-SOURCES := $(wildcard csrc/*/* kernels/*.py python/finefuse/*.py python/finefuse/*/*.py) \
+SOURCES := $(wildcard csrc/*/* tests/cuda_on_cpu/* kernels/*.py python/finefuse/*.py python/finefuse/*/*.py) \
            CMakeLists.txt pyproject.toml
+export FINEFUSE_CUDA ?= $(if $(wildcard /dev/nvidia[0-9]*),AUTO,ON_CPU)
 MACHINE_PATH := $(PATH)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 

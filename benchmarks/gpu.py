@@ -81,7 +81,8 @@ def main() -> None:
     )  # fmt: skip
     path = os.pathsep.join(filter(None, (str(SITE), os.environ.get("PYTHONPATH"))))
     flags = shlex.split(os.environ.get("PYTEST_FLAGS", ""))
-    run("-m", "pytest", *flags, *(f"tests/test_{f}.py" for f in families), PYTHONPATH=path)
+    tests = [str(t) for f in families for t in sorted(ROOT.glob(f"tests/test_{f}*.py"))]
+    run("-m", "pytest", *flags, *tests, PYTHONPATH=path)
     run("-m", "benchmarks", *families, "--device", "cuda", PYTHONPATH=path)
 
 
