@@ -18,13 +18,19 @@ from typing import Any
 __version__ = _version("finefuse")
 
 __all__ = [
+    "CodebookTensor",
     "PreferenceOutput",
     "backend",
     "check",
+    "codebook_linear",
     "cross_entropy",
+    "dequantize",
     "info",
+    "learn_codebook",
+    "nn",
     "preference_loss",
     "preference_loss_from_logits",
+    "quantize",
     "sequence_logprobs",
     "token_logprobs",
 ]
@@ -40,7 +46,15 @@ if _find_spec("torch") is not None:
     # torch first: whichever OpenMP runtime loads first serves both.
     import torch as _torch  # noqa: F401
 
+    from . import nn
     from ._backend import backend, check, info
+    from .codebook import (
+        CodebookTensor,
+        codebook_linear,
+        dequantize,
+        learn_codebook,
+        quantize,
+    )
     from .logprobs import cross_entropy, sequence_logprobs, token_logprobs
     from .preference import PreferenceOutput, preference_loss, preference_loss_from_logits
 else:
