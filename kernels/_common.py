@@ -6,6 +6,8 @@ The subset of Triton that compiles alike under 3.6 and later and that its interp
   bfloat16 arithmetic gives NaN;
 - a Python float reaches a kernel as float32 unless its parameter is annotated tl.float64; the interpreter
   hands over the float itself, so a kernel takes it through `number`;
+- a condition on one number and one on a block do not go together (the interpreter's `&` makes integers of
+  them): what is optional is masked by its count, n or 0;
 - no libdevice and no inline assembly: log1p and expm1 are made of tl.log and tl.exp here.
 """
 

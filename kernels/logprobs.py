@@ -8,18 +8,18 @@
     sequence_sums             4 (8) + 1 for a mask        memory, or the launch
     sequence_sums_backward    1 for a mask + 4 (8)        memory, or the launch
 
-A program per row (or segment), in blocks of BLOCK elements; `_tile` is the one place that chooses them. Elements
-and the sums of one lane are float32 (float64 for float64 logits); lanes are added up, and all that a row has
-only one of is computed, in float64. No atomics: the same inputs give the same bits.
+A program per row (or segment), in blocks of BLOCK elements; `_tile` is the one place that chooses them.
+Elements and the sums of one lane are float32 (float64 for float64 logits); lanes are added up, and all that a
+row has only one of is computed, in float64. No atomics: the same inputs give the same bits.
 
-Numbers are kept as in csrc/core/softmax_row.h, relative to the row's maximum `ref`: z - ref is exact or nearly so
-and `excess`, Σ e^{(z - ref)/T} - 1, lacks the 1 of the maximum's own term, so that log-probabilities and
-entropies near 0 keep all their digits. `saved` has the same meaning as there: a forward on a CPU and a backward
-here agree.
+Numbers are kept as in csrc/core/softmax_row.h, relative to the row's maximum `ref`: z - ref is exact or
+nearly so and `excess`, Σ e^{(z - ref)/T} - 1, lacks the 1 of the maximum's own term, so that
+log-probabilities and entropies near 0 keep all their digits. `saved` has the same meaning as there: a forward
+on a CPU and a backward here agree.
 
-The host functions have the names, arguments and meaning of csrc/bindings/ops.h; `place` is (stream, flags). They
-allocate nothing and wait for nothing. A target out of range is never followed: its row becomes NaN (its gradient
-0) and a flag is set, and so for offsets.
+The host functions have the names, arguments and meaning of csrc/bindings/ops.h; `place` is (stream, flags).
+They allocate nothing and wait for nothing. A target out of range is never followed: its row becomes NaN (its
+gradient 0) and a flag is set, and so for offsets.
 """
 
 import triton
@@ -50,9 +50,9 @@ LOWEST_64 = tl.constexpr(-1.7976931348623157e308)
 def _tile(layout, itemsize, sums=0, twice=False):
     """(BLOCK, num_warps) for the rows of a layout: the one place where they are chosen.
 
-    16 elements a thread keep enough loads in flight and the lanes' running sums in registers; 8 where a lane has
-    three sums, an element 8 bytes, the row few elements, or where rows are not aligned and each element has
-    an address of its own. `twice`: a long row that is read again for its gradient gets a whole
+    16 elements a thread keep enough loads in flight and the lanes' running sums in registers; 8 where a lane
+    has three sums, an element 8 bytes, the row few elements, or where rows are not aligned and each element
+    has an address of its own. `twice`: a long row that is read again for its gradient gets a whole
     multiprocessor's threads, so that few rows are under way and what was read is still in L2.
     """
     vocab = layout[2]
@@ -82,6 +82,13 @@ def _logit(address):
 
 
 @triton.jit
+def _middle(address):
+    """A finite number near a row's logits: sums of what they differ by keep their digits."""
+    x = _logit(address)
+    return tl.where(tl.abs(x) < -MINUS_INF, x, 0.0)
+
+
+@triton.jit
 def _statistics(z, middle, vocab, c, ENTROPY, LOGIT_SUM, BLOCK, EVICTION):
     """One pass: ref, excess, dot, logit_sum of a row, float64.
 
@@ -91,8 +98,8 @@ def _statistics(z, middle, vocab, c, ENTROPY, LOGIT_SUM, BLOCK, EVICTION):
     logit_sum  Σ (z - middle)   (LOGIT_SUM)
 
     Each lane keeps its own running maximum m and sums relative to it, with one exponential an element: a new
-    maximum moves the sums to itself by the e that its predecessor takes. An empty lane is m = the lowest number,
-    s = -1 (no terms, not even the maximum's own), and everything below needs no case for it.
+    maximum moves the sums to itself by the e that its predecessor takes. An empty lane is m = the lowest
+    number, s = -1 (no terms, not even the maximum's own), and nothing below needs a case for it.
     """
     WIDE: tl.constexpr = z.dtype.element_ty == tl.float64
     DTYPE: tl.constexpr = tl.float64 if WIDE else tl.float32
@@ -137,14 +144,15 @@ def _write_gradient(z, out, vocab, y, at_y, ref, c, a, b, offset, ENTROPY, BLOCK
 
     BACKWARDS: from the row's end, of which the most is still in L2.
     """
-    DTYPE: tl.constexpr = tl.float64 if z.dtype.element_ty == tl.float64 else tl.float32
+    WIDE: tl.constexpr = z.dtype.element_ty == tl.float64
+    DTYPE: tl.constexpr = tl.float64 if WIDE else tl.float32
     ref = ref.to(DTYPE)
     a = a.to(DTYPE)
     b = b.to(DTYPE)
     offset = offset.to(DTYPE)
     at_y = at_y.to(DTYPE)
-    # where e is 0, d is still a number
-    floor = -1200.0 / c if DTYPE == tl.float64 else -200.0 / c
+    # far enough down for e to be 0, and a number: 0·b·d is 0
+    floor = -1200.0 / c if WIDE else -200.0 / c
     lane = tl.arange(0, BLOCK)
     last = (vocab - 1) // BLOCK * BLOCK
     for step in range(0, vocab, BLOCK):
@@ -189,17 +197,16 @@ def token_logprobs_kernel(
     lse_r = number(0.0)
     entropy_r = number(0.0)
     if kept & inside:
-        t = number(temperature)
+        inverse_t = 1.0 / number(temperature)
         z = _row(logits, r, inner, outer_stride, inner_stride)
         WIDE: tl.constexpr = logits.dtype.element_ty == tl.float64
-        c = (number(LOG2E) / t).to(tl.float64 if WIDE else tl.float32)
-        z_y = _logit(z + y)
+        c = (inverse_t * LOG2E).to(tl.float64 if WIDE else tl.float32)
         ref, excess, dot, _ = _statistics(
             z, 0.0, integer(vocab), c, entropy is not None, False, BLOCK, "evict_first"
         )
         log_sum = log1p(excess)
-        lse_r = ref / t + log_sum
-        logp = (z_y - ref) / t - log_sum  # all -inf: -inf + inf, NaN
+        lse_r = ref * inverse_t + log_sum
+        logp = (_logit(z + y) - ref) * inverse_t - log_sum  # all -inf: -inf + inf, NaN
         if entropy is not None:
             entropy_r = log_sum + dot * LN2 / (1.0 + excess)
     elif kept:
@@ -306,8 +313,9 @@ def cross_entropy_count_kernel(targets, ignore_index, rows, scratch, BLOCK: tl.c
     lane = tl.arange(0, BLOCK)
     count = tl.zeros((BLOCK,), tl.int64)
     for start in range(0, integer(rows), BLOCK):
-        y = tl.load(targets + start + lane, mask=lane < rows - start, other=ignore_index)
-        count += (y != ignore_index).to(tl.int64)
+        inside = lane < rows - start
+        y = tl.load(targets + start + lane, mask=inside, other=0)
+        count += (inside & (y != ignore_index)).to(tl.int64)
     n = tl.sum(count, 0)
     tl.store(scratch + rows, tl.where(n == 0, 0.0, 1.0 / tl.maximum(n, 1).to(tl.float64)))
 
@@ -337,24 +345,22 @@ def cross_entropy_kernel(
         WIDE: tl.constexpr = logits.dtype.element_ty == tl.float64
         DTYPE: tl.constexpr = tl.float64 if WIDE else tl.float32
         z = _row(logits, r, inner, outer_stride, inner_stride)
-        z_y = _logit(z + y)
         c = number(LOG2E).to(DTYPE)
-        # any finite number near the logits, so that their sum keeps its digits however large they are
-        middle = tl.where(tl.abs(z_y) < -MINUS_INF, z_y, 0.0)
         ref, excess, _, total = _statistics(
-            z, middle.to(DTYPE), integer(vocab), c, False, SMOOTHING, BLOCK,
+            z, _middle(z + y).to(DTYPE), integer(vocab), c, False, SMOOTHING, BLOCK,
             "evict_first" if gradient is None else "evict_last",
         )  # fmt: skip
+        z_y = _logit(z + y)  # not before the loop: that would cost it registers
         log_sum = log1p(excess)
         logp = z_y - ref - log_sum  # all -inf: -inf + inf, NaN
         loss_r = -logp
         eps = number(0.0)
         if SMOOTHING:
             eps = number(label_smoothing)
-            mean = middle + total / vocab
+            mean = _middle(z + y) + total / vocab
             loss_r = (1.0 - eps) * loss_r + eps * (ref + log_sum - mean)
         if gradient is not None:
-            tl.debug_barrier()  # in place, a warp that is ahead would overwrite what others still read
+            tl.debug_barrier()  # in place, a warp that is ahead would overwrite what others read
             out = _row(gradient, r, gradient_inner, gradient_outer_stride, gradient_inner_stride)
             if w == 0.0:
                 _write_zeros(out, integer(vocab), BLOCK)
@@ -406,7 +412,9 @@ def cross_entropy(
         )  # fmt: skip
     smoothing = label_smoothing != 0.0
     block, warps = _tile(layout, logits.element_size(), 2 + smoothing, gradient is not None)
-    some = next((x for x in (loss, upstream) if x is not None), scratch)  # never followed where absent
+    some = next(
+        (x for x in (loss, upstream) if x is not None), scratch
+    )  # never followed where absent
     launch(
         cross_entropy_kernel, rows, logits, *strides, gradient, *gradient_layout[3:],
         targets, ignore_index, rows, vocab, label_smoothing, reduction,
@@ -415,9 +423,7 @@ def cross_entropy(
         SMOOTHING=smoothing, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     if loss is not None and not by_row:
-        launch(
-            cross_entropy_sum_kernel, 1, scratch, rows, reduction, loss, BLOCK=4096, num_warps=8
-        )
+        launch(cross_entropy_sum_kernel, 1, scratch, rows, reduction, loss, BLOCK=4096, num_warps=8)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -526,10 +532,17 @@ def sequence_sums_backward_kernel(
         tl.store(out + t + lane, tl.where(keep, g, 0.0), mask=inside)
 
 
+def _flag_tokens_of_no_sequence(total, place):
+    """Without a segment no kernel sees the offsets; with tokens they cannot be right."""
+    if total > 0:
+        place[1][BAD_CU_SEQLENS.value].fill_(1)
+
+
 def sequence_sums(
     logprobs, wide, mask, offsets, int32, segments, length, total, average, sums, place
 ):
     if segments == 0:
+        _flag_tokens_of_no_sequence(total, place)
         return
     launch(
         sequence_sums_kernel, segments, logprobs, mask, offsets, segments, length, total,
@@ -541,9 +554,8 @@ def sequence_sums_backward(
     gradient, wide, mask, offsets, int32, segments, length, total, average, out, place
 ):
     if segments == 0:
-        if total > 0:  # no sequence for these tokens: the offsets cannot be right
-            out.fill_(float("nan"))
-            place[1][BAD_CU_SEQLENS.value].fill_(1)
+        out.fill_(float("nan"))
+        _flag_tokens_of_no_sequence(total, place)
         return
     launch(
         sequence_sums_backward_kernel, segments, gradient, mask, offsets, segments, length, total,

@@ -3,11 +3,11 @@
     kernel       reads + writes a pair       bound by
     preference   up to 24 + 24 bytes         the launch, and a chain of two transcendental functions a block
 
-One program, in blocks of pairs: there are as many pairs as sequences, and sums over them need no second kernel.
+One program, in blocks of pairs: there are as many as sequences, and sums over them need no second kernel.
 All arithmetic is float64 whatever the input; sums are in a fixed order, without atomics.
 
-The host function has the name, arguments and meaning of csrc/bindings/ops.h; `place` is (stream, flags). A length
-that is negative or NaN makes its pair NaN and sets a flag.
+The host function has the name, arguments and meaning of csrc/bindings/ops.h; `place` is (stream, flags). A
+length that is negative or NaN makes its pair NaN and sets a flag.
 """
 
 import triton
@@ -39,7 +39,6 @@ def _log_sigmoid(x):
 @triton.jit
 def _pair_loss(d, beta, eps, LOSS):
     """(value, slope by d) of one loss, d = r_w - r_l: the table of csrc/ops/preference_table.h."""
-    tl.static_assert(LOSS == SIGMOID or LOSS == IPO or LOSS == HINGE)
     if LOSS == SIGMOID:
         value, opposite, up, down = _log_sigmoid(beta * d)
         # at eps = 0 the second term is left out, not 0·inf
@@ -51,6 +50,7 @@ def _pair_loss(d, beta, eps, LOSS):
         value = root * root
         slope = 2.0 * root
     else:
+        tl.static_assert(LOSS == HINGE)
         x = 1.0 - beta * d
         flat = x <= 0.0  # NaN passes
         value = tl.where(flat, 0.0, x)
@@ -59,9 +59,9 @@ def _pair_loss(d, beta, eps, LOSS):
 
 
 @triton.jit
-def _log_ratio(lp, ref, has_ref, at, inside):
-    r = tl.load(lp + at, mask=inside, other=0.0).to(tl.float64)
-    return r - tl.load(ref + at, mask=inside & (has_ref != 0), other=0.0).to(tl.float64)
+def _log_ratio(lp, ref, has_ref, at, n):
+    r = tl.load(lp + at, mask=at < n, other=0.0).to(tl.float64)
+    return r - tl.load(ref + at, mask=at < n * has_ref, other=0.0).to(tl.float64)
 
 
 @triton.jit(
@@ -82,27 +82,28 @@ def preference_kernel(
     n = pairs.to(tl.int64)
     some = tl.maximum(n, 1).to(tl.float64)
     scale = tl.where(reduction == REDUCE_MEAN, 1.0 / some, number(1.0))
+    each = tl.where(reduction == REDUCE_NONE, n, 0)  # losses to write
     lane = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float64)
     won = tl.zeros((BLOCK,), tl.int64)
     for start in range(0, n, BLOCK):
         at = start + lane
         inside = at < n
-        n_w = tl.load(chosen_lengths + at, mask=inside & (has_chosen_lengths != 0), other=1.0)
-        n_l = tl.load(rejected_lengths + at, mask=inside & (has_rejected_lengths != 0), other=1.0)
+        n_w = tl.load(chosen_lengths + at, mask=at < n * has_chosen_lengths, other=1.0)
+        n_l = tl.load(rejected_lengths + at, mask=at < n * has_rejected_lengths, other=1.0)
         good = (n_w >= 0.0) & (n_l >= 0.0)
         tl.store(flags + BAD_LENGTHS + tl.zeros_like(lane), 1, mask=inside & (good == 0))
         # an empty completion counts as one token; its log-probability is 0
         n_w = tl.where(n_w == 0.0, 1.0, n_w).to(tl.float64)
         n_l = tl.where(n_l == 0.0, 1.0, n_l).to(tl.float64)
-        r_w = tl.where(good, _log_ratio(chosen, ref_chosen, has_ref_chosen, at, inside), NAN)
-        r_l = tl.where(good, _log_ratio(rejected, ref_rejected, has_ref_rejected, at, inside), NAN)
+        r_w = tl.where(good, _log_ratio(chosen, ref_chosen, has_ref_chosen, at, n), NAN)
+        r_l = tl.where(good, _log_ratio(rejected, ref_rejected, has_ref_rejected, at, n), NAN)
 
         value, slope = _pair_loss(r_w / n_w - r_l / n_l, b, eps, LOSS)
         slope = tl.where(good, scale * slope, NAN)
         total += tl.where(inside, value, 0.0)
         won += (inside & (r_w > r_l)).to(tl.int64)
-        tl.store(out + at, value, mask=inside & (reduction == REDUCE_NONE))
+        tl.store(out + at, value, mask=at < each)
         tl.store(gradient + at, slope / n_w, mask=inside)
         tl.store(gradient + n + at, -slope / n_l, mask=inside)
         tl.store(chosen_rewards + at, b * r_w, mask=inside)
