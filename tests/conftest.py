@@ -14,6 +14,9 @@ try:
     import torch
 
     torch.manual_seed(0)
+    # Without a GPU Triton's kernels run in its interpreter. It is asked for when triton is first imported.
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
 except ImportError:
     torch = None  # the tests that need it say so
 

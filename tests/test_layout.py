@@ -26,8 +26,6 @@ FOLDERS = (
 MISSING = {
     "csrc/ops/logprobs.cu": "the CPU came first; CUDA is the next step of this stem",
     "csrc/ops/preference.cu": "the CPU came first; CUDA is the next step of this stem",
-    "kernels/logprobs.py": "the CPU came first; Triton is the next step of this stem",
-    "kernels/preference.py": "the CPU came first; Triton is the next step of this stem",
     "python/finefuse/numpy/logprobs.py": "the torch door came first",
     "python/finefuse/numpy/preference.py": "the torch door came first",
 }
