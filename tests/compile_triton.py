@@ -11,10 +11,10 @@ as the loop runs, as some versions of ptxas do, cost nothing. TRITON_INTERPRET m
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,11 +22,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from cuda_resources import cuobjdump
 from finefuse._args import DTYPES, PREFERENCE_LOSSES, REDUCTIONS
 from finefuse.kernels import logprobs, preference
 
@@ -111,15 +111,6 @@ class Variant:
             options={"num_warps": self.num_warps, "enable_fp_fusion": True},
         )
         return resource_usage(compiled.asm["cubin"])
-
-
-def cuobjdump() -> str:
-    """The one that Triton carries, or one on PATH."""
-    carried = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    found = str(carried) if carried.exists() else shutil.which("cuobjdump")
-    if found is None:
-        raise SystemExit("no cuobjdump: neither in Triton nor on PATH")
-    return found
 
 
 def dump(cubin: bytes, what: str) -> str:
@@ -230,6 +221,12 @@ def pairs(variant: Variant) -> set[tuple[str, ...]]:
     first = next(iter(variant.kernel.arg_names))
     kernel, dtype = variant.name, variant.choices[first]
     return {(kernel, dtype, name, value) for name, value in variant.choices.items()}
+
+
+@functools.cache
+def known_pairs() -> set[tuple[str, ...]]:
+    """All choices of all that can be launched."""
+    return set().union(*map(pairs, all_variants()))
 
 
 def loop(variant: Variant) -> tuple[str, ...] | None:
