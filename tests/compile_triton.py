@@ -230,9 +230,9 @@ def known_pairs() -> set[tuple[str, ...]]:
 
 
 def loop(variant: Variant) -> tuple[str, ...] | None:
-    """What shapes the loop over the row of a hot kernel; float16 only as bfloat16 in all but one."""
+    """What shapes the loop over the row of a hot kernel; unaligned, bfloat16 stands for all."""
     c = variant.choices
-    if not variant.hot or (c["logits"] == "fp16" and c["aligned"] == "no"):
+    if not variant.hot or (c["logits"] != "bf16" and c["aligned"] == "no"):
         return None
     names = ("kernel", "logits", "num_warps", "BLOCK", "aligned", "SMOOTHING")
     absent = [str(c.get(name) == "-") for name in ("entropy", "h", "gradient")]
