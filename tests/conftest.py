@@ -63,6 +63,14 @@ def unavailable(backend: str) -> str:
     return ""
 
 
+def _is_compiled(variant: Any) -> None:
+    """Triton kernels are compiled for GPUs by compile_triton.py: it must know all that is launched."""
+    import compile_triton
+
+    unknown = compile_triton.pairs(variant) - compile_triton.known_pairs()
+    assert not unknown, f"compile_triton.py does not compile {unknown}"
+
+
 @pytest.fixture(params=["cuda", "triton", "eager"])
 def place(request: pytest.FixtureRequest) -> Iterator[Place]:
     """Runs the test on every backend beside the CPU's: on the GPU where there is one; else CUDA
@@ -72,6 +80,12 @@ def place(request: pytest.FixtureRequest) -> Iterator[Place]:
         pytest.skip(why)
     import finefuse as ff
 
+    if request.param == "triton":
+        monkeypatch = request.getfixturevalue("monkeypatch")
+        import compile_triton
+
+        for module in compile_triton.MODULES:
+            monkeypatch.setattr(module, "launch", compile_triton.recording(_is_compiled, call=True))
     with ff.backend(request.param):
         yield Place(request.param, "cuda" if GPU else "cpu")
         ff.check()  # a flag that a test did not expect

@@ -28,6 +28,9 @@ from test_logprobs import (
 )
 from tolerances import check
 
+# NumPy's, from Triton's interpreter, at what a GPU does silently: -inf - -inf, overflow to inf
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
 # 1 and 2: less than a vector. 257: an odd tail. 3001: several blocks of threads, in shared memory.
 # 33001: longer than what is kept there, several blocks of Triton's loop.
 SHAPES = [(3, 1), (2, 2), (5, 257), (3, 3001), (2, 33001)]
@@ -98,6 +101,33 @@ def test_certainty_keeps_its_digits(place):
     np.testing.assert_allclose(
         dz.double().numpy(), want, rtol=2 * 65 * 2.0**-23, err_msg="gradient"
     )
+
+
+def test_ties_at_the_maximum(place):
+    """Counted exactly wherever they are: in one thread's elements, in several, in later blocks."""
+    for places in ([0, 1], [0, 2048, 4096], [5, 4097, 5002], list(range(5003))):
+        logits = torch.full((1, 5003), -float("inf"))
+        logits[0, places] = 3.0
+        x, y = place.put(logits, torch.tensor([places[-1]]))
+        for lp in (ff.token_logprobs(x, y), ff.token_logprobs(x, y, stats=True)[0]):
+            assert lp.item() == pytest.approx(-np.log(len(places)), rel=2e-7)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_infinity_in_a_row_that_counts(place, bad):
+    """They show in that row, in every element of its gradient; without upstream they do not."""
+    for column in (0, 50, 2500):
+        logits, targets = make(3, 2600, ignore=False)
+        logits[1:, column] = bad
+        upstream = torch.tensor([1.0, 1.0, 0.0])
+        (lp, entropy, _), dz = run(
+            place, ff.token_logprobs, logits, targets, [upstream] * 3, stats=True
+        )
+        assert torch.isnan(lp[1:]).all()
+        assert torch.isnan(entropy[1:]).all()
+        assert torch.isfinite(dz[0]).all()
+        assert torch.isnan(dz[1]).all()
+        assert (dz[2] == 0).all() or place.backend == "eager"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -190,6 +220,23 @@ def test_cross_entropy(place, shape, dtype, smoothing):
             x = logits.to(place.device)
             plain = ff.cross_entropy(x, y, reduction=reduction, label_smoothing=smoothing)
         torch.testing.assert_close(plain, a.detach(), rtol=1e-6, atol=0)
+
+
+def test_smoothing_far_from_zero(place):
+    """lse - mean z of large logits that differ little."""
+    logits, targets = make(3, 5000, spread=1.0)
+    logits += 3e4
+    loss = ff.cross_entropy(*place.put(logits, targets), label_smoothing=0.3, reduction="none")
+    eager = torch.nn.functional.cross_entropy(
+        logits, targets, label_smoothing=0.3, reduction="none"
+    )
+    truth, _ = reference.cross_entropy(
+        logits.double().numpy(), targets.numpy(), 0.3, reduction="none"
+    )
+    check("loss", loss.cpu(), eager, truth)
+    logits[0, 5] = -float("inf")  # no probability, but a part in the mean
+    x, y = place.put(logits, targets)
+    assert ff.cross_entropy(x, y, label_smoothing=0.3, reduction="none")[0] == float("inf")
 
 
 @pytest.mark.parametrize("upstream", [1.0, 0.0, -2.5, float("inf")])

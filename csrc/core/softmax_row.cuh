@@ -133,7 +133,8 @@ __device__ void row_gradient(const T* z, T* out, int64_t n, const RowGradient& g
   const A a = static_cast<A>(g.a), b = static_cast<A>(g.b), offset = static_cast<A>(g.offset);
   const auto value = [&](T x) {
     const A d = to_accumulator(x) - ref, e = exp2_fast(d * c);
-    if constexpr (kEntropy) return e == 0 ? offset : e * (a + b * d) + offset;  // not 0·inf
+    if constexpr (kEntropy)
+      return e * (e == 0 ? a : a + b * d) + offset;  // not 0·inf, but NaN in a
     return e * a + offset;
   };
   const auto vectors = [&]<int U>(int64_t i, int64_t step) {

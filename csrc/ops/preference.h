@@ -6,7 +6,7 @@
 
 namespace finefuse {
 
-// The numbers are the contract with python/finefuse/preference.py (LOSSES).
+// The numbers are the contract with python/finefuse/_args.py (PREFERENCE_LOSSES).
 enum class PreferenceLoss : int { sigmoid = 0, ipo = 1, hinge = 2 };
 
 struct Preference {

@@ -209,6 +209,8 @@ def _for_kernel(values: Fields) -> tuple[Any, ...]:
 
 def _decode(values: Fields, out: Tensor) -> None:
     """Into `out`, contiguous, of a type that kernels write."""
+    if out.numel() == 0:
+        return
     codes, *rest = _for_kernel(values)
     _DEQUANTIZE(codes, out.numel(), *rest, out, DTYPES[out.dtype])
 

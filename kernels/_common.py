@@ -1,0 +1,60 @@
+"""What the Triton kernels of every stem share: float64 functions of one number, and the launch.
+
+The subset of Triton that compiles alike under 3.6 and later and that its interpreter runs:
+
+- a 16-bit number becomes float32 right after its load and 16-bit again at its store, for the interpreter's
+  bfloat16 arithmetic gives NaN;
+- a Python float reaches a kernel as float32 unless its parameter is annotated tl.float64; the interpreter
+  hands over the float itself, so a kernel takes it through `number`;
+- a condition on one number and one on a block do not go together (the interpreter's `&` makes integers of
+  them): what is optional is masked by its count, n or 0;
+- no libdevice and no inline assembly: log1p and expm1 are made of tl.log and tl.exp here.
+"""
+
+import triton
+import triton.language as tl
+
+# Places in the flags: csrc/core/place.h, enum Flag.
+BAD_TARGETS = tl.constexpr(0)
+BAD_CU_SEQLENS = tl.constexpr(1)
+BAD_LENGTHS = tl.constexpr(2)
+
+# csrc/core/dtype.h, enum Reduction.
+REDUCE_NONE = tl.constexpr(0)
+REDUCE_SUM = tl.constexpr(1)
+REDUCE_MEAN = tl.constexpr(2)
+
+
+def launch(kernel, programs, *args, num_warps, **constants):
+    """Run `programs` programs of a kernel on torch's current stream."""
+    # a·b + c in one instruction: Triton's default has changed, and no bits are promised here
+    kernel[(programs,)](*args, **constants, num_warps=num_warps, enable_fp_fusion=True)
+
+
+@triton.jit
+def number(value):
+    """A float argument, or a constant, as float64."""
+    return tl.full((), value, tl.float64)
+
+
+@triton.jit
+def integer(value):
+    """An integer argument as int64, also where Triton made it a constant because it is 1."""
+    return tl.full((), value, tl.int64)
+
+
+@triton.jit
+def log1p(u):
+    """log(1 + u), float64. What 1 + u rounds away is put back by u / ((1 + u) - 1)."""
+    w = 1.0 + u
+    exact = w == 1.0
+    return tl.where(exact, u, tl.log(w) * (u / tl.where(exact, 1.0, w - 1.0)))
+
+
+@triton.jit
+def expm1(x, e):
+    """e^x - 1, float64, given e = e^x. What e rounds away near 1 is put back by x / log(e)."""
+    near_one = e == 1.0
+    gone = e == 0.0  # also for x = -inf
+    log_e = tl.log(tl.where(near_one | gone, 2.0, e))
+    return tl.where(near_one, x, tl.where(gone, -1.0, (e - 1.0) * (x / log_e)))

@@ -1,0 +1,295 @@
+"""Compiles every Triton kernel for sm_80 and sm_90, without a device, and prints what it takes.
+
+    python tests/compile_triton.py [--all]
+
+The variants are what the host functions launch when they are called with every combination of types and
+options, long and short rows, aligned and not; nothing else lists them. Compiled are enough of these to have
+every choice with every type of number and every loop of the hot kernels (--all: everything, some minutes).
+Fails where a hot kernel goes to local memory inside a loop: a number or two of the row put aside for as long
+as the loop runs, as some versions of ptxas do, cost nothing. TRITON_INTERPRET must not be set.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import triton
+from cuda_resources import cuobjdump
+from finefuse._args import DTYPES, PREFERENCE_LOSSES, REDUCTIONS
+from finefuse.kernels import logprobs, preference
+
+ARCHITECTURES = (80, 90)
+# Memory-bound over the logits: a spill there costs what the fusion saves.
+HOT = ("token_logprobs_kernel", "token_logprobs_backward_kernel", "cross_entropy_kernel")
+MODULES = (logprobs, preference)
+
+_NAMES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
+    torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
+}  # fmt: skip
+
+
+@dataclass
+class Variant:
+    """One launch: what Triton specialises a kernel on."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    num_warps: int
+
+    @cached_property
+    def specialised(self) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+        """(signature, constants, attributes) as triton.jit makes them from the arguments of a call."""
+        signature: dict[str, str] = {}
+        constants: dict[Any, Any] = {}
+        attributes: dict[Any, Any] = {}
+        for i, (name, value) in enumerate(self._arguments().items()):
+            parameter = self.kernel.params[i]
+            special = not parameter.do_not_specialize
+            if (
+                parameter.is_constexpr
+                or value is None
+                or (special and type(value) is int and value == 1)
+            ):
+                signature[name], constants[(i,)] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name] = "*" + _NAMES[value.dtype]
+                attributes[(i,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, float):
+                signature[name] = parameter.annotation_type or "fp32"
+            else:
+                signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                if special and value % 16 == 0:
+                    attributes[(i,)] = [["tt.divisibility", 16]]
+        return signature, constants, attributes
+
+    def _arguments(self) -> dict[str, Any]:
+        named = dict(zip(self.kernel.arg_names, self.args, strict=False))
+        return named | self.constants
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.fn.__name__)
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """What was chosen: the types of the tensors, what is absent, the constants, the alignment."""
+        found = {"kernel": self.name, "num_warps": str(self.num_warps)}
+        for name, value in self._arguments().items():
+            if value is None or isinstance(value, torch.Tensor):
+                found[name] = "-" if value is None else _NAMES[value.dtype]
+            elif name in self.constants:
+                found[name] = str(value)
+            elif name == "vocab":
+                found["aligned"] = "yes" if value % 16 == 0 else "no"
+        return found
+
+    @property
+    def hot(self) -> bool:
+        """In the types that models are trained in."""
+        return self.name in HOT and self.choices["logits"] != "fp64"
+
+    def compile(self, architecture: int) -> dict[str, int]:
+        """What the cubin takes: see resource_usage."""
+        source = triton.compiler.ASTSource(self.kernel, *self.specialised)
+        compiled = triton.compile(
+            source,
+            target=triton.backends.compiler.GPUTarget("cuda", architecture, 32),
+            options={"num_warps": self.num_warps, "enable_fp_fusion": True},
+        )
+        return resource_usage(compiled.asm["cubin"])
+
+
+def dump(cubin: bytes, what: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run(
+            [cuobjdump(), what, file.name], capture_output=True, text=True, check=True
+        ).stdout
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """Registers, shared and local memory (bytes), and spills in a loop (instructions)."""
+    printed = dump(cubin, "--dump-resource-usage")
+    usage = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", printed)}
+    local = usage["STACK"] + usage["LOCAL"]  # what is spilled stands in the stack frame
+    return {
+        "registers": usage["REG"],
+        "shared": usage["SHARED"],
+        "local": local,
+        "in loops": spills_in_loops(dump(cubin, "-sass")) if local else 0,
+    }
+
+
+def spills_in_loops(sass: str) -> int:
+    """Loads and stores of local memory between a branch backwards and where it leads."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(\w+)([^;]*);", sass)
+    code = [(int(address, 16), name, rest) for address, name, rest in found]
+    loops = []
+    for address, name, rest in code:
+        target = re.search(r"0x([0-9a-f]+)", rest)
+        if name == "BRA" and target and int(target[1], 16) < address:
+            loops.append((int(target[1], 16), address))
+    spills = [address for address, name, _ in code if name in ("LDL", "STL")]
+    return sum(any(low <= address <= high for low, high in loops) for address in spills)
+
+
+# ---- the variants ------------------------------------------------------------------------------
+
+
+def recording(into: Callable[[Variant], None], call: bool) -> Any:
+    """A `launch` that hands each launch to `into`, and makes it if `call`."""
+    real = logprobs.launch
+
+    def launch(kernel: Any, programs: int, *args: Any, num_warps: int, **constants: Any) -> None:
+        into(Variant(kernel, args, constants, num_warps))
+        if call:
+            real(kernel, programs, *args, num_warps=num_warps, **constants)
+
+    return launch
+
+
+def all_variants() -> list[Variant]:
+    """Calls the host functions with everything they take and keeps what they would launch."""
+    found: list[Variant] = []
+    before = [module.launch for module in MODULES]
+    for module in MODULES:
+        module.launch = recording(found.append, call=False)
+    try:
+        _call_everything()
+    finally:
+        for module, launch in zip(MODULES, before, strict=True):
+            module.launch = launch
+    unique = {repr(sorted(v.choices.items())): v for v in found}
+    return list(unique.values())
+
+
+def _call_everything() -> None:
+    def tensor(dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(0, dtype=dtype)
+
+    place = (0, tensor(torch.int32))
+    f64 = tensor(torch.float64)
+    indices = [tensor(d) for d in (torch.int64, torch.int32)]
+    # long and short rows, and one between that is read twice; aligned, and not
+    vocabs = (151936, 50257, 8192, 8191, 512, 257)
+    for (name, code), y, vocab in itertools.product(DTYPES.items(), indices, vocabs):
+        z, layout = tensor(getattr(torch, name)), (code, 4096, vocab, 4096, 0, vocab)
+        x = f64 if z.dtype == torch.float64 else tensor(torch.float32)
+        head, int32 = (z, layout, y), y is indices[1]
+        for entropy, lse, saved in itertools.product((None, x), (None, x), (None, f64)):
+            logprobs.token_logprobs(*head, int32, -100, 0.7, x, entropy, lse, saved, place)
+        for h in (None, x):
+            logprobs.token_logprobs_backward(
+                z, layout, z, layout, y, int32, -100, 0.7, f64, x, h, None, place
+            )
+        for gradient, upstream, eps, reduction in itertools.product(
+            (None, z), (None, x), (0.0, 0.1), REDUCTIONS.values()
+        ):
+            logprobs.cross_entropy(
+                z, layout, gradient, layout, y, int32, -100, eps, reduction,
+                x if upstream is None else None, f64 if reduction else None, upstream, place,
+            )  # fmt: skip
+        logprobs.scale_gradient(*head, int32, -100, x, place)
+    for x, mask, offsets in itertools.product(
+        (f64, tensor(torch.float32)), (None, tensor(torch.bool)), (None, *indices)
+    ):
+        for function in (logprobs.sequence_sums, logprobs.sequence_sums_backward):
+            function(x, x is f64, mask, offsets, offsets is indices[1], 9, 9, 99, True, x, place)
+        for loss in PREFERENCE_LOSSES.values():
+            preference.preference(
+                x, x, x, x, x, x, x is f64, 9, loss, 0.1, 0.0, 2, x, x, x, x, x, x, place
+            )
+
+
+def pairs(variant: Variant) -> set[tuple[str, ...]]:
+    """Each choice of a variant, with its kernel and with the type that it computes on."""
+    first = next(iter(variant.kernel.arg_names))
+    kernel, dtype = variant.name, variant.choices[first]
+    return {(kernel, dtype, name, value) for name, value in variant.choices.items()}
+
+
+@functools.cache
+def known_pairs() -> set[tuple[str, ...]]:
+    """All choices of all that can be launched."""
+    return set().union(*map(pairs, all_variants()))
+
+
+def loop(variant: Variant) -> tuple[str, ...] | None:
+    """What shapes the loop over the row of a hot kernel; unaligned, bfloat16 stands for all."""
+    c = variant.choices
+    if not variant.hot or (c["logits"] != "bf16" and c["aligned"] == "no"):
+        return None
+    names = ("kernel", "logits", "num_warps", "BLOCK", "aligned", "SMOOTHING")
+    absent = [str(c.get(name) == "-") for name in ("entropy", "h", "gradient")]
+    return (*(c.get(name, "") for name in names), *absent)
+
+
+def chosen(variants: list[Variant]) -> Iterator[Variant]:
+    """Enough of them to have every choice with every type, and every loop of the hot kernels."""
+    seen: set[Any] = {None}
+    for v in variants:
+        new = pairs(v) | {loop(v)}
+        if not new <= seen:
+            yield v
+        seen |= new
+
+
+# ---- the table ---------------------------------------------------------------------------------
+
+
+def _compile(job: tuple[int, int]) -> dict[str, int]:
+    index, architecture = job
+    return _VARIANTS[index].compile(architecture)
+
+
+_VARIANTS: list[Variant] = []
+
+
+def main() -> int:
+    global _VARIANTS
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        raise SystemExit("TRITON_INTERPRET is set: there is nothing to compile")
+    _VARIANTS = all_variants()
+    total = len(_VARIANTS)
+    if "--all" not in sys.argv[1:]:
+        _VARIANTS = list(chosen(_VARIANTS))
+    jobs = list(itertools.product(range(len(_VARIANTS)), ARCHITECTURES))
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        with ProcessPoolExecutor() as pool:
+            results = list(pool.map(_compile, jobs, chunksize=8))
+    print("| kernel | variant | arch | registers | shared | spills (local bytes, in loops) |")
+    print("|---|---|---|---|---|---|")
+    failed = 0
+    for (index, architecture), usage in zip(jobs, results, strict=True):
+        v = _VARIANTS[index]
+        options = ", ".join(f"{k} {w}" for k, w in v.choices.items() if k != "kernel")
+        spilled = v.hot and usage["in loops"] > 0
+        failed += spilled
+        print(
+            f"| {v.name} | {options} | sm_{architecture} | {usage['registers']} | {usage['shared']} "
+            f"| {usage['local']}, {usage['in loops']}{' FAILS' if spilled else ''} |"
+        )
+    print(f"\n{len(_VARIANTS)} of {total} variants, Triton {triton.__version__}")
+    if failed:
+        print(f"{failed} hot kernels spill to local memory in a loop", file=sys.stderr)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

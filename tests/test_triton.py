@@ -1,0 +1,44 @@
+"""What compile_triton.py compiles is what can be launched; one variant really compiles.
+
+That the kernels are right is in test_<stem>_backends.py, where `place` also sees to it that nothing is
+launched that compile_triton.py does not know.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="the Triton kernels take torch tensors")
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import compile_triton
+
+
+def test_no_variant_is_left_out():
+    """What is compiled by default has every choice of what can be launched, with every type."""
+    variants = compile_triton.all_variants()
+    chosen = list(compile_triton.chosen(variants))
+    assert len(chosen) < len(variants)
+    assert set().union(*map(compile_triton.pairs, chosen)) == compile_triton.known_pairs()
+    assert {v.name for v in variants} >= set(compile_triton.HOT)
+
+
+def test_a_variant_compiles():
+    """One cubin for each architecture, without a device; .ci/run compiles them all."""
+    code = """
+import compile_triton as c
+for architecture in c.ARCHITECTURES:
+    usage = c.all_variants()[0].compile(architecture)
+    assert usage["registers"] > 0 and usage["local"] == 0, usage
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        env=environment, cwd=Path(__file__).parent,
+    )  # fmt: skip
+    assert out.returncode == 0, out.stderr
