@@ -114,20 +114,19 @@ template <class T> struct Lut {
   static constexpr int kStep = 64 / sizeof(T);  // codes a look-up
   __m512i words;
 
-  FF_INLINE Lut(const Code16& code, float scale) {
+  // kPlain: `plain` holds for the scale.
+  template <bool kPlain> static FF_INLINE Lut make(const Code16& code, float scale) {
     const VecF v = load(code.entry) * (VecF{} + scale);
-    if constexpr (sizeof(T) == 4) {
-      words = (__m512i)v;
-    } else {
+    if constexpr (sizeof(T) == 4) return {(__m512i)v};
 #if defined(__AVX512BF16__)
-      if (__is_same(T, bf16) && scale >= code.smallest && scale <= kMaxFloat) {
-        words = (__m512i)_mm512_cvtne2ps_pbh((__m512)v, (__m512)v);
-        return;
-      }
-#endif
-      const VecH half = __is_same(T, bf16) ? to_bf16_bits(v) : to_f16_bits(v);
-      words = _mm512_broadcast_i64x4((__m256i)half);
+    if constexpr (kPlain && __is_same(T, bf16)) {
+      return {(__m512i)_mm512_cvtne2ps_pbh((__m512)v, (__m512)v)};
     }
+#endif
+    const VecH half = !__is_same(T, bf16) ? to_f16_bits(v)
+                      : kPlain            ? __builtin_convertvector(round_to_bf16(v) >> 16, VecH)
+                                          : to_bf16_bits(v);
+    return {_mm512_broadcast_i64x4((__m256i)half)};
   }
 
   // kStep codes from kStep/2 bytes: each byte to the start of a wider field, then a rotation that
@@ -143,26 +142,30 @@ template <class T> struct Lut {
       return _mm512_permutexvar_epi16(index, words);
     }
   }
-};
 
-template <class T, bool kStream>
-FF_INLINE void decode4_even(const uint8_t* p, int64_t n, const Code16& code, float scale, T* out) {
-  const Lut<T> lut(code, scale);
-  constexpr int kStep = Lut<T>::kStep;
-  for (; n >= kStep; n -= kStep, p += kStep / 2, out += kStep) {
-    const __m128i bytes = kStep == 32 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))
-                                      : _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-    store_bytes<kStream>(out, (VecU)lut.look_up(bytes));
+  // 64 codes from 32 bytes.
+  template <bool kStream> FF_INLINE void look_up(const uint8_t* p, T* out) const {
+    for (int i = 0; i < 64; i += kStep) {
+      const __m128i* at = reinterpret_cast<const __m128i*>(p + i / 2);
+      const __m128i bytes = kStep == 32 ? _mm_loadu_si128(at) : _mm_loadl_epi64(at);
+      store_bytes<kStream>(out + i, (VecU)look_up(bytes));
+    }
   }
-  if (n > 0) {
-    const __m128i bytes =
-        _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << ((n + 1) / 2)) - 1), p);
-    if constexpr (sizeof(T) == 4)
-      _mm512_mask_storeu_epi32(out, static_cast<__mmask16>((1u << n) - 1), lut.look_up(bytes));
-    else
-      _mm512_mask_storeu_epi16(out, static_cast<__mmask32>((1u << n) - 1), lut.look_up(bytes));
+
+  // n < 64 of them.
+  FF_INLINE void look_up_some(const uint8_t* p, int64_t n, T* out) const {
+    for (; n > 0; n -= kStep, p += kStep / 2, out += kStep) {
+      const int k = static_cast<int>(smaller(n, kStep));
+      const auto some = static_cast<__mmask16>((1u << ((k + 1) / 2)) - 1);
+      const __m512i v = look_up(_mm_maskz_loadu_epi8(some, p));
+      const auto mask = static_cast<__mmask32>((uint64_t{1} << k) - 1);
+      if constexpr (sizeof(T) == 4)
+        _mm512_mask_storeu_epi32(out, static_cast<__mmask16>(mask), v);
+      else
+        _mm512_mask_storeu_epi16(out, mask, v);
+    }
   }
-}
+};
 
 #elif defined(__AVX2__)
 
@@ -170,7 +173,8 @@ FF_INLINE void decode4_even(const uint8_t* p, int64_t n, const Code16& code, flo
 template <class T> struct Lut {
   __m256i plane[sizeof(T)];
 
-  FF_INLINE Lut(const Code16& code, float scale) {
+  template <bool kPlain> static FF_INLINE Lut make(const Code16& code, float scale) {
+    Lut lut;
     const VecF factor = VecF{} + scale;
     const VecF v[2] = {load(code.low) * factor, load(code.high) * factor};
     __m256i bytes[2];  // in each lane the four bytes 0 of four entries, the four bytes 1, ...
@@ -179,9 +183,8 @@ template <class T> struct Lut {
                          13, 2, 6, 10, 14, 3, 7, 11, 15);
     for (int i = 0; i < 2; ++i) {
       if constexpr (__is_same(T, bf16)) {
-        bytes[i] = (__m256i)(__builtin_expect(scale <= kMaxFloat, 1)
-                                 ? round_to_bf16(v[i])
-                                 : __builtin_convertvector(to_bf16_bits(v[i]), VecU) << 16);
+        bytes[i] = (__m256i)(kPlain ? round_to_bf16(v[i])
+                                    : __builtin_convertvector(to_bf16_bits(v[i]), VecU) << 16);
       } else if constexpr (__is_same(T, f16)) {
         bytes[i] = _mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)to_f16_bits(v[i])), 16);
       } else {
@@ -190,13 +193,14 @@ template <class T> struct Lut {
       bytes[i] = _mm256_shuffle_epi8(bytes[i], transpose);
     }
     const __m256i upper = _mm256_unpackhi_epi32(bytes[0], bytes[1]);
-    plane[sizeof(T) - 2] = _mm256_permute4x64_epi64(upper, 0x88);
-    plane[sizeof(T) - 1] = _mm256_permute4x64_epi64(upper, 0xdd);
+    lut.plane[sizeof(T) - 2] = _mm256_permute4x64_epi64(upper, 0x88);
+    lut.plane[sizeof(T) - 1] = _mm256_permute4x64_epi64(upper, 0xdd);
     if constexpr (sizeof(T) == 4) {
       const __m256i lower = _mm256_unpacklo_epi32(bytes[0], bytes[1]);
-      plane[0] = _mm256_permute4x64_epi64(lower, 0x88);
-      plane[1] = _mm256_permute4x64_epi64(lower, 0xdd);
+      lut.plane[0] = _mm256_permute4x64_epi64(lower, 0x88);
+      lut.plane[1] = _mm256_permute4x64_epi64(lower, 0xdd);
     }
+    return lut;
   }
 
   // 64 codes from 32 bytes.
@@ -237,33 +241,36 @@ template <class T> struct Lut {
       }
     }
   }
-};
 
-template <class T, bool kStream>
-FF_INLINE void decode4_even(const uint8_t* p, int64_t n, const Code16& code, float scale, T* out) {
-  const Lut<T> lut(code, scale);
-  for (; n >= 64; n -= 64, p += 32, out += 64) lut.template look_up<kStream>(p, out);
-  if (n > 0) {
+  // n < 64 of them.
+  FF_INLINE void look_up_some(const uint8_t* p, int64_t n, T* out) const {
     uint8_t bytes[32];
     T elements[64];
     __builtin_memcpy(bytes, p, static_cast<size_t>((n + 1) / 2));
-    lut.template look_up<false>(bytes, elements);
+    look_up<false>(bytes, elements);
     __builtin_memcpy(out, elements, static_cast<size_t>(n) * sizeof(T));
   }
-}
+};
 
 #else
 
-template <class T, bool kStream>
-FF_INLINE void decode4_even(const uint8_t* p, int64_t n, const Code16& code, float scale, T* out) {
-  const Table<T> table(code.entry, scale);
-  for (int64_t i = 0; i + 2 <= n; i += 2) {
-    const uint8_t byte = p[i >> 1];
-    out[i] = table.entry[byte >> 4];
-    out[i + 1] = table.entry[byte & 15];
+template <class T> struct Lut {
+  Table<T> table;
+
+  template <bool kPlain> static FF_INLINE Lut make(const Code16& code, float scale) {
+    return {Table<T>(code.entry, scale)};
   }
-  if (n & 1) out[n - 1] = table.entry[p[n >> 1] >> 4];
-}
+
+  FF_INLINE void look_up_some(const uint8_t* p, int64_t n, T* out) const {
+    for (int64_t i = 0; i < n; ++i) out[i] = table.entry[code_at<4>(p, i)];
+  }
+  template <bool kStream> FF_INLINE void look_up(const uint8_t* p, T* out) const {
+    for (int i = 0; i < 32; ++i) {
+      out[2 * i] = table.entry[p[i] >> 4];
+      out[2 * i + 1] = table.entry[p[i] & 15];
+    }
+  }
+};
 
 #endif
 
@@ -301,13 +308,41 @@ FF_INLINE void decode_block(const uint8_t* codes, const float* code, const Code1
       *out++ = Table<T>(code16.entry, scale).entry[codes[begin >> 1] & 15];
       ++begin;
     }
-    if (begin < end) {
-      decode4_even<T, kStream>(codes + (begin >> 1), end - begin, code16, scale, out);
+    const Lut<T> lut = Lut<T>::template make<false>(code16, scale);
+    for (; begin + 64 <= end; begin += 64, out += 64) {
+      lut.template look_up<kStream>(codes + (begin >> 1), out);
     }
+    if (begin < end) lut.look_up_some(codes + (begin >> 1), end - begin, out);
   } else {
     const Table<T> table(code16.entry, scale);
     for (int64_t i = begin; i < end; ++i) *out++ = table.entry[code_at<kBits>(codes, i)];
   }
+}
+
+// Whole 4-bit blocks of `size` elements, a multiple of 64.
+template <class T, bool kStream, bool kPlain>
+FF_INLINE void decode_blocks(const uint8_t* p, const float* scales, int64_t count, int64_t size,
+                             const Code16& code, T* out) {
+  const Code16 local = code;  // stores to `out` leave it alone
+  for (int64_t b = 0; b < count; ++b) {
+    const Lut<T> lut = Lut<T>::template make<kPlain>(local, scales[b]);
+    for (int64_t i = 0; i < size; i += 64, p += 32, out += 64) {
+      lut.template look_up<kStream>(p, out);
+    }
+  }
+}
+
+// No product of these scales is NaN, nor, where the instructions flush them, denormal.
+FF_INLINE bool plain(const Code16& code, const float* scales, int64_t count) {
+#if defined(__AVX512BF16__)
+  const float least = code.smallest;
+#else
+  const float least = -kMaxFloat;
+  (void)code;
+#endif
+  bool ok = true;
+  for (int64_t b = 0; b < count; ++b) ok &= scales[b] >= least && scales[b] <= kMaxFloat;
+  return ok;
 }
 
 // Elements [begin, end) of the flattened array. kStream: `out` and every block's share of it are
@@ -320,7 +355,21 @@ void decode_span(const CodebookArray& a, int64_t begin, int64_t end, T* out) {
     const int64_t first = i / a.blocksize;
     const int64_t count = smaller((end - 1) / a.blocksize - first + 1, kScaleBatch);
     const float* scales = scales_of(a.absmax, first, count, buffer);
-    for (int64_t b = 0; b < count; ++b) {
+    int64_t b = 0;
+    if (kBits == 4 && a.blocksize % 64 == 0 && i % a.blocksize == 0) {
+      const int64_t whole = smaller(count, (end - i) / a.blocksize);
+      const uint8_t* p = a.codes + i / 2;
+      T* o = out + (i - begin);
+      if (!plain(code16, scales, whole))
+        decode_blocks<T, kStream, false>(p, scales, whole, a.blocksize, code16, o);
+      else if (a.blocksize == 64)
+        decode_blocks<T, kStream, true>(p, scales, whole, 64, code16, o);
+      else
+        decode_blocks<T, kStream, true>(p, scales, whole, a.blocksize, code16, o);
+      i += whole * a.blocksize;
+      b = whole;
+    }
+    for (; b < count; ++b) {
       const int64_t stop = smaller((first + b + 1) * a.blocksize, end);
       decode_block<T, kBits, kStream>(a.codes, a.code, code16, i, stop, scales[b],
                                       out + (i - begin));
@@ -485,53 +534,69 @@ struct Coder {
   }
 };
 
-// The codes of a vector of finite x', up to 4 bits, for pack_bytes.
-template <bool kFp4> FF_INLINE VecI rank16(const Coder& c, VecF x) {
-  const VecF y = kFp4 ? (VecF)((VecU)x & 0x7fffffff) : x;
+// The codes of vectors of finite x', up to 4 bits, for pack_bytes. Thresholds in registers.
+template <bool kFp4> struct Rank16 {
 #if defined(__AVX512F__)
-  const auto above = [&](const float* table, VecI rank) __attribute__((always_inline)) {
-    const __m512 m = _mm512_permutexvar_ps((__m512i)rank, (__m512)load(table));
-    return _mm512_cmp_ps_mask((__m512)y, m, _CMP_GT_OQ);
-  };
-  const auto add = [](VecI rank, __mmask16 where, int step) __attribute__((always_inline)) {
-    return (VecI)_mm512_mask_add_epi32((__m512i)rank, where, (__m512i)rank,
-                                       _mm512_set1_epi32(step));
-  };
-  VecI rank = add(VecI{}, _mm512_cmp_ps_mask((__m512)y, _mm512_set1_ps(c.m[7]), _CMP_GT_OQ), 8);
-  rank = add(rank, above(c.second, rank), 4);
-  rank = add(rank, above(c.third, rank), 2);
-  rank = add(rank, above(c.fourth, rank), 1);
-  if constexpr (kFp4) {
-    __m512i table;
-    __builtin_memcpy(&table, c.fp4, sizeof table);
-    rank = (VecI)_mm512_permutexvar_epi32((__m512i)rank, table) - 8 * (VecI)(x < VecF{});
+  VecF m[4];
+  VecI fp4;
+
+  explicit FF_INLINE Rank16(const Coder& c)
+      : m{VecF{} + c.m[7], load(c.second), load(c.third), load(c.fourth)} {
+    __builtin_memcpy(&fp4, c.fp4, sizeof fp4);
   }
-  return rank;
+  FF_INLINE VecI operator()(VecF x) const {
+    const VecF y = kFp4 ? (VecF)((VecU)x & 0x7fffffff) : x;
+    VecI rank = {};
+    for (int i = 0; i < 4; ++i) {
+      const __m512 table =
+          i == 0 ? (__m512)m[0] : _mm512_permutexvar_ps((__m512i)rank, (__m512)m[i]);
+      rank = (VecI)_mm512_mask_add_epi32((__m512i)rank,
+                                         _mm512_cmp_ps_mask((__m512)y, table, _CMP_GT_OQ),
+                                         (__m512i)rank, _mm512_set1_epi32(8 >> i));
+    }
+    if constexpr (!kFp4) return rank;
+    return (VecI)_mm512_permutexvar_epi32((__m512i)rank, (__m512i)fp4) - 8 * (VecI)(x < VecF{});
+  }
 #elif defined(__AVX2__)
-  const VecI first = (VecI)(y > VecF{} + c.m[7]);
-  const VecF quarter =
-      (VecF)_mm256_blendv_ps(_mm256_set1_ps(c.m[3]), _mm256_set1_ps(c.m[11]), (__m256)first);
-  VecI rank = first + first + (VecI)(y > quarter);
-  rank = rank + rank +
-         (VecI)(y > (VecF)_mm256_permutevar8x32_ps((__m256)load(c.third), (__m256i)rank));
-  rank = rank + rank +
-         (VecI)(y > (VecF)_mm256_permutevar8x32_ps((__m256)load(c.fourth), (__m256i)rank));
-  if constexpr (kFp4) {
-    __m256i table;
-    __builtin_memcpy(&table, c.fp4, sizeof table);
-    rank = (VecI)_mm256_permutevar8x32_epi32(table, (__m256i)rank) + ((VecI)(x < VecF{}) << 3);
+  VecF first, lower, upper, third, fourth;
+  VecI fp4;
+
+  explicit FF_INLINE Rank16(const Coder& c)
+      : first(VecF{} + c.m[7]),
+        lower(VecF{} + c.m[3]),
+        upper(VecF{} + c.m[11]),
+        third(load(c.third)),
+        fourth(load(c.fourth)) {
+    __builtin_memcpy(&fp4, c.fp4, sizeof fp4);
   }
-  return rank;
+  FF_INLINE VecI operator()(VecF x) const {
+    const VecF y = kFp4 ? (VecF)((VecU)x & 0x7fffffff) : x;
+    VecI rank = (VecI)(y > first);
+    const __m256 m = _mm256_blendv_ps((__m256)lower, (__m256)upper, (__m256)rank);
+    rank = rank + rank + (VecI)(y > (VecF)m);
+    for (int i = 0; i < 2; ++i) {
+      const VecF table = i == 0 ? third : fourth;
+      const __m256 m = _mm256_permutevar8x32_ps((__m256)table, (__m256i)rank);
+      rank = rank + rank + (VecI)(y > (VecF)m);
+    }
+    if constexpr (!kFp4) return rank;
+    return (VecI)_mm256_permutevar8x32_epi32((__m256i)fp4, (__m256i)rank) +
+           ((VecI)(x < VecF{}) << 3);
+  }
 #else
-  VecI rank = {};
-  for (int i = 0; i < c.count; ++i) rank -= (VecI)(y > VecF{} + c.m[i]);
-  if constexpr (kFp4) {
+  const Coder& c;
+
+  explicit FF_INLINE Rank16(const Coder& coder) : c(coder) {}
+  FF_INLINE VecI operator()(VecF x) const {
+    const VecF y = kFp4 ? (VecF)((VecU)x & 0x7fffffff) : x;
+    VecI rank = {};
+    for (int i = 0; i < c.count; ++i) rank -= (VecI)(y > VecF{} + c.m[i]);
+    if constexpr (!kFp4) return rank;
     for (int i = 0; i < kLanes<float>; ++i) rank[i] = kFp4Codes[rank[i]];
-    rank -= 8 * (VecI)(x < VecF{});
+    return rank - 8 * (VecI)(x < VecF{});
   }
-  return rank;
 #endif
-}
+};
 
 FF_INLINE VecI rank256(const Buckets& b, VecF x) {
   const VecI bits = (VecI)x, sign = bits >> 31, magnitude = bits & 0x7fffffff;
@@ -586,16 +651,42 @@ template <class T> FF_INLINE float block_absmax(const T* x, int64_t n) {
   }
   for (; i + N <= n; i += N) raise(top[0], load(x + i));
   if (i < n) raise(top[1], load_partial(x + i, static_cast<int>(n - i), 0.0));
-  top[0] = top[0] > top[1] ? top[0] : top[1];
-  int32_t bits = 0;
-  for (int j = 0; j < N; ++j) bits = top[0][j] > bits ? top[0][j] : bits;
+  VecI t = top[0] > top[1] ? top[0] : top[1];
+  for (int half = N / 2; half > 0; half /= 2) {
+    VecI at;
+    for (int j = 0; j < N; ++j) at[j] = j ^ half;
+    const VecI other = __builtin_shuffle(t, at);
+    t = t > other ? t : other;
+  }
+  int32_t bits = t[0];
   if (bits > 0x7f800000) bits = 0x7fc00000;
   float absmax;
   __builtin_memcpy(&absmax, &bits, sizeof absmax);
   return absmax;
 }
 
-// Writes n codes as bytes, and rubbish up to a multiple of kCodes.
+#define FF_LAMBDA __attribute__((always_inline))
+
+// rank(x·factor) of n elements, as bytes, and rubbish up to a multiple of kCodes.
+template <class T, class Rank>
+FF_INLINE void encode_vectors(const T* x, int64_t n, float factor, uint8_t* out, const Rank& rank) {
+  constexpr int N = kLanes<float>;
+  const VecF by = VecF{} + factor;
+  for (int64_t i = 0; i < n; i += kCodes) {
+    const T* at = x + i;
+    T rest[kCodes];
+    if (n - i < kCodes) {
+      __builtin_memset(rest, 0, sizeof rest);
+      __builtin_memcpy(rest, at, static_cast<size_t>(n - i) * sizeof(T));
+      at = rest;
+    }
+    VecI code[4];
+    for (int j = 0; j < 4; ++j) code[j] = rank(load(at + j * N) * by);
+    pack_bytes(code, out + i);
+  }
+}
+
+// The codes of n elements of one block, as encode_vectors writes them.
 template <class T> void encode(const Coder& c, const T* x, int64_t n, float absmax, uint8_t* out) {
   const float reciprocal = 1.0f / absmax;
   if (!(reciprocal <= kMaxFloat && reciprocal > 0.0f)) {  // 0, denormal, inf, NaN
@@ -612,32 +703,23 @@ template <class T> void encode(const Coder& c, const T* x, int64_t n, float absm
     }
     return;
   }
-  constexpr int N = kLanes<float>;
-  const VecF factor = VecF{} + reciprocal;
-  for (int64_t i = 0; i < n; i += kCodes) {
-    VecF v[4];
-    VecI code[4];
-    if (n - i >= kCodes) {
-      for (int j = 0; j < 4; ++j) v[j] = load(x + i + j * N) * factor;
+  if (c.bits == 8) {
+    if (c.buckets.usable) {
+      const Buckets& b = c.buckets;
+      encode_vectors(x, n, reciprocal, out, [&](VecF v) FF_LAMBDA { return rank256(b, v); });
     } else {
-      T rest[kCodes] = {};
-      __builtin_memcpy(rest, x + i, static_cast<size_t>(n - i) * sizeof(T));
-      for (int j = 0; j < 4; ++j) v[j] = load(rest + j * N) * factor;
+      encode_vectors(x, n, reciprocal, out, [&](VecF v) FF_LAMBDA {
+        VecI code;
+        for (int i = 0; i < kLanes<float>; ++i) code[i] = c.code_of(v[i]);
+        return code;
+      });
     }
-    if (c.bits == 8) {
-      if (!c.buckets.usable) {
-        float y[kCodes];
-        for (int j = 0; j < 4; ++j) store(y + j * N, v[j]);
-        for (int j = 0; j < kCodes; ++j) out[i + j] = c.code_of(y[j]);
-        continue;
-      }
-      for (int j = 0; j < 4; ++j) code[j] = rank256(c.buckets, v[j]);
-    } else if (c.rule == CodeRule::fp4) {
-      for (int j = 0; j < 4; ++j) code[j] = rank16<true>(c, v[j]);
-    } else {
-      for (int j = 0; j < 4; ++j) code[j] = rank16<false>(c, v[j]);
-    }
-    pack_bytes(code, out + i);
+  } else if (c.rule == CodeRule::fp4) {
+    const Rank16<true> rank(c);
+    encode_vectors(x, n, reciprocal, out, [&](VecF v) FF_LAMBDA { return rank(v); });
+  } else {
+    const Rank16<false> rank(c);
+    encode_vectors(x, n, reciprocal, out, [&](VecF v) FF_LAMBDA { return rank(v); });
   }
 }
 
