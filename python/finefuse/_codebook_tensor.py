@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _args
-from ._codebooks import BITS, NAMES, blocks, check_blocksize, named, packed_bytes
+from ._codebooks import BITS, NAMED, blocks, check_blocksize, packed_bytes
 
 DTYPES = tuple(getattr(torch, name) for name in _args.DTYPES)
 
@@ -317,6 +317,7 @@ def _copy_(function: Any, q: Any, source: Any, non_blocking: bool = False) -> Co
         )
     for name, part in q._parts().items():
         part.copy_(getattr(source, name), non_blocking)
+        torch.autograd.graph.increment_version(part)  # a graph that saved it must see it
     return q
 
 
@@ -331,6 +332,7 @@ def _broadcast_(function: Any, tensors: Sequence[Tensor], *args: Any) -> Any:
         if moved is not part:
             work.wait()
             part.copy_(moved)
+        torch.autograd.graph.increment_version(part)
     return tensors, work
 
 
@@ -440,12 +442,12 @@ def check_fields(values: Fields, count: Any) -> None:
         values
     )
     check_blocksize("blocksize", blocksize)
-    entries = code.numel()
+    entries = int(code.numel())  # never a symbol
     if entries not in BITS:
         raise ValueError(f"code: {entries} entries; allowed: {', '.join(map(str, BITS))}")
     _check("code", code, (torch.float32,), entries, "")
     of = f"{count} codes of {BITS[entries]} bits take"
-    _check("codes", codes, (torch.uint8,), packed_bytes(count, entries), of)
+    _check("codes", codes, (torch.uint8,), packed_bytes(count, BITS[entries]), of)
     of = f"{count} elements in blocks of {blocksize} have"
     if nested_absmax is None:
         _check("absmax", absmax, (torch.float32,), blocks(count, blocksize), of)
@@ -550,7 +552,7 @@ def from_state(
     if not isinstance(shape, Sequence) or not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError(f"shape: {shape!r}; allowed: sizes")
     kind = get("quant_type")
-    known = ("nf4", "fp4") if families == ("bitsandbytes",) else (*NAMES, "custom")
+    known = ("nf4", "fp4") if families == ("bitsandbytes",) else (*NAMED, "custom")
     if kind not in known:
         raise ValueError(f"quant_type: {kind!r}; allowed: {', '.join(map(repr, known))}")
     check_blocksize("blocksize", get("blocksize"))
@@ -579,8 +581,8 @@ def from_state(
         nested=nested,
     )
     names = {"code": "quant_map", "nested_code": "nested_quant_map"}
-    if kind != "custom" and code.numel() != named(kind).size:
-        raise ValueError(f"quant_map: {code.numel()} entries; {kind} has {named(kind).size}")
+    if kind != "custom" and code.numel() != NAMED[kind].size:
+        raise ValueError(f"quant_map: {code.numel()} entries; {kind} has {NAMED[kind].size}")
     try:
         check_fields(fields(q), q.numel())
     except (TypeError, ValueError) as error:  # by the names that this form has

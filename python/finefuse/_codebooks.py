@@ -6,7 +6,6 @@ bits first.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -62,32 +61,24 @@ def _dynamic8() -> Table:
     return np.sort(np.concatenate(entries))
 
 
-_NAMED = {"nf4": _nf4, "fp4": _fp4, "dynamic8": _dynamic8, "int4": _int4}
-NAMES = tuple(_NAMED)
-
-
-@functools.cache
-def named(name: str) -> Table:
-    table = _NAMED[name]()
-    table.setflags(write=False)
-    return table
+NAMED = {"nf4": _nf4(), "fp4": _fp4(), "dynamic8": _dynamic8(), "int4": _int4()}
 
 
 def codebook(code: Any) -> tuple[Table, int, str | None]:
     """(the table, the rule that finds the nearest entry, its name if it has one) of a name or an array."""
     if isinstance(code, str):
-        if code not in NAMES:
+        if code not in NAMED:
             raise ValueError(
-                f"code: {code!r}; allowed: {', '.join(map(repr, NAMES))}, or a sorted table"
+                f"code: {code!r}; allowed: {', '.join(map(repr, NAMED))}, or a sorted table"
             )
-        return named(code), FP4 if code == "fp4" else SORTED, code
+        return NAMED[code], FP4 if code == "fp4" else SORTED, code
     table = np.asarray(code, np.float32)
     if table.ndim != 1 or table.size not in BITS:
         raise ValueError(
             f"code: shape {table.shape}; allowed: ({', '.join(map(str, BITS))} entries,)"
         )
-    for name in NAMES:
-        if np.array_equal(table, named(name)):
+    for name, known in NAMED.items():
+        if np.array_equal(table, known):
             return codebook(name)
     if not np.isfinite(table).all() or (table[1:] < table[:-1]).any():
         raise ValueError("code: entries that are not finite and in ascending order")
@@ -103,9 +94,8 @@ def check_blocksize(name: str, value: Any) -> None:
     require(value in BLOCKSIZES, name, value, "powers of two from 16 to 4096")
 
 
-def packed_bytes(count: Any, entries: int) -> Any:
+def packed_bytes(count: Any, bits: int) -> Any:
     """2, 4 and 8 bits fill bytes; 3 bits fill groups of eight codes in three bytes."""
-    bits = BITS[entries]
     return (count + 7) // 8 * 3 if bits == 3 else (count * bits + 7) // 8
 
 

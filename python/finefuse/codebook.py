@@ -22,7 +22,9 @@ from ._codebooks import BITS, FP4, SORTED, blocks, check_blocksize, codebook, pa
 from ._op import (
     DTYPES,
     composite,
+    consumed,
     float_tensor,
+    is_compiling,
     kernel,
     once_differentiable,
     raw_op,
@@ -73,7 +75,7 @@ def _quantize(x: Tensor, code: Tensor, rule: int, blocksize: int) -> tuple[Tenso
 
 def _check_quantize(x: Tensor, code: Tensor, rule: int, blocksize: int) -> None:
     check_blocksize("blocksize", blocksize)
-    if code.ndim != 1 or code.numel() not in BITS:
+    if code.ndim != 1 or int(code.numel()) not in BITS:
         raise ValueError(f"code: shape {tuple(code.shape)}; allowed: (4, 8, 16 or 256,)")
     fp4 = rule == FP4 and code.numel() == 16
     require(rule == SORTED or fp4, "rule", rule, "0 (a sorted code), 1 (FP4, of 16 entries)")
@@ -82,7 +84,7 @@ def _check_quantize(x: Tensor, code: Tensor, rule: int, blocksize: int) -> None:
 def _quantize_fake(x: Tensor, code: Tensor, rule: int, blocksize: int) -> tuple[Tensor, Tensor]:
     count = x.numel()
     return (
-        x.new_empty((packed_bytes(count, code.numel()),), dtype=torch.uint8),
+        x.new_empty((packed_bytes(count, BITS[int(code.numel())]),), dtype=torch.uint8),
         x.new_empty((blocks(count, blocksize),), dtype=torch.float32),
     )
 
@@ -144,7 +146,7 @@ def quantize(
     table, rule, name = codebook(
         code if isinstance(code, str) else float_tensor("code", code).detach().float().cpu().numpy()
     )
-    entries = torch.tensor(table, device=x.device)
+    entries = torch.from_numpy(table).to(x.device, copy=True)
     codes, absmax = _quantized(x, entries, rule, blocksize)
     nested = None
     if double_quant:
@@ -170,13 +172,10 @@ def _double_quantized(absmax: Tensor, blocksize: int) -> tuple[Tensor, Nested]:
             "x: NaN or inf; with double_quant=True their block would spoil the mean of all blocks"
         )
     table, rule, _ = codebook("dynamic8")
-    code = torch.tensor(table, device=absmax.device)
+    code = torch.from_numpy(table).to(absmax.device, copy=True)
     codes, nested_absmax = _quantized(absmax - offset, code, rule, blocksize)
     return codes, Nested(code, nested_absmax, kept, blocksize)
 
-
-# torch.compile runs it as it is: it makes a new kind of tensor from numbers that are read.
-quantize._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 composite(
     "quantize(Tensor x, Tensor code, *, int rule=0, int blocksize=64) -> (Tensor, Tensor)",
@@ -215,11 +214,16 @@ def _decode(values: Fields, out: Tensor) -> None:
     _DEQUANTIZE(codes, out.numel(), *rest, out, DTYPES[out.dtype])
 
 
-def _dequantize_out(*args: Any) -> None:
+def _check_out(*args: Any) -> None:
     out, values = args[-1], args[:-1]
     check_fields(values, out.numel())
     float_tensor("out", out)
     same_device("out", out, "codes", values[0])
+
+
+def _dequantize_out(*args: Any) -> None:
+    _check_out(*args)
+    out, values = args[-1], args[:-1]
     if out.is_contiguous() and out.dtype in _NARROW:
         _decode(values, out)
         return
@@ -232,6 +236,7 @@ def _dequantize_out(*args: Any) -> None:
 
 def _dequantize_fake(*args: Any) -> Tensor:
     *values, shape, dtype = args
+    check_fields(tuple(values), math.prod(shape))
     return values[0].new_empty(shape, dtype=dtype)
 
 
@@ -249,7 +254,7 @@ _DEQUANTIZE_FORWARD = raw_op(
 _DEQUANTIZE_OUT = raw_op(
     f"dequantize_out({_FIELDS}, Tensor(a!) out) -> ()",
     run=_dequantize_out,
-    fake=lambda *args: None,
+    fake=_check_out,
 )
 
 
@@ -293,6 +298,8 @@ def dequantize(
         out.copy_(_dequantized(fields(q), q.shape, torch.float32))
     else:
         _DEQUANTIZE_OUT(*fields(q), out)
+        if not is_compiling():
+            consumed(out)
     return out
 
 
@@ -367,23 +374,6 @@ class _Workspace(threading.local):
 _workspace = _Workspace()
 
 
-def _check_width(x: Tensor, rows: Any, columns: Any) -> None:
-    if x.ndim == 0 or x.shape[-1] != columns:
-        raise ValueError(
-            f"x: shape {tuple(x.shape)}; a weight of ({rows}, {columns}) takes (…, {columns})"
-        )
-
-
-def _check_bias(bias: Tensor | None, x: Tensor, rows: Any) -> None:
-    if bias is None:
-        return
-    same_device("bias", bias, "x", x)
-    if bias.dtype is not x.dtype:
-        raise TypeError(f"bias: dtype {bias.dtype}; x has {x.dtype}")
-    if bias.shape != (rows,):
-        raise ValueError(f"bias: shape {tuple(bias.shape)}; allowed: ({rows},)")
-
-
 def _product(
     x: Tensor, values: Fields, rows: int, columns: int, transposed: bool, bias: Tensor | None
 ) -> Tensor:
@@ -405,34 +395,51 @@ def _product(
     return _matmul.linear(x, weight.t() if transposed else weight, bias).view(shape)
 
 
-def _check_product(x: Tensor, values: Fields, rows: Any, columns: Any) -> None:
+def _check_product(x: Tensor, values: Fields, rows: Any, columns: Any, bias: Tensor | None) -> None:
     float_tensor("x", x)
     same_device("codes", values[0], "x", x)
     check_fields(values, rows * columns)
+    if bias is None:
+        return
+    same_device("bias", bias, "x", x)
+    if bias.dtype is not x.dtype:
+        raise TypeError(f"bias: dtype {bias.dtype}; x has {x.dtype}")
+    if bias.shape != (rows,):
+        raise ValueError(f"bias: shape {tuple(bias.shape)}; allowed: ({rows},)")
 
 
-def _linear_forward(x: Tensor, *args: Any) -> Tensor:
-    *values, rows, bias = args
-    _check_product(x, tuple(values), rows, x.shape[-1])
-    _check_bias(bias, x, rows)
-    return _product(x, tuple(values), rows, x.shape[-1], False, bias)
+def _forward_arguments(
+    x: Tensor, *args: Any
+) -> tuple[Tensor, Fields, int, int, bool, Tensor | None]:
+    """Checked, and as `_product` takes them."""
+    values, (rows, bias) = args[:8], args[8:]
+    _check_product(x, values, rows, x.shape[-1], bias)
+    return x, values, rows, x.shape[-1], False, bias
 
 
-def _linear_backward(dy: Tensor, *args: Any) -> Tensor:
-    *values, columns = args
-    _check_product(dy, tuple(values), dy.shape[-1], columns)
-    return _product(dy, tuple(values), dy.shape[-1], columns, True, None)
+def _backward_arguments(
+    dy: Tensor, *args: Any
+) -> tuple[Tensor, Fields, int, int, bool, Tensor | None]:
+    values, columns = args[:8], args[8]
+    _check_product(dy, values, dy.shape[-1], columns, None)
+    return dy, values, dy.shape[-1], columns, True, None
+
+
+def _product_fake(
+    x: Tensor, values: Fields, rows: Any, columns: Any, transposed: bool, bias: Tensor | None
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], columns if transposed else rows))
 
 
 _LINEAR_FORWARD = raw_op(
     f"codebook_linear_forward(Tensor x, {_FIELDS}, SymInt rows, Tensor? bias) -> Tensor",
-    run=_linear_forward,
-    fake=lambda x, *args: x.new_empty((*x.shape[:-1], args[-2])),
+    run=lambda *args: _product(*_forward_arguments(*args)),
+    fake=lambda *args: _product_fake(*_forward_arguments(*args)),
 )
 _LINEAR_BACKWARD = raw_op(
     f"codebook_linear_backward(Tensor dy, {_FIELDS}, SymInt columns) -> Tensor",
-    run=_linear_backward,
-    fake=lambda dy, *args: dy.new_empty((*dy.shape[:-1], args[-1])),
+    run=lambda *args: _product(*_backward_arguments(*args)),
+    fake=lambda *args: _product_fake(*_backward_arguments(*args)),
 )
 
 
@@ -497,12 +504,16 @@ def _linear(x: Tensor, values: Fields, rows: Any, columns: Any, bias: Tensor | N
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
+    same_device("bias", bias, "x", x)
+    same_device("codes", values[0], "x", x)
     if bias is not None and bias.dtype is not x.dtype:
         bias = bias.to(x.dtype)
-    _check_width(x, rows, columns)
+    if x.ndim == 0 or x.shape[-1] != columns:
+        raise ValueError(
+            f"x: shape {tuple(x.shape)}; a weight of ({rows}, {columns}) takes (…, {columns})"
+        )
     if runs_eagerly("codebook", x):
-        _check_product(x, values, rows, columns)
-        _check_bias(bias, x, rows)
+        _check_product(x, values, rows, columns, bias)
         return _eager.codebook_linear(x, values, rows, columns, bias)
     if wants_gradient(x, bias):
         return _CodebookLinear.apply(x, bias, rows, *values)

@@ -119,7 +119,10 @@ class CodebookLinear(nn.Module):
                 rest[name] = self.weight
             else:
                 if q.shape == self.weight.shape and not same_format(q, self.weight):
-                    self.weight = _parameter(q.to(self.weight))
+                    old = self.weight
+                    self.weight = _parameter(
+                        torch.empty_like(q, device=old.device, dtype=old.dtype)
+                    )
         elif name in rest:
             error_msgs.append(
                 f"{name}: without {name}.absmax; this layer takes packed codes and what decodes them, "
