@@ -18,7 +18,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
-from conftest import MACHINE_LEVELS
+from conftest import GPU, MACHINE_LEVELS, unavailable
 from finefuse import _codebooks
 from finefuse import codebook as module
 from finefuse.reference import codebook as reference
@@ -518,7 +518,7 @@ def test_compile_modules_and_dequantize():
 
 @pytest.mark.parametrize("name", CODES)
 def test_eager_backend(name):
-    """Plain torch operations: the same bytes and bits; differentiable any number of times."""
+    """Plain torch operations: the same bytes and bits."""
     x = numbers(7, 75)
     x[2] = 0.0
     x[3] *= 1e-41
@@ -534,8 +534,26 @@ def test_eager_backend(name):
             assert torch.equal(ff.dequantize(e, out=out), w)
             z = numbers(3, 75, dtype=torch.float64).requires_grad_()
             y = ff.codebook_linear(z, e)
-            assert torch.autograd.gradgradcheck(lambda z: ff.codebook_linear(z, e).square(), (z,))
         torch.testing.assert_close(ff.codebook_linear(z, q), y)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_backends_without_kernels(backend):
+    if unavailable(backend):
+        pytest.skip(unavailable(backend))
+    with (
+        ff.backend(backend),
+        pytest.raises(
+            RuntimeError, match=f"backend '{backend}' has no kernel for codebook.quantize"
+        ),
+    ):
+        ff.quantize(torch.ones(3, device="cuda" if GPU else "cpu"))
+
+
+def test_eager_differentiates_twice():
+    q, x = layer(3, 5), numbers(2, 5, dtype=torch.float64).requires_grad_()
+    with ff.backend("eager"):
+        assert torch.autograd.gradgradcheck(lambda x: ff.codebook_linear(x, q).square(), (x,))
 
 
 def test_backward_runs_where_its_forward_ran():

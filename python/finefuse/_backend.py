@@ -186,7 +186,7 @@ def _kernels(stem: str, kind: str, index: int | None) -> str:
     import torch
 
     if kind == "xpu":
-        return "triton" if not _missing("triton") else "eager"
+        return "triton" if "triton" in AUTO[stem] and not _missing("triton") else "eager"
     if kind != "cuda":
         return "eager"
     for name in AUTO[stem]:
@@ -253,6 +253,8 @@ def launch(stem: str, name: str, first: Any, args: tuple[Any, ...]) -> None:
             f"finefuse has no kernel for {device}: {stem}.{name}; its public functions have "
             'plain torch operations (backend "eager")'
         )
+    if where not in AUTO[stem]:
+        raise RuntimeError(f"backend {where!r} has no kernel for {stem}.{name}")
     flags = _flags.get(device)
     if flags is None:
         flags = _flags[device] = torch.zeros(len(FLAGS), dtype=torch.int32, device=device)

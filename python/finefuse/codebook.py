@@ -42,8 +42,9 @@ __all__ = [
     "quantize",
 ]
 
-# Up to this many tokens the product is taken from the packed bytes; above, the weight is decoded
-# into a workspace and multiplied by a library. To be measured.
+# Up to this many tokens the product is taken from the packed bytes; above, the weight is decoded into a
+# workspace and multiplied by a library. First figures, one thread of an AVX2 machine, 2048×2048: even at 16
+# tokens forward and at 8 backward, in every type. To be measured on AVX-512.
 KERNEL_TOKENS = 16
 
 _QUANTIZE = kernel("codebook", "quantize")
