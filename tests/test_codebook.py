@@ -25,6 +25,7 @@ from finefuse.reference import codebook as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import check
+from torch.utils.checkpoint import checkpoint
 
 RAW = torch.ops.finefuse
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -358,7 +359,7 @@ def test_checkpoint(use_reentrant):
     def function(x):
         return ff.codebook_linear(x * 1.0, q).square().sum()
 
-    torch.utils.checkpoint.checkpoint(function, a, use_reentrant=use_reentrant).backward()
+    checkpoint(function, a, use_reentrant=use_reentrant).backward()
     function(b).backward()
     assert torch.equal(a.grad, b.grad)
 
