@@ -28,6 +28,8 @@ namespace {
 
 // Outputs beyond this do not stay in any cache until they are read: write past the caches.
 constexpr int64_t kStreamBytes = 16 << 20;
+#define FF_LAMBDA __attribute__((always_inline))
+
 constexpr float kInf = __builtin_inff();
 constexpr float kMaxFloat = 0x1.fffffep127f;
 
@@ -483,11 +485,12 @@ struct Coder {
   float m[256];     // thresholds, then +inf
   uint8_t zero;     // the code of 0
   Buckets buckets;  // for 256 entries
-#if defined(__AVX2__)
-  // Tables of the binary search by the codes so far: AVX2 counts downwards, in the three lowest
-  // bits of a negative number, since a comparison is -1.
-  float third[kLanes<float>], fourth[kLanes<float>], second[kLanes<float>];
-  int32_t fp4[kLanes<float>];
+#if defined(__AVX512F__)
+  float second[16], third[16],
+      fourth[16];  // the threshold to compare with next, by the code so far
+  int32_t fp4[16];
+#elif defined(__AVX2__)
+  float third[8], fourth[2][8];  // as Rank16 reads them
 #endif
 
   explicit Coder(const Quantize& a) : rule(a.rule), bits(code_bits(a.entries)) {
@@ -513,10 +516,10 @@ struct Coder {
     }
 #elif defined(__AVX2__)
     for (int i = 0; i < 8; ++i) {
-      second[i] = kInf;
-      third[-i & 7] = m[i < 4 ? 4 * i + 1 : 15];
-      fourth[-i & 7] = m[2 * i];
-      fp4[-i & 7] = -kFp4Codes[i];
+      const int k = -i & 3;
+      third[i] = m[4 * k + 1];
+      fourth[0][i] = m[2 * k];
+      fourth[1][i] = m[8 + 2 * k];
     }
 #endif
   }
@@ -558,29 +561,28 @@ template <bool kFp4> struct Rank16 {
     return (VecI)_mm512_permutexvar_epi32((__m512i)rank, (__m512i)fp4) - 8 * (VecI)(x < VecF{});
   }
 #elif defined(__AVX2__)
-  VecF first, lower, upper, third, fourth;
-  VecI fp4;
+  // A comparison is -1, so codes count downwards, and tables are read by the lowest two bits of a
+  // negative number. In the lanes: vpermps, across them, takes Zen 3 twice the time.
+  VecF first, second[2], third, fourth[2];
+  __m256i fp4;
 
-  explicit FF_INLINE Rank16(const Coder& c)
-      : first(VecF{} + c.m[7]),
-        lower(VecF{} + c.m[3]),
-        upper(VecF{} + c.m[11]),
-        third(load(c.third)),
-        fourth(load(c.fourth)) {
-    __builtin_memcpy(&fp4, c.fp4, sizeof fp4);
+  explicit FF_INLINE Rank16(const Coder& c) : first(VecF{} + c.m[7]) {
+    second[0] = VecF{} + c.m[3], second[1] = VecF{} + c.m[11];
+    third = load(c.third), fourth[0] = load(c.fourth[0]), fourth[1] = load(c.fourth[1]);
+    fp4 = _mm256_broadcastsi128_si256(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kFp4Codes)));
   }
   FF_INLINE VecI operator()(VecF x) const {
     const VecF y = kFp4 ? (VecF)((VecU)x & 0x7fffffff) : x;
-    VecI rank = (VecI)(y > first);
-    const __m256 m = _mm256_blendv_ps((__m256)lower, (__m256)upper, (__m256)rank);
+    const auto entry = [](VecF table, VecI at)
+                           FF_LAMBDA { return _mm256_permutevar_ps((__m256)table, (__m256i)at); };
+    const VecI upper = (VecI)(y > first);
+    __m256 m = _mm256_blendv_ps((__m256)second[0], (__m256)second[1], (__m256)upper);
+    VecI rank = upper + upper + (VecI)(y > (VecF)m);
+    rank = rank + rank + (VecI)(y > (VecF)entry(third, rank));
+    m = _mm256_blendv_ps(entry(fourth[0], rank), entry(fourth[1], rank), (__m256)upper);
     rank = rank + rank + (VecI)(y > (VecF)m);
-    for (int i = 0; i < 2; ++i) {
-      const VecF table = i == 0 ? third : fourth;
-      const __m256 m = _mm256_permutevar8x32_ps((__m256)table, (__m256i)rank);
-      rank = rank + rank + (VecI)(y > (VecF)m);
-    }
     if constexpr (!kFp4) return rank;
-    return (VecI)_mm256_permutevar8x32_epi32((__m256i)fp4, (__m256i)rank) +
+    return (VecI)_mm256_shuffle_epi8(fp4, _mm256_abs_epi32((__m256i)rank)) -
            ((VecI)(x < VecF{}) << 3);
   }
 #else
@@ -606,8 +608,19 @@ FF_INLINE VecI rank256(const Buckets& b, VecF x) {
 #if defined(__AVX512F__)
   const VecU entry = (VecU)_mm512_i32gather_epi32((__m512i)at, b.entry, 4);
 #elif defined(__AVX2__)
-  const VecU entry =
-      (VecU)_mm256_i32gather_epi32(reinterpret_cast<const int*>(b.entry), (__m256i)at, 4);
+  // Eight loads by hand: vpgatherdd takes Zen 3 longer.
+  const __m128i low = _mm256_castsi256_si128((__m256i)at);
+  const __m128i high = _mm256_extracti128_si256((__m256i)at, 1);
+  const auto two = [&](__m128i pair, int n) FF_LAMBDA {
+    const uint64_t both =
+        static_cast<uint64_t>(n == 0 ? _mm_cvtsi128_si64(pair) : _mm_extract_epi64(pair, 1));
+    return _mm_insert_epi32(
+        _mm_cvtsi32_si128(static_cast<int>(b.entry[static_cast<uint32_t>(both)])),
+        static_cast<int>(b.entry[both >> 32]), 1);
+  };
+  const __m128i four[2] = {_mm_unpacklo_epi64(two(low, 0), two(low, 1)),
+                           _mm_unpacklo_epi64(two(high, 0), two(high, 1))};
+  const VecU entry = (VecU)_mm256_set_m128i(four[1], four[0]);
 #else
   VecU entry;
   for (int i = 0; i < kLanes<float>; ++i) entry[i] = b.entry[at[i]];
@@ -651,21 +664,27 @@ template <class T> FF_INLINE float block_absmax(const T* x, int64_t n) {
   }
   for (; i + N <= n; i += N) raise(top[0], load(x + i));
   if (i < n) raise(top[1], load_partial(x + i, static_cast<int>(n - i), 0.0));
-  VecI t = top[0] > top[1] ? top[0] : top[1];
-  for (int half = N / 2; half > 0; half /= 2) {
-    VecI at;
-    for (int j = 0; j < N; ++j) at[j] = j ^ half;
-    const VecI other = __builtin_shuffle(t, at);
-    t = t > other ? t : other;
-  }
-  int32_t bits = t[0];
+  const VecI t = top[0] > top[1] ? top[0] : top[1];
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const __m256i u = _mm256_max_epi32(_mm512_castsi512_si256((__m512i)t),
+                                     _mm512_extracti64x4_epi64((__m512i)t, 1));
+#else
+  const __m256i u = (__m256i)t;
+#endif
+  __m128i v = _mm_max_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
+  v = _mm_max_epi32(v, _mm_shuffle_epi32(v, 0x4e));
+  v = _mm_max_epi32(v, _mm_shuffle_epi32(v, 0xb1));
+  int32_t bits = _mm_cvtsi128_si32(v);
+#else
+  int32_t bits = 0;
+  for (int j = 0; j < N; ++j) bits = t[j] > bits ? t[j] : bits;
+#endif
   if (bits > 0x7f800000) bits = 0x7fc00000;
   float absmax;
   __builtin_memcpy(&absmax, &bits, sizeof absmax);
   return absmax;
 }
-
-#define FF_LAMBDA __attribute__((always_inline))
 
 // rank(x·factor) of n elements, as bytes, and rubbish up to a multiple of kCodes.
 template <class T, class Rank>
@@ -758,31 +777,40 @@ void pack_bits(const uint8_t* c, int64_t n, int bits, uint8_t* out) {
 }
 
 template <class T> void quantize_t(const Quantize& a) {
-  constexpr int64_t kStage = 512;  // codes between encoding and packing; a multiple of 8
+  constexpr int64_t kStage = 512;   // codes between encoding and packing; a multiple of 8
+  constexpr int64_t kBatch = 2048;  // elements that stay in the first-level cache
   const T* x = static_cast<const T*>(a.x);
   const Coder coder(a);
   // As many blocks as fill whole bytes are one item.
   int64_t blocks = 1;
   while (blocks * a.blocksize % 8 != 0) blocks *= 2;
   const int64_t item = blocks * a.blocksize, items = (a.count + item - 1) / item;
+  // Blocks whose absmax is found before the first of them is encoded: one block after the other
+  // would wait for each division.
+  const int64_t batch = a.blocksize < kBatch ? kBatch / a.blocksize : 1;
   parallel_for(items, item * (sizeof(T) + 1), a.place.threads, [&](int64_t first, int64_t last) {
-    uint8_t stage[kStage + kCodes];
+    alignas(64) uint8_t stage[kStage + kCodes];
     int64_t staged = 0;
     uint8_t* out = a.codes + packed_bytes(first * item, a.entries);
-    const int64_t stop = smaller(last * item, a.count);
-    for (int64_t begin = first * item; begin < stop; begin += a.blocksize) {
-      const int64_t end = smaller(begin + a.blocksize, stop);
-      const float absmax = block_absmax(x + begin, end - begin);
-      a.absmax[begin / a.blocksize] = absmax;
-      for (int64_t i = begin; i < end;) {
-        const int64_t n = smaller(end - i, kStage - staged);
-        encode(coder, x + i, n, absmax, stage + staged);
-        staged += n;
-        i += n;
-        if (staged == kStage) {
-          pack_bits(stage, kStage, coder.bits, out);
-          out += packed_bytes(kStage, a.entries);
-          staged = 0;
+    const int64_t stop = smaller(last * item, a.count), block_end = (stop - 1) / a.blocksize + 1;
+    for (int64_t b = first * blocks; b < block_end; b += batch) {
+      const int64_t batch_end = smaller(b + batch, block_end);
+      for (int64_t k = b; k < batch_end; ++k) {
+        const int64_t begin = k * a.blocksize;
+        a.absmax[k] = block_absmax(x + begin, smaller(a.blocksize, stop - begin));
+      }
+      for (int64_t k = b; k < batch_end; ++k) {
+        const int64_t end = smaller((k + 1) * a.blocksize, stop);
+        for (int64_t i = k * a.blocksize; i < end;) {
+          const int64_t n = smaller(end - i, kStage - staged);
+          encode(coder, x + i, n, a.absmax[k], stage + staged);
+          staged += n;
+          i += n;
+          if (staged == kStage) {
+            pack_bits(stage, kStage, coder.bits, out);
+            out += packed_bytes(kStage, a.entries);
+            staged = 0;
+          }
         }
       }
     }
@@ -807,19 +835,28 @@ void quantize(const Quantize& a) {
 constexpr int kN = kLanes<float>;
 constexpr int64_t kGroup = 8 * kN;  // columns that one vector of packed 4-bit codes holds
 static_assert(kCodebookPad % kGroup == 0);
-#if defined(__AVX512F__)
-constexpr int kMostTokens = 8;  // at a time: two accumulators each
-#else
-constexpr int kMostTokens = 4;
-#endif
 constexpr int64_t kColumns = 4096;  // float32 elements of x at a time, over all tokens
 constexpr int64_t kPanel = 16;      // rows that share them
+#if defined(__AVX512F__)
+constexpr int kMostGrouped = 8;  // tokens for which codes are decoded in registers; for more, into
+constexpr int kLeastBlock = 16;  // a buffer
+#else
+constexpr int kMostGrouped = 2;
+constexpr int kLeastBlock = 32;
+#endif
 
-// Element e of the 8 in a 32-bit word of packed codes starts at this bit.
-constexpr int kCodeBit[8] = {4, 0, 12, 8, 20, 16, 28, 24};
+// The place in a group of the element that dot_codes has in this lane of its vector e of 8.
+//   AVX-512: codes are read as 16 words of 8; vector e is element e of all words.
+//   AVX2: bytes of one nibble, 16 a lane, widened by unpacking: even elements, then odd ones.
+constexpr int element_of(int e, int lane) {
+#if defined(__AVX512F__)
+  return 8 * lane + e;
+#else
+  return 2 * (4 * (e & 3) + (lane & 3) + 16 * (lane >> 2)) + (e >> 2);
+#endif
+}
 
-// x as float32, each token padded with zeros. `grouped`: in each group element e of all its words
-// stands together, as the shifts of dot_codes deliver the weights.
+// x as float32, each token padded with zeros; `grouped`: each group in the order of dot_codes.
 template <class T> void widen(const CodebookLinear& a, int64_t stride, bool grouped) {
   const T* x = static_cast<const T*>(a.x);
   for (int64_t t = 0; t < a.tokens; ++t) {
@@ -832,17 +869,18 @@ template <class T> void widen(const CodebookLinear& a, int64_t stride, bool grou
         store_partial(natural + i, load_partial(x + t * a.columns + g + i, k, 0.0), k);
       }
       for (int i = 0; i < kGroup; ++i) {
-        row[g + i] = natural[grouped ? 8 * (i % kN) + i / kN : i];
+        row[g + i] = natural[grouped ? element_of(i / kN, i % kN) : i];
       }
     }
   }
 }
 
-// Whether every vector of packed codes begins on a row's group and its words lie in one block each.
+// Whether dot_codes serves: its vectors lie in one row, and each lane of a vector in one block.
 bool fits_groups(const CodebookLinear& a) {
 #if defined(__AVX2__)
   const int64_t size = a.weight.blocksize;
-  return a.weight.entries == 16 && a.columns % kGroup == 0 && size >= 16 &&
+  return a.weight.entries == 16 && a.columns % kGroup == 0 &&
+         (kMostGrouped == 8 || a.tokens <= kMostGrouped) && size >= kLeastBlock &&
          (size & (size - 1)) == 0;
 #else
   (void)a;
@@ -863,39 +901,56 @@ FF_INLINE void dot_floats(const float* w, const float* x, int64_t stride, int64_
 }
 
 #if defined(__AVX2__)
+
+#if defined(__AVX512F__)
+// Element e of the 8 in a 32-bit word of packed codes starts at this bit.
+constexpr int kCodeBit[8] = {4, 0, 12, 8, 20, 16, 28, 24};
+#endif
+
 // The same from packed codes that begin `skip` elements into the block of scales[0].
 template <int kTokens>
 FF_INLINE void dot_codes(const uint8_t* codes, const float* scales, int log2_block, int64_t skip,
                          const Code16& code, const float* x, int64_t stride, int64_t n,
                          VecF* sums) {
+  VecI scale_at;  // the block of each lane of a vector, from that of the first
+  for (int i = 0; i < kN; ++i) scale_at[i] = (element_of(0, i) & -8) >> log2_block;
 #if defined(__AVX512F__)
   const __m512 table = (__m512)load(code.entry);
 #else
-  const __m256 table[2] = {_mm256_loadu_ps(code.entry), _mm256_loadu_ps(code.entry + 8)};
+  const Lut<float> lut = Lut<float>::make<true>(code, 1.0f);
+  const __m256i low_half = _mm256_set1_epi8(15);
 #endif
-  VecI scale_at;  // the block of each word of a vector, from that of the first
-  for (int i = 0; i < kN; ++i) scale_at[i] = 8 * i >> log2_block;
   VecF sum[kTokens];
   for (int t = 0; t < kTokens; ++t) sum[t] = sums[t];
   for (int64_t i = 0; i < n; i += kGroup) {
     VecU words;
     __builtin_memcpy(&words, codes + i / 2, sizeof words);
     VecF part[kTokens];
-#pragma GCC unroll 8
-    for (int e = 0; e < 8; ++e) {
-#if defined(__AVX512F__)
-      const VecF w = (VecF)_mm512_permutexvar_ps((__m512i)(words >> kCodeBit[e]), table);
-#else
-      const __m256i index = (__m256i)(words >> kCodeBit[e]);
-      const VecF w = (VecF)_mm256_blendv_ps(_mm256_permutevar8x32_ps(table[0], index),
-                                            _mm256_permutevar8x32_ps(table[1], index),
-                                            (__m256)(words << (28 - kCodeBit[e])));
-#endif
+    const auto add = [&](int e, VecF w) FF_LAMBDA {
       for (int t = 0; t < kTokens; ++t) {
         const VecF v = load(x + t * stride + i + e * kN);
         part[t] = e == 0 ? w * v : fma(w, v, part[t]);
       }
+    };
+#if defined(__AVX512F__)
+#pragma GCC unroll 8
+    for (int e = 0; e < 8; ++e) {  // the permute looks at the lowest four bits
+      add(e, (VecF)_mm512_permutexvar_ps((__m512i)(words >> kCodeBit[e]), table));
     }
+#else
+#pragma GCC unroll 2
+    for (int e = 0; e < 8; e += 4) {
+      const __m256i c = (__m256i)(e == 0 ? words >> 4 : words) & low_half;
+      __m256i b[4];
+      for (int k = 0; k < 4; ++k) b[k] = _mm256_shuffle_epi8(lut.plane[k], c);
+      const __m256i w[4] = {_mm256_unpacklo_epi8(b[0], b[1]), _mm256_unpacklo_epi8(b[2], b[3]),
+                            _mm256_unpackhi_epi8(b[0], b[1]), _mm256_unpackhi_epi8(b[2], b[3])};
+      add(e, (VecF)_mm256_unpacklo_epi16(w[0], w[1]));
+      add(e + 1, (VecF)_mm256_unpackhi_epi16(w[0], w[1]));
+      add(e + 2, (VecF)_mm256_unpacklo_epi16(w[2], w[3]));
+      add(e + 3, (VecF)_mm256_unpackhi_epi16(w[2], w[3]));
+    }
+#endif
     const float* first = scales + ((skip + i) >> log2_block);
 #if defined(__AVX512F__)
     const VecF scale = (VecF)_mm512_permutexvar_ps((__m512i)scale_at, (__m512)load(first));
@@ -906,6 +961,7 @@ FF_INLINE void dot_codes(const uint8_t* codes, const float* scales, int log2_blo
   }
   for (int t = 0; t < kTokens; ++t) sums[t] = sum[t];
 }
+
 #endif
 
 // Rows [begin, end) of the weight for kTokens tokens from `token` on.
@@ -936,14 +992,15 @@ void linear_rows(const CodebookLinear& a, int64_t stride, bool grouped, int64_t 
           else
             decode_scales(a.weight.absmax, first, count, scales);
           for (int64_t b = 0; b < count; ++b) finite &= __builtin_fabsf(scales[b]) <= kMaxFloat;
-          if (__builtin_expect(finite, 1)) {
-            dot_codes<kTokens>(a.weight.codes + at / 2, scales, log2_block,
-                               at & (a.weight.blocksize - 1), code, x, stride, n, sums[r]);
+          if (kTokens <= kMostGrouped && __builtin_expect(finite, 1)) {
+            dot_codes<kTokens <= kMostGrouped ? kTokens : 1>(
+                a.weight.codes + at / 2, scales, log2_block, at & (a.weight.blocksize - 1), code, x,
+                stride, n, sums[r]);
             continue;
           }
         }
 #endif
-        float w[kColumns];
+        alignas(64) float w[kColumns];
         decode_span(a.weight, at, at + n, w);
         int64_t padded = n;
         while (padded % kN != 0) w[padded++] = 0.0f;
@@ -951,7 +1008,7 @@ void linear_rows(const CodebookLinear& a, int64_t stride, bool grouped, int64_t 
           for (int64_t g = 0; g < n; g += kGroup) {
             float natural[kGroup];
             __builtin_memcpy(natural, w + g, sizeof natural);
-            for (int i = 0; i < kGroup; ++i) w[g + i] = natural[8 * (i % kN) + i / kN];
+            for (int i = 0; i < kGroup; ++i) w[g + i] = natural[element_of(i / kN, i % kN)];
           }
         }
         dot_floats<kTokens>(w, x, stride, padded, sums[r]);
@@ -973,14 +1030,12 @@ template <class T> void linear_t(const CodebookLinear& a) {
   parallel_for(a.rows, a.columns * (a.tokens + 1) / 2, a.place.threads,
                [&](int64_t begin, int64_t end) {
                  int64_t t = 0;
-                 for (; t + kMostTokens <= a.tokens; t += kMostTokens) {
-                   linear_rows<T, kMostTokens>(a, stride, grouped, t, begin, end);
+                 for (; t + 8 <= a.tokens; t += 8) {
+                   linear_rows<T, 8>(a, stride, grouped, t, begin, end);
                  }
-                 if constexpr (kMostTokens > 4) {
-                   if (t + 4 <= a.tokens) {
-                     linear_rows<T, 4>(a, stride, grouped, t, begin, end);
-                     t += 4;
-                   }
+                 if (t + 4 <= a.tokens) {
+                   linear_rows<T, 4>(a, stride, grouped, t, begin, end);
+                   t += 4;
                  }
                  if (t + 2 <= a.tokens) {
                    linear_rows<T, 2>(a, stride, grouped, t, begin, end);
@@ -1008,7 +1063,8 @@ template <class T> void linear_transposed_t(const CodebookLinear& a) {
                    }
                    for (int64_t r = 0; r < a.rows; r += kRows) {
                      const int64_t rows = smaller(kRows, a.rows - r);
-                     float w[kRows][kSpan] = {};
+                     alignas(64) float w[kRows][kSpan];
+                     if (rows < kRows || n < padded) __builtin_memset(w, 0, sizeof w);
                      for (int64_t j = 0; j < rows; ++j) {
                        const int64_t at = (r + j) * a.columns + column;
                        decode_span(a.weight, at, at + n, w[j]);
