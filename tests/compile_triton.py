@@ -276,6 +276,7 @@ def main() -> int:
     print("| kernel | variant | arch | registers | shared | spills (local bytes, in loops) |")
     print("|---|---|---|---|---|---|")
     failed = 0
+    largest: dict[tuple[str, int], list[int]] = {}  # of each kernel, float64 apart
     for (index, architecture), usage in zip(jobs, results, strict=True):
         v = _VARIANTS[index]
         options = ", ".join(f"{k} {w}" for k, w in v.choices.items() if k != "kernel")
@@ -285,6 +286,17 @@ def main() -> int:
             f"| {v.name} | {options} | sm_{architecture} | {usage['registers']} | {usage['shared']} "
             f"| {usage['local']}, {usage['in loops']}{' FAILS' if spilled else ''} |"
         )
+        name = v.name + (
+            " float64" if "fp64" in (v.choices.get("logits"), v.choices.get("gradient")) else ""
+        )
+        most = largest.setdefault((name, architecture), [0, 0, 0])
+        most[:] = map(max, most, (usage["registers"], usage["shared"], usage["local"]))
+    print("\nThe most of any variant: registers a thread, shared, local memory (bytes).\n")
+    print("| kernel | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " |")
+    print("|---" * (len(ARCHITECTURES) + 1) + "|")
+    for name in sorted({name for name, _ in largest}):
+        cells = [", ".join(map(str, largest[name, a])) for a in ARCHITECTURES]
+        print(f"| {name} | " + " | ".join(cells) + " |")
     print(f"\n{len(_VARIANTS)} of {total} variants, Triton {triton.__version__}")
     if failed:
         print(f"{failed} hot kernels spill to local memory in a loop", file=sys.stderr)

@@ -18,7 +18,6 @@ from pathlib import Path
 HOT = re.compile(
     r"^(token_logprobs|token_logprobs_backward|cross_entropy|scale_gradient)_kernel<(?!double)"
 )
-COLUMNS = ("kernel", "sm", "registers", "shared memory", "local memory")
 
 
 def cuobjdump() -> str:
@@ -53,13 +52,28 @@ def usage(path: str) -> list[tuple[str, str, int, int, int]]:
     return rows
 
 
+def table(rows: list[tuple[str, str, int, int, int]]) -> str:
+    """A line a kernel, a column an architecture."""
+    kernels: dict[str, dict[str, str]] = {}
+    for kernel, arch, *numbers in sorted(rows):
+        kernels.setdefault(kernel, {})[arch] = ", ".join(map(str, numbers))
+    archs = sorted({row[1] for row in rows}, key=lambda a: int(a.rstrip("af")))
+    lines = [
+        "| kernel | " + " | ".join(f"sm_{a}" for a in archs) + " |",
+        "|---" * (len(archs) + 1) + "|",
+    ]
+    lines += [
+        f"| {k} | " + " | ".join(c.get(a, "") for a in archs) + " |" for k, c in kernels.items()
+    ]
+    return "\n".join(lines)
+
+
 def main(paths: list[str]) -> int:
-    rows = sorted(row for path in paths for row in usage(path))
+    rows = [row for path in paths for row in usage(path)]
     if not any(HOT.match(row[0]) for row in rows):
         raise SystemExit(f"no hot kernel in {paths}")
-    print("| " + " | ".join(COLUMNS) + " |\n" + "|---|" + "---:|" * 4)
-    for row in rows:
-        print("| " + " | ".join(map(str, row)) + " |")
+    print("Registers a thread, shared memory a block, local memory a thread (bytes).\n")
+    print(table(rows))
     spilled = [row for row in rows if row[4] and HOT.match(row[0])]
     for kernel, arch, *_, local in spilled:
         print(f"{kernel} for sm_{arch} uses {local} bytes of local memory", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -52,7 +53,7 @@ def test_backward_runs_where_its_forward_ran(place, monkeypatch):
     monkeypatch.setattr(
         _backend,
         "launch",
-        lambda *args: (seen.append((_backend.chosen, args[1])), launch(*args))[1],
+        lambda *args: (seen.append((_backend.in_force(), args[1])), launch(*args))[1],
     )
     x = torch.randn(3, 9, device=place.device, requires_grad=True)
     y = torch.tensor([1, 2, 3], device=place.device)
@@ -97,6 +98,40 @@ def test_eager_under_compile(counter):
     assert "finefuse" in graphs[0]
     assert "finefuse" not in graphs[1]
     assert len(graphs) == 2
+
+
+def test_eager_under_compile_keeps_infinities():
+    """A scalar is a tensor there: what it multiplies by 0 must not become NaN."""
+    x, y = torch.randn(3, 5), torch.tensor([1, 2, 4])
+    x[:, 0] = -torch.inf
+    chosen = torch.tensor([-torch.inf, 3.0])
+    with ff.backend("eager"):
+        torch._dynamo.reset()
+        compiled = torch.compile(ff.cross_entropy, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x, y), ff.cross_entropy(x, y))
+        loss = torch.compile(
+            lambda c: ff.preference_loss(c, torch.zeros(2), reduction="none").loss, backend="eager"
+        )
+        assert loss(chosen)[0] == torch.inf
+        assert torch.isfinite(loss(chosen)[1])
+
+
+def test_a_backward_in_another_thread_changes_nothing_here(place):
+    """As autograd's threads for GPUs do: the choice of the process stays what it is."""
+    x = torch.randn(40, 3000, device=place.device, requires_grad=True)
+    y = torch.zeros(40, dtype=torch.long, device=place.device)
+    loss = ff.token_logprobs(x, y).sum()
+    seen = set()
+    with ff.backend("auto"):
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        while thread.is_alive():
+            seen.add(_backend.chosen)
+            seen.add(_backend.in_force())
+        thread.join()
+    assert seen <= {"auto"}
+    assert _backend.chosen == place.backend
+    assert x.grad is not None
 
 
 def test_eager_checks_what_kernels_check():
@@ -184,6 +219,8 @@ def test_auto_table_and_architectures():
     assert not _backend._covers("90a-real", 9, 1)
     assert _backend._covers("90", 10, 0)
     assert _backend._covers("80-virtual", 8, 6)
+    assert _backend._covers("all-major", 9, 0)
+    assert not _backend._covers("none", 9, 0)
 
 
 def test_info_and_main():

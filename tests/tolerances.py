@@ -9,7 +9,8 @@ for scalars over many seeds
     RMS(ours - truth) <= RMS(eager - truth) + tol·RMS(sum of absolute terms).
 
 tol: float64 1e-13, float32 1e-6, bfloat16 and float16 one unit in the last place of max|truth|, and for all
-of them what underflows. No test has a tolerance of its own.
+of them what underflows. No test against truth has a tolerance of its own, but for one that asks for more than
+this rule (relative digits of certain rows).
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "core/dtype.h"
 #include "core/place.h"
@@ -87,8 +88,19 @@ template <class T> struct alignas(16) Vector {
 // Streaming (evict first) where nobody reads the line again.
 enum class Access { keep, stream };
 
+// A GPU faults where an address is not aligned; on a CPU the tests' header does.
+template <class T> __device__ __forceinline__ auto* aligned(T* p) {
+#if defined(FF_CUDA_ON_CPU)
+  cuda_on_cpu::check_alignment(p, 16);
+#endif
+  if constexpr (std::is_const_v<T>)
+    return reinterpret_cast<const uint4*>(p);
+  else
+    return reinterpret_cast<uint4*>(p);
+}
+
 template <Access kAccess, class T> __device__ __forceinline__ Vector<T> load(const T* p) {
-  const uint4* source = reinterpret_cast<const uint4*>(p);
+  const uint4* source = aligned(p);
   const uint4 bits = kAccess == Access::stream ? __ldcs(source) : *source;
   Vector<T> v;
   memcpy(&v, &bits, 16);
@@ -97,7 +109,13 @@ template <Access kAccess, class T> __device__ __forceinline__ Vector<T> load(con
 template <class T> __device__ __forceinline__ void store(T* p, const Vector<T>& v) {
   uint4 bits;
   memcpy(&bits, &v, 16);
-  __stcs(reinterpret_cast<uint4*>(p), bits);
+  __stcs(aligned(p), bits);
+}
+// As one 16-byte store, where a struct of narrow elements would become several.
+template <class T> __device__ __forceinline__ void store_shared(T* p, const Vector<T>& v) {
+  uint4 bits;
+  memcpy(&bits, &v, 16);
+  *aligned(p) = bits;
 }
 
 // ---- one block a row

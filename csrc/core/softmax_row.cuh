@@ -52,7 +52,8 @@ template <class A, bool kEntropy, bool kLogitSum> struct Running {
     const A shift = top - highest, before = sum + ties;
     if (before != 0) {
       const A scale = exp2_fast(shift * c);
-      if constexpr (kEntropy) dot = scale * (dot + shift * before);
+      if constexpr (kEntropy)
+        dot = scale == 0 ? A{0} : scale * (dot + shift * before);  // shift may be -inf
       sum = scale * before;
       ties = 0;
     }
@@ -83,7 +84,7 @@ __device__ RowStats row_stats(const T* z, int64_t n, double temperature, T* stag
     for (int u = 0; u < U; ++u) v[u] = load<kAccess>(z + i + u * step);
     FF_UNROLL
     for (int u = 0; u < U; ++u) {
-      if (stage != nullptr) *reinterpret_cast<Vector<T>*>(stage + i + u * step) = v[u];
+      if (stage != nullptr) store_shared(stage + i + u * step, v[u]);
       A x[N];
       FF_UNROLL
       for (int k = 0; k < N; ++k) x[k] = to_accumulator(v[u].x[k]);
@@ -107,7 +108,8 @@ __device__ RowStats row_stats(const T* z, int64_t n, double temperature, T* stag
     const double scale = static_cast<double>(highest ? A{1} : exp2_fast(shift * c));
     sums[0] = highest ? static_cast<double>(own.ties) : 0.0;
     sums[1] = highest ? static_cast<double>(own.sum) : scale * static_cast<double>(total);
-    sums[2] = scale * (static_cast<double>(own.dot) + static_cast<double>(shift) * total);
+    if (scale != 0)
+      sums[2] = scale * (static_cast<double>(own.dot) + static_cast<double>(shift) * total);
   }
   if (kLogitSum && own.count != 0) {
     sums[3] = static_cast<double>(own.logits) + static_cast<double>(own.count) * shift;

@@ -10,7 +10,7 @@
 //
 // float32 a thread, float64 between threads and for a row's coefficients (float64 throughout for
 // float64). Fixed order of sums: the same bits every time. A target out of range is not followed:
-// its row becomes NaN and a flag is set.
+// its row becomes NaN, its gradient 0, and a flag is set.
 #include "core/cuda_utils.cuh"
 #include "core/softmax_row.cuh"
 #include "ops/logprobs.h"
@@ -278,12 +278,15 @@ int64_t stage_limit() {
 }
 
 template <class T, bool kSmoothing> void launch_cross_entropy(const CrossEntropy& a) {
+  // of the row, plus as much as it is misaligned
   const int64_t bytes = (a.shape.vocab * static_cast<int64_t>(sizeof(T)) + 31) / 16 * 16;
-  if (a.gradient.data != nullptr && bytes <= stage_limit()) {
+  const int64_t limit = stage_limit();
+  if (a.gradient.data != nullptr && bytes <= limit) {
     const auto kernel = cross_entropy_kernel<T, kSmoothing, true>;
 #if !defined(FF_CUDA_ON_CPU)
+    // the same for every call: another thread may be launching the same kernel
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(bytes)),
+                               static_cast<int>(limit)),
           "shared memory");
 #endif
     launch(kernel, a.shape.rows, threads_for<T>(a), static_cast<size_t>(bytes), a);

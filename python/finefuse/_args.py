@@ -119,6 +119,8 @@ def segments(
             "allowed: (sequences + 1,) with (tokens,)"
         )
     count = cu_seqlens[0] - 1
+    if count == 0 and shape[0] != 0:
+        raise ValueError(f"cu_seqlens: one element, no sequence, with {shape[0]} tokens")
     return [count], shape[0] // max(count, 1)
 
 

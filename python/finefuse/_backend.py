@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -29,8 +31,9 @@ FLAGS = (
     "chosen_lengths, rejected_lengths: an element was negative or NaN; its pair became NaN",
 )
 
-# The choice in force, for the whole process: autograd's threads and compiled graphs must see it too.
-chosen = os.environ.get("FINEFUSE_BACKEND", "auto")
+# The choice in force, for the whole process: compiled graphs must see it too. A backward runs in a thread
+# of autograd's, on the backend of its forward: `running_backward` sets that for its own thread alone.
+chosen = os.environ.get("FINEFUSE_BACKEND") or "auto"
 if chosen not in BACKENDS:
     warnings.warn(
         f"FINEFUSE_BACKEND={chosen!r} is ignored; allowed: {', '.join(BACKENDS)}", stacklevel=2
@@ -39,6 +42,8 @@ if chosen not in BACKENDS:
 
 _check_always = os.environ.get("FINEFUSE_CHECK", "") not in ("", "0")
 _flags: dict[Any, Any] = {}  # torch.device -> int32 tensor of len(FLAGS)
+_flags_lock = threading.Lock()
+_thread = threading.local()
 
 
 # ---- the public three --------------------------------------------------------------------------
@@ -77,6 +82,22 @@ def backend(name: str) -> Iterator[None]:
         chosen = before
 
 
+@contextlib.contextmanager
+def running_backward(name: str) -> Iterator[None]:
+    """This thread alone runs on the backend `name`."""
+    before = in_force()
+    _thread.chosen = name
+    try:
+        yield
+    finally:
+        _thread.chosen = before if before != chosen else None
+
+
+def in_force() -> str:
+    """The choice for this thread."""
+    return getattr(_thread, "chosen", None) or chosen
+
+
 def check() -> None:
     """Raise what GPU kernels found wrong with their inputs since the last check.
 
@@ -87,7 +108,7 @@ def check() -> None:
     Raises:
         ValueError: saying which argument.
     """
-    for flags in _flags.values():
+    for flags in list(_flags.values()):
         if flags.is_cuda:
             import torch
 
@@ -125,11 +146,11 @@ def info() -> dict[str, str]:
     )
     for name in ("cuda", "triton"):
         lines[name] = _missing(name) or "available"
-    if find_spec("finefuse._CUDA"):
+    if _installed("finefuse._CUDA"):
         from . import _CUDA
 
         lines["cuda"] += f"; built for {_CUDA.architectures}"
-    if find_spec("triton"):
+    if _installed("triton"):
         lines["triton"] += f"; {version('triton')}"
     lines["auto on a GPU"] = ", ".join(f"{stem}: {' or '.join(c)}" for stem, c in AUTO.items())
     return lines
@@ -148,16 +169,21 @@ def _huge_pages() -> str:
 
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "") not in ("", "0") and bool(find_spec("triton"))
+    return os.environ.get("TRITON_INTERPRET", "") not in ("", "0") and _installed("triton")
 
 
 def _emulated() -> bool:
     """Whether _CUDA is the build for the tests, which runs the kernels on the CPU."""
-    if find_spec("finefuse._CUDA") is None:
+    if not _installed("finefuse._CUDA"):
         return False
     from . import _CUDA
 
-    return bool(_CUDA.emulated)
+    return _CUDA.emulated
+
+
+@functools.cache
+def _installed(module: str) -> bool:
+    return find_spec(module) is not None
 
 
 def _missing(name: str) -> str:
@@ -167,16 +193,18 @@ def _missing(name: str) -> str:
     import torch
 
     if name == "triton":
-        if find_spec("triton") is None:
+        if not _installed("triton"):
             return "triton is not installed: pip install triton"
         if interpreting() or torch.cuda.is_available() or torch.xpu.is_available():
             return ""
         return "no GPU (on a CPU, TRITON_INTERPRET=1 runs it in Triton's interpreter)"
-    if find_spec("finefuse._CUDA") is None:
+    if not _installed("finefuse._CUDA"):
         return "this build has no CUDA kernels: install from source with FINEFUSE_CUDA=ON and nvcc"
     if torch.version.hip:
         return "this torch is for ROCm"
-    if _emulated() or torch.cuda.is_available():
+    if torch.cuda.is_available() and _emulated():
+        return "_CUDA was built for CPU tensors (FINEFUSE_CUDA=ON_CPU)"
+    if torch.cuda.is_available() or _emulated():
         return ""
     return "no NVIDIA GPU that torch can use"
 
@@ -209,10 +237,14 @@ _kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _covers(architectures: str, major: int, minor: int) -> bool:
     """Whether machine code for these CMake architectures ("80-real,90a-real,120") runs on the device."""
+    if architectures in ("all", "all-major"):
+        return True
     for part in architectures.split(","):
         number, _, form = part.partition("-")
-        digits = int(number.rstrip("af"))
-        built = divmod(digits, 10)
+        digits = number.rstrip("af")
+        if not digits.isdecimal():  # "none"
+            continue
+        built = divmod(int(digits), 10)
         if form != "virtual" and built[0] == major and built[1] <= minor:
             return not number.endswith("a") or built[1] == minor
         if form != "real" and built <= (major, minor) and not number.endswith("a"):
@@ -220,9 +252,9 @@ def _covers(architectures: str, major: int, minor: int) -> bool:
     return False
 
 
-def resolve(stem: str, device: Any) -> str:
-    """The backend that runs a stem's operations on tensors of a device."""
-    name, kind = chosen, device.type
+def resolve(stem: str, device: Any, name: str | None = None) -> str:
+    """The backend that runs a stem's operations on tensors of a device, by the choice in force or `name`."""
+    name, kind = name or chosen, device.type
     if name == "eager":
         return "eager"
     if kind == "cpu" or kind == "meta":
@@ -244,7 +276,7 @@ def launch(stem: str, name: str, first: Any, args: tuple[Any, ...]) -> None:
     import torch
 
     device = first.device
-    where = resolve(stem, device)
+    where = resolve(stem, device, in_force())
     if where == "cpu":
         getattr(_C, name)(first, *args, torch.get_num_threads())
         return
@@ -253,11 +285,13 @@ def launch(stem: str, name: str, first: Any, args: tuple[Any, ...]) -> None:
             f"finefuse has no kernel for {device}: {stem}.{name}; its public functions have "
             'plain torch operations (backend "eager")'
         )
-    if where not in AUTO[stem]:
+    if missing := _missing(where):
+        raise RuntimeError(f"backend {where!r}: {missing}")
+    if AUTO[stem] == ("eager",):
         raise RuntimeError(f"backend {where!r} has no kernel for {stem}.{name}")
     flags = _flags.get(device)
     if flags is None:
-        flags = _flags[device] = torch.zeros(len(FLAGS), dtype=torch.int32, device=device)
+        flags = _make_flags(device)
     module = (
         importlib.import_module("finefuse._CUDA")
         if where == "cuda"
@@ -271,3 +305,21 @@ def launch(stem: str, name: str, first: Any, args: tuple[Any, ...]) -> None:
             getattr(module, name)(first, *args, (stream, flags))
     if _check_always and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         check()
+
+
+def _make_flags(device: Any) -> Any:
+    """The flags of a device, at its first kernel."""
+    import torch
+
+    with _flags_lock:
+        if device not in _flags:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "finefuse: call the operation once before it is captured in a CUDA graph, as a "
+                    "warm-up: its first call on a device makes what all later ones share"
+                )
+            flags = torch.zeros(len(FLAGS), dtype=torch.int32, device=device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # any stream may set one from here on
+            _flags[device] = flags
+        return _flags[device]

@@ -196,8 +196,8 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(ctx: Any, *grads: Any) -> Any:
         if is_compiling():
             return backward(ctx, *grads)
-        if ctx.backend != _backend.chosen:
-            with _backend.backend(ctx.backend):
+        if ctx.backend != _backend.in_force():
+            with _backend.running_backward(ctx.backend):
                 return wrapper(ctx, *grads)
         if not _grad_enabled():
             return backward(ctx, *grads)
@@ -235,7 +235,7 @@ def kernel(stem: str, name: str) -> Callable[..., None]:
     cpu = getattr(_C, name)
 
     def call(first: Tensor, *args: Any) -> None:
-        if first.is_cpu and _backend.chosen in _ON_CPU:
+        if first.is_cpu and _backend.in_force() in _ON_CPU:
             cpu(first, *args, get_num_threads())
         else:
             _backend.launch(stem, name, first, args)
@@ -322,6 +322,8 @@ def logit_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Layout]:
     rows rely on; whether the targets are in range is checked by the kernel.
     """
     shape, code = logits.shape, DTYPES.get(logits.dtype)
+    if not (logits.is_cpu and targets.is_cpu):
+        same_device("targets", targets, "logits", logits)
     if (
         code is None
         or targets.dtype not in INDEX_DTYPES

@@ -101,6 +101,7 @@ def _saved_like(targets: Tensor, stats: bool) -> Tensor:
 
 def _check_saved(saved: Tensor, targets: Tensor, entropy: bool) -> None:
     """(2, …) or, with entropy, (3, …), as the forward returned it."""
+    same_device("saved", saved, "logits", targets)
     shape, wanted = saved.shape, targets.shape
     if (
         saved.ndim == 0
@@ -121,6 +122,7 @@ def _row_gradient(
     """An upstream gradient, one number a row, as the kernel reads it."""
     if g is None:
         return None
+    same_device(name, g, "logits", targets)
     if g.shape != targets.shape:
         raise ValueError(f"{name}: shape {tuple(g.shape)}; allowed: {tuple(targets.shape)}")
     if g.dtype is dtype and g.is_contiguous():
@@ -128,7 +130,8 @@ def _row_gradient(
     return g.to(dtype).contiguous()
 
 
-def _scalar_gradient(g: Tensor, dtype: torch.dtype) -> Tensor:
+def _scalar_gradient(g: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
+    same_device("g", g, "logits", logits)
     if g.numel() != 1:
         raise ValueError(f"g: shape {tuple(g.shape)}; allowed: a scalar")
     return g if g.dtype is dtype else g.to(dtype)
@@ -375,7 +378,7 @@ def _cross_entropy(
         upstream = (
             _row_gradient("g", upstream, targets, dtype)
             if reduction == 0
-            else _scalar_gradient(upstream, dtype)
+            else _scalar_gradient(upstream, logits, dtype)
         )
     if reduction != 0:
         scratch = targets.new_empty((targets.numel() + 1,), dtype=_float64)
@@ -401,7 +404,7 @@ def _ce_scale(gradient: Tensor, targets: Tensor, g: Tensor, ignore_index: int) -
     targets = targets.contiguous()
     _SCALE_GRADIENT(
         rows, layout, targets, targets.dtype is _int32, ignore_index,
-        _scalar_gradient(g, accumulator(gradient.dtype)),
+        _scalar_gradient(g, gradient, accumulator(gradient.dtype)),
     )  # fmt: skip
     _write_back(gradient, rows)
 
@@ -649,6 +652,19 @@ _SEQUENCE_BACKWARD = raw_op(
 )
 
 
+def _check_offsets(offsets: list[int], total: int) -> None:
+    """What kernels check on the CPU."""
+    for i, (before, offset) in enumerate(zip([0, *offsets[:-1]], offsets, strict=True)):
+        if (
+            not before <= offset <= total
+            or (i == 0 and offset)
+            or (i == len(offsets) - 1 and offset != total)
+        ):
+            raise ValueError(
+                f"cu_seqlens: element {i} is {offset}; it must rise from 0 to the {total} tokens given"
+            )
+
+
 class _SequenceLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -706,6 +722,8 @@ def sequence_logprobs(
         mask = mask != 0
     if runs_eagerly("logprobs", token_lp):
         _segments(token_lp.shape, mask, cu_seqlens)
+        if token_lp.is_cpu and cu_seqlens is not None and not is_compiling():
+            _check_offsets(cu_seqlens.tolist(), token_lp.shape[0])
         return _eager.sequence_logprobs(token_lp, mask, cu_seqlens, average)
     if wants_gradient(token_lp):
         return _SequenceLogprobs.apply(token_lp, mask, cu_seqlens, average)

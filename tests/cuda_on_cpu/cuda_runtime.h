@@ -3,14 +3,18 @@
 //
 // A block's threads are coroutines on stacks of their own, run in turn; __syncthreads and the warp
 // shuffle are where they give way. Blocks run one after the other. It shows wrong indices, wrong
-// arithmetic, a barrier that not all threads reach, and, under a sanitiser, reads out of bounds. It
-// does not show races between threads, which a barrier too few would cause, nor how fast a kernel is.
+// arithmetic, misaligned vectors, dynamic shared memory that is too small or read before it is
+// written (it starts as NaN), and a barrier that not all threads reach. It does not show races
+// between threads, which a barrier too few would cause, static shared memory read before it is
+// written (it keeps the block before), nor how fast a kernel is.
 #pragma once
 #include <math.h>
 #include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -88,6 +92,14 @@ inline void resume(unsigned i) {
   setcontext(&t.context);
 }
 
+inline void check_alignment(const volatile void* p, uintptr_t bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) {
+    fprintf(stderr, "cuda_on_cpu: %p is not aligned to %d bytes\n", const_cast<const void*>(p),
+            static_cast<int>(bytes));
+    abort();
+  }
+}
+
 inline unsigned char* dynamic_shared() { return reinterpret_cast<unsigned char*>(shared.data()); }
 
 // Runs one block to its end.
@@ -143,8 +155,16 @@ void run(void (*kernel)(Args), unsigned blocks, int block, size_t dynamic, const
     stacked = blockDim.x;
     stacks = std::make_unique_for_overwrite<unsigned char[]>(stacked * kStack);
   }
-  shared.resize(dynamic / 16 + 1);
-  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) run_block();
+  const size_t size = (dynamic + 15) / 16, guard = 16;
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+    shared.assign(size + guard, uint4{~0u, ~0u, ~0u, ~0u});
+    run_block();
+    for (size_t i = size; i < size + guard; ++i) {
+      if ((shared[i].x & shared[i].y & shared[i].z & shared[i].w) != ~0u) {
+        throw std::runtime_error("cuda_on_cpu: written past the dynamic shared memory");
+      }
+    }
+  }
 }
 
 template <class V> V shuffle_xor(V value, int mask) {

@@ -47,6 +47,8 @@ def cross_entropy(
     z, index, keep, bad = _rows(logits, targets, ignore_index)
     logp = torch.log_softmax(z, -1)
     loss = -logp.gather(-1, index).squeeze(-1)
+    if isinstance(label_smoothing, Tensor):  # while compiling; 0·inf is not 0
+        logp = torch.where(label_smoothing != 0, logp, 0)
     if isinstance(label_smoothing, Tensor) or label_smoothing != 0:
         loss = (1 - label_smoothing) * loss - label_smoothing * logp.mean(-1)
     loss = torch.where(keep, loss.masked_fill(bad, float("nan")), 0)
@@ -65,13 +67,14 @@ def sequence_logprobs(
         keep = torch.ones_like(token_lp) if mask is None else mask.to(token_lp.dtype)
         sums, counts = widest(token_lp).sum(-1), keep.sum(-1)
     else:
-        ends = cu_seqlens[1:].long()
-        counts = ends - cu_seqlens[:-1]
-        sequence = torch.searchsorted(
-            ends, torch.arange(token_lp.shape[0], device=ends.device), right=True
-        )
+        starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+        counts, total = ends - starts, token_lp.shape[0]
+        sequence = torch.searchsorted(ends, torch.arange(total, device=ends.device), right=True)
+        sequence = sequence.clamp(max=max(len(counts) - 1, 0))
         wide = widest(token_lp)
         sums = wide.new_zeros(len(counts)).index_add(0, sequence, wide)
+        rising = (counts >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total)
+        sums = torch.where(rising, sums, torch.nan)
     if average:
         sums = sums / counts.clamp(min=1)
     return sums.to(token_lp.dtype)

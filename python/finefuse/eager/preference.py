@@ -13,9 +13,12 @@ from . import widest
 
 def _smoothed_sigmoid(x: Tensor, eps: Any) -> Tensor:
     loss = -functional.logsigmoid(x)
-    if isinstance(eps, Tensor) or eps != 0:
-        loss = (1 - eps) * loss - eps * functional.logsigmoid(-x)
-    return loss
+    if not isinstance(eps, Tensor) and eps == 0:
+        return loss
+    other = functional.logsigmoid(-x)
+    if isinstance(eps, Tensor):  # while compiling; 0·inf is not 0
+        other = torch.where(eps != 0, other, 0)
+    return (1 - eps) * loss - eps * other
 
 
 def pair_loss(loss: str, w: Tensor, l: Tensor, beta: Any, eps: Any) -> Tensor:
@@ -32,7 +35,11 @@ def preference_loss(
     vectors: Any, loss: str, beta: Any, label_smoothing: Any, reduction: str
 ) -> tuple[Tensor, ...]:
     """loss, chosen_rewards, rejected_rewards, margins, accuracy; computed in float64 as the kernels do."""
-    chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths = vectors
+    chosen, rejected, ref_chosen, ref_rejected, *lengths = vectors
+    # a negative length makes its pair NaN
+    chosen_lengths, rejected_lengths = (
+        n if n is None else torch.where(n >= 0, n, torch.nan) for n in lengths
+    )
     dtype = chosen.dtype
     chosen, rejected = widest(chosen), widest(rejected)
     r_w = chosen if ref_chosen is None else chosen - ref_chosen
