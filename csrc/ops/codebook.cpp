@@ -91,6 +91,7 @@ struct Code16 {
   float low[8], high[8];  // entries 0-3, 8-11 and 4-7, 12-15: a lane each half
 #endif
   Code16(const float* code, int entries) {
+    if (entries > 16) entries = 0;  // looked up in memory
     for (int i = 0; i < 16; ++i) entry[i] = i < entries ? code[i] : 0.0f;
 #if defined(__AVX512BF16__)
     float least = kMaxFloat;
@@ -350,8 +351,7 @@ FF_INLINE bool plain(const Code16& code, const float* scales, int64_t count) {
 // Elements [begin, end) of the flattened array. kStream: `out` and every block's share of it are
 // multiples of kStreamAlign.
 template <class T, int kBits, bool kStream>
-void decode_span(const CodebookArray& a, int64_t begin, int64_t end, T* out) {
-  const Code16 code16(a.code, kBits == 8 ? 0 : a.entries);
+void decode_span(const CodebookArray& a, const Code16& code16, int64_t begin, int64_t end, T* out) {
   float buffer[kScaleBatch];
   for (int64_t i = begin; i < end;) {
     const int64_t first = i / a.blocksize;
@@ -380,18 +380,20 @@ void decode_span(const CodebookArray& a, int64_t begin, int64_t end, T* out) {
   }
 }
 
-template <class T> void decode_span(const CodebookArray& a, int64_t begin, int64_t end, T* out) {
+template <class T>
+void decode_span(const CodebookArray& a, const Code16& code16, int64_t begin, int64_t end, T* out) {
   switch (code_bits(a.entries)) {
-    case 2: return decode_span<T, 2, false>(a, begin, end, out);
-    case 3: return decode_span<T, 3, false>(a, begin, end, out);
-    case 4: return decode_span<T, 4, false>(a, begin, end, out);
-    case 8: return decode_span<T, 8, false>(a, begin, end, out);
+    case 2: return decode_span<T, 2, false>(a, code16, begin, end, out);
+    case 3: return decode_span<T, 3, false>(a, code16, begin, end, out);
+    case 4: return decode_span<T, 4, false>(a, code16, begin, end, out);
+    case 8: return decode_span<T, 8, false>(a, code16, begin, end, out);
   }
 }
 
 template <class T> void dequantize_t(const Dequantize& a) {
   constexpr int64_t kSpan = 4096;
   T* out = static_cast<T*>(a.out);
+  const Code16 code16(a.from.code, a.from.entries);
   const int64_t bytes = a.count * static_cast<int64_t>(sizeof(T));
   const bool stream = a.from.entries == 16 && bytes > kStreamBytes &&
                       reinterpret_cast<uintptr_t>(out) % kStreamAlign == 0 &&
@@ -401,10 +403,10 @@ template <class T> void dequantize_t(const Dequantize& a) {
                [&](int64_t first, int64_t last) {
                  const int64_t begin = first * kSpan, end = smaller(last * kSpan, a.count);
                  if (stream) {
-                   decode_span<T, 4, true>(a.from, begin, end, out + begin);
+                   decode_span<T, 4, true>(a.from, code16, begin, end, out + begin);
                    stream_fence();
                  } else {
-                   decode_span(a.from, begin, end, out + begin);
+                   decode_span(a.from, code16, begin, end, out + begin);
                  }
                });
 }
@@ -856,20 +858,29 @@ constexpr int element_of(int e, int lane) {
 #endif
 }
 
-// x as float32, each token padded with zeros; `grouped`: each group in the order of dot_codes.
-template <class T> void widen(const CodebookLinear& a, int64_t stride, bool grouped) {
-  const T* x = static_cast<const T*>(a.x);
-  for (int64_t t = 0; t < a.tokens; ++t) {
-    float* row = a.workspace + t * stride;
-    for (int64_t g = 0; g < stride; g += kGroup) {
-      float natural[kGroup] = {};
-      const int64_t n = smaller(a.columns - g, kGroup);
-      for (int64_t i = 0; i < n; i += kN) {
-        const int k = static_cast<int>(smaller(n - i, kN));
-        store_partial(natural + i, load_partial(x + t * a.columns + g + i, k, 0.0), k);
-      }
-      for (int i = 0; i < kGroup; ++i) {
-        row[g + i] = natural[grouped ? element_of(i / kN, i % kN) : i];
+// Tokens are taken eight, four, two or one at a time.
+constexpr int pass_tokens(int64_t left) {
+  return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+}
+
+// x as float32 for a pass of `tokens`, padded with zeros. Columns come in chunks of
+// kColumns / tokens; in a chunk the tokens follow one another, since a whole row apart they would
+// share the sets of the first-level cache. `grouped`: each group in the order of dot_codes.
+template <class T> void widen(const T* x, int64_t columns, int tokens, bool grouped, float* out) {
+  const int64_t stride = codebook_workspace(1, columns);
+  for (int64_t column = 0; column < stride; column += kColumns / tokens) {
+    const int64_t chunk_end = smaller(column + kColumns / tokens, stride);
+    for (int t = 0; t < tokens; ++t) {
+      for (int64_t g = column; g < chunk_end; g += kGroup, out += kGroup) {
+        float natural[kGroup] = {};
+        const int64_t n = smaller(columns - g, kGroup);
+        for (int64_t i = 0; i < n; i += kN) {
+          const int k = static_cast<int>(smaller(n - i, kN));
+          store_partial(natural + i, load_partial(x + t * columns + g + i, k, 0.0), k);
+        }
+        for (int i = 0; i < kGroup; ++i) {
+          out[i] = natural[grouped ? element_of(i / kN, i % kN) : i];
+        }
       }
     }
   }
@@ -891,13 +902,22 @@ bool fits_groups(const CodebookLinear& a) {
 // sums[t] += w·x[t] over n decoded weights (a multiple of kN).
 template <int kTokens>
 FF_INLINE void dot_floats(const float* w, const float* x, int64_t stride, int64_t n, VecF* sums) {
-  VecF sum[kTokens];
-  for (int t = 0; t < kTokens; ++t) sum[t] = sums[t];
-  for (int64_t i = 0; i < n; i += kN) {
+  // Two multiply-adds a cycle, four cycles each: eight sums that do not wait for one another.
+  constexpr int kSets = kTokens < 8 ? 8 / kTokens : 1;
+  VecF sum[kSets][kTokens] = {};
+  const auto add = [&](int set, int64_t i) FF_LAMBDA {
     const VecF v = load(w + i);
-    for (int t = 0; t < kTokens; ++t) sum[t] = fma(v, load(x + t * stride + i), sum[t]);
+    for (int t = 0; t < kTokens; ++t) sum[set][t] = fma(v, load(x + t * stride + i), sum[set][t]);
+  };
+  int64_t i = 0;
+  for (; i + kSets * kN <= n; i += kSets * kN) {
+#pragma GCC unroll 8
+    for (int set = 0; set < kSets; ++set) add(set, i + set * kN);
   }
-  for (int t = 0; t < kTokens; ++t) sums[t] = sum[t];
+  for (; i < n; i += kN) add(0, i);
+  for (int set = 0; set < kSets; ++set) {
+    for (int t = 0; t < kTokens; ++t) sums[t] += sum[set][t];
+  }
 }
 
 #if defined(__AVX2__)
@@ -964,11 +984,11 @@ FF_INLINE void dot_codes(const uint8_t* codes, const float* scales, int log2_blo
 
 #endif
 
-// Rows [begin, end) of the weight for kTokens tokens from `token` on.
+// Rows [begin, end) of the weight for a pass of kTokens tokens from `token` on.
 template <class T, int kTokens>
-void linear_rows(const CodebookLinear& a, int64_t stride, bool grouped, int64_t token,
-                 int64_t begin, int64_t end) {
-  const Code16 code(a.weight.code, a.weight.entries == 256 ? 0 : a.weight.entries);
+void linear_rows(const CodebookLinear& a, bool grouped, int64_t token, int64_t begin, int64_t end) {
+  const int64_t columns = codebook_workspace(1, a.columns);  // as widen padded them
+  const Code16 code16(a.weight.code, a.weight.entries);
   const int64_t chunk = kColumns / kTokens;
   const T* bias = static_cast<const T*>(a.bias);
   T* y = static_cast<T*>(a.y);
@@ -977,13 +997,14 @@ void linear_rows(const CodebookLinear& a, int64_t stride, bool grouped, int64_t 
     VecF sums[kPanel][kTokens] = {};
     for (int64_t column = 0; column < a.columns; column += chunk) {
       const int64_t n = smaller(chunk, a.columns - column);
-      const float* x = a.workspace + token * stride + column;
+      const float* x = a.workspace + token * columns + column * kTokens;
+      const int64_t stride = smaller(chunk, columns - column);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t at = (panel + r) * a.columns + column;
 #if defined(__AVX2__)
         if (grouped) {
           const int log2_block = 63 - __builtin_clzll(static_cast<uint64_t>(a.weight.blocksize));
-          float scales[kScaleBatch + kN] = {};
+          float scales[kScaleBatch + kN];  // a vector is read from any of them on
           const int64_t first = at >> log2_block, count = ((at + n - 1) >> log2_block) - first + 1;
           bool finite = true;
           if (a.weight.absmax.values != nullptr)
@@ -991,17 +1012,18 @@ void linear_rows(const CodebookLinear& a, int64_t stride, bool grouped, int64_t 
                              static_cast<size_t>(count) * sizeof(float));
           else
             decode_scales(a.weight.absmax, first, count, scales);
+          store(scales + count, VecF{});
           for (int64_t b = 0; b < count; ++b) finite &= __builtin_fabsf(scales[b]) <= kMaxFloat;
           if (kTokens <= kMostGrouped && __builtin_expect(finite, 1)) {
             dot_codes<kTokens <= kMostGrouped ? kTokens : 1>(
-                a.weight.codes + at / 2, scales, log2_block, at & (a.weight.blocksize - 1), code, x,
-                stride, n, sums[r]);
+                a.weight.codes + at / 2, scales, log2_block, at & (a.weight.blocksize - 1), code16,
+                x, stride, n, sums[r]);
             continue;
           }
         }
 #endif
         alignas(64) float w[kColumns];
-        decode_span(a.weight, at, at + n, w);
+        decode_span(a.weight, code16, at, at + n, w);
         int64_t padded = n;
         while (padded % kN != 0) w[padded++] = 0.0f;
         if (grouped) {  // an infinite absmax: 0·inf is NaN, which a block's partial sum would hide
@@ -1024,31 +1046,29 @@ void linear_rows(const CodebookLinear& a, int64_t stride, bool grouped, int64_t 
 }
 
 template <class T> void linear_t(const CodebookLinear& a) {
-  const int64_t stride = codebook_workspace(1, a.columns);
+  const int64_t columns = codebook_workspace(1, a.columns);
   const bool grouped = fits_groups(a);
-  widen<T>(a, stride, grouped);
+  for (int64_t t = 0; t < a.tokens; t += pass_tokens(a.tokens - t)) {
+    widen(static_cast<const T*>(a.x) + t * a.columns, a.columns, pass_tokens(a.tokens - t), grouped,
+          a.workspace + t * columns);
+  }
   parallel_for(a.rows, a.columns * (a.tokens + 1) / 2, a.place.threads,
                [&](int64_t begin, int64_t end) {
-                 int64_t t = 0;
-                 for (; t + 8 <= a.tokens; t += 8) {
-                   linear_rows<T, 8>(a, stride, grouped, t, begin, end);
+                 for (int64_t t = 0; t < a.tokens; t += pass_tokens(a.tokens - t)) {
+                   switch (pass_tokens(a.tokens - t)) {
+                     case 8: linear_rows<T, 8>(a, grouped, t, begin, end); break;
+                     case 4: linear_rows<T, 4>(a, grouped, t, begin, end); break;
+                     case 2: linear_rows<T, 2>(a, grouped, t, begin, end); break;
+                     default: linear_rows<T, 1>(a, grouped, t, begin, end);
+                   }
                  }
-                 if (t + 4 <= a.tokens) {
-                   linear_rows<T, 4>(a, stride, grouped, t, begin, end);
-                   t += 4;
-                 }
-                 if (t + 2 <= a.tokens) {
-                   linear_rows<T, 2>(a, stride, grouped, t, begin, end);
-                   t += 2;
-                 }
-                 if (t < a.tokens) linear_rows<T, 1>(a, stride, grouped, t, begin, end);
                });
 }
 
 // dx = dy·W by spans of columns, each summed over the rows in order.
 template <class T> void linear_transposed_t(const CodebookLinear& a) {
   constexpr int64_t kSpan = 512, kRows = 4;
-  const int64_t stride = codebook_workspace(1, a.columns);
+  const Code16 code16(a.weight.code, a.weight.entries);
   const T* dy = static_cast<const T*>(a.x);
   T* dx = static_cast<T*>(a.y);
   parallel_for((a.columns + kSpan - 1) / kSpan, a.rows * kSpan, a.place.threads,
@@ -1056,34 +1076,31 @@ template <class T> void linear_transposed_t(const CodebookLinear& a) {
                  for (int64_t span = first; span < last; ++span) {
                    const int64_t column = span * kSpan, n = smaller(kSpan, a.columns - column);
                    const int64_t padded = (n + kN - 1) / kN * kN;
-                   float* sums = a.workspace + column;
-                   for (int64_t t = 0; t < a.tokens; ++t) {
-                     __builtin_memset(sums + t * stride, 0,
-                                      static_cast<size_t>(padded) * sizeof(float));
-                   }
+                   float* sums = a.workspace + column * a.tokens;  // (tokens, padded)
+                   __builtin_memset(sums, 0, static_cast<size_t>(a.tokens * padded) * sizeof *sums);
                    for (int64_t r = 0; r < a.rows; r += kRows) {
                      const int64_t rows = smaller(kRows, a.rows - r);
                      alignas(64) float w[kRows][kSpan];
                      if (rows < kRows || n < padded) __builtin_memset(w, 0, sizeof w);
                      for (int64_t j = 0; j < rows; ++j) {
                        const int64_t at = (r + j) * a.columns + column;
-                       decode_span(a.weight, at, at + n, w[j]);
+                       decode_span(a.weight, code16, at, at + n, w[j]);
                      }
                      for (int64_t t = 0; t < a.tokens; ++t) {
-                       VecF g[kRows] = {};
-                       for (int64_t j = 0; j < rows; ++j) {
-                         g[j] = splat<VecF>(load_scalar(dy + t * a.rows + r + j));
+                       VecF g[kRows];
+                       for (int64_t j = 0; j < kRows; ++j) {
+                         g[j] = splat<VecF>(j < rows ? load_scalar(dy + t * a.rows + r + j) : 0.0);
                        }
                        for (int64_t i = 0; i < padded; i += kN) {
-                         VecF sum = load(sums + t * stride + i);
+                         VecF sum = load(sums + t * padded + i);
                          for (int64_t j = 0; j < kRows; ++j) sum = fma(g[j], load(w[j] + i), sum);
-                         store(sums + t * stride + i, sum);
+                         store(sums + t * padded + i, sum);
                        }
                      }
                    }
                    for (int64_t t = 0; t < a.tokens; ++t) {
                      for (int64_t i = 0; i < n; i += kN) {
-                       store_partial(dx + t * a.columns + column + i, load(sums + t * stride + i),
+                       store_partial(dx + t * a.columns + column + i, load(sums + t * padded + i),
                                      static_cast<int>(smaller(kN, n - i)));
                      }
                    }
