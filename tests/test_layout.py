@@ -26,7 +26,6 @@ FOLDERS = (
 MISSING = {
     "csrc/ops/codebook.cu": "the CPU came first; CUDA is the next step of this stem",
     "kernels/codebook.py": "the CPU came first; Triton is the next step of this stem",
-    "docs/codebook.md": "follows the functions",
 }
 
 
