@@ -212,6 +212,28 @@ def compare(
     return rows
 
 
+def compare_outputs(
+    case: str,
+    runs: dict[str, Callable[[], Tensor]],
+    truth: Tensor,
+    moved: int,
+    calls: int = 1,
+    read: Callable[[Any], Tensor] = lambda out: out,
+) -> list[Row]:
+    """A case on a CPU whose candidates hold their own forms of the inputs: times, memory, errors of outputs.
+
+    Each run makes `calls` calls of a candidate; `read` makes of its output what is compared with `truth`.
+    """
+    rows = [Row(case, name, moved=moved) for name in runs]
+    repeats = [repeated(call, calls) for call in runs.values()]
+    interleaved(rows, repeats, timer("cpu"), 9, 20.0, lambda: None)
+    for row, call in zip(rows, runs.values(), strict=True):
+        row.times = [t / calls for t in row.times]
+        row.extra = peak_extra("cpu", call)
+        row.error = float((read(call()).double() - truth).abs().max() / truth.abs().max())
+    return rows
+
+
 def repeated(function: Callable[[], Any], calls: int) -> Callable[[], Any]:
     def run() -> Any:
         for _ in range(calls):

@@ -1,11 +1,12 @@
 """What we are measured against: the framework, its compiler, and the libraries people use.
 
-Each function maps logits (or log-probabilities) and targets to what its users get, as they write it.
+Each function maps its inputs (logits and targets, packed codes) to what its users get, as they write it.
 A candidate that cannot run here is left out with a message.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 import sys
@@ -76,6 +77,33 @@ def cross_entropy_liger(logits: Tensor, targets: Tensor) -> Tensor:
     return liger_cross_entropy(logits, targets)
 
 
+def nf4_decoded(
+    codes: Tensor, table: Tensor, absmax: Tensor, blocksize: int, dtype: torch.dtype
+) -> Tensor:
+    """Packed 4-bit codes by table look-up."""
+    high_low = torch.stack([codes >> 4, codes & 15], -1)
+    values = table[high_low.int()].view(-1, blocksize) * absmax[:, None]
+    return values.to(dtype).flatten()
+
+
+def nf4_quantized(x: Tensor, thresholds: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """(packed codes, absmax); `thresholds` lie between neighbours of the table."""
+    blocks = x.view(-1, blocksize).float()
+    absmax = blocks.abs().amax(-1)
+    codes = torch.bucketize(blocks / absmax[:, None], thresholds).to(torch.uint8).view(-1, 2)
+    return codes[:, 0] << 4 | codes[:, 1], absmax
+
+
+def dequantize_in_c(codes: Tensor, absmax: Tensor, out: Tensor, blocksize: int) -> Tensor:
+    """bitsandbytes' own C function for NF4 to bfloat16 into memory that is there; out (rows, columns)."""
+    from bitsandbytes.cextension import lib
+
+    long = ctypes.c_longlong
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (codes, absmax, out)]
+    lib.cdequantize_blockwise_cpu_nf4_bf16(*pointers, long(blocksize), *map(long, out.shape))
+    return out
+
+
 def compiled(function: Loss) -> Loss:
     """torch.compile at its best: fixed shapes, one graph."""
     torch._dynamo.reset()  # no limit on recompilations carried over from the case before
@@ -88,6 +116,8 @@ TORCH = ""  # needs nothing more
 OURS = "finefuse"  # runs once under each backend of a GPU
 TRL = "trl"
 LIGER = "liger_kernel"
+BITSANDBYTES = "bitsandbytes"
+TORCHAO = "torchao"
 LIGER_TRITON = "liger_kernel on a GPU"
 
 

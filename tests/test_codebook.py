@@ -840,7 +840,7 @@ def test_corrupted_state():
         (TypeError, "blocksize: an int, not '64'", codes, packed(blocksize="64")),
         (ValueError, "absmax: 20 elements; 1280 elements in blocks of 32 have 40", codes,
          packed(blocksize=32)),
-        (ValueError, "dtype: 'int8'; allowed: torch.float32", codes, packed(dtype="int8")),
+        (ValueError, "dtype: 'int8'; allowed: float32", codes, packed(dtype="int8")),
         (ValueError, "dtype: missing", codes, packed(dtype=...)),
         (ValueError, "codes: 640 elements; 1300 codes", codes, packed(shape=[20, 65])),
         (ValueError, "shape: 1280; allowed: sizes", codes, packed(shape=1280)),

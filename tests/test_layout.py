@@ -26,9 +26,6 @@ FOLDERS = (
 MISSING = {
     "csrc/ops/codebook.cu": "the CPU came first; CUDA is the next step of this stem",
     "kernels/codebook.py": "the CPU came first; Triton is the next step of this stem",
-    "python/finefuse/numpy/codebook.py": "the torch functions came first; the NumPy functions follow",
-    "benchmarks/bench_codebook.py": "follows the functions",
-    "docs/codebook.md": "follows the functions",
 }
 
 
@@ -73,7 +70,7 @@ def test_imports_run_downhill():
     for stem in stems():
         for folder, allowed in (
             ("python/finefuse", {".", "._args", "._op", ".eager", *SHARED}),
-            ("python/finefuse/numpy", {"..", ".._args", "._array"}),
+            ("python/finefuse/numpy", {"..", ".._args", ".._codebooks", "._array"}),
         ):
             path = f"{folder}/{stem}.py"
             if path not in MISSING:
@@ -94,7 +91,7 @@ def test_no_torch_below_the_numpy_functions():
         assert not any(i.split(".")[0] == "torch" for i in imports(path)), path
     for path in (folder / "numpy").glob("*.py"):  # nor by way of the torch functions
         above = {i for i in imports(path) if i.startswith("..")}
-        assert above <= {"..", ".._args"}, path
+        assert above <= {"..", ".._args", ".._codebooks"}, path
         assert set(re.findall(r"^from \.\. import (.*)", path.read_text(), re.M)) <= {"_C", "_args"}
 
 
@@ -116,7 +113,7 @@ u.find_spec = lambda name, *a: None if name == "torch" else find(name, *a)
 sys.modules["torch"] = None
 import finefuse
 assert "torch" not in [m for m in sys.modules if sys.modules[m] is not None]
-for name in ("token_logprobs", "preference_loss"):
+for name in ("token_logprobs", "preference_loss", "quantize"):
     try:
         getattr(finefuse, name)
     except ImportError as e:
@@ -131,6 +128,9 @@ loss, gradient = ffn.cross_entropy(logits, targets, return_grad=True)
 assert abs(loss - np.log(4)) < 1e-6 and abs(gradient[0, 0, 0] + 0.15) < 1e-6
 out, gradient = ffn.preference_loss_from_logits(logits, targets, return_grad=True)
 assert out.margins.shape == (1,) and gradient.shape == logits.shape
+weight = np.eye(3, dtype=np.float32)
+q = ffn.quantize(weight, blocksize=16)
+assert (ffn.dequantize(q) == weight).all() and (ffn.codebook_linear(weight, q) == weight).all()
 assert "torch" not in [m for m in sys.modules if sys.modules[m] is not None]
 from finefuse import _C
 print(_C.isa())

@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _args
-from ._codebooks import BITS, NAMED, blocks, check_blocksize, packed_bytes
+from . import _args, _codebooks
+from ._codebooks import (
+    About,
+    Fields,
+    Nested,
+    check_bitsandbytes_form,
+    check_state_fields,
+    pack_about,
+    read_state,
+)
 
 DTYPES = tuple(getattr(torch, name) for name in _args.DTYPES)
-
-# What ops take in place of a CodebookTensor, in this order: codes, code, absmax, nested_code,
-# nested_absmax, nested_offset, nested_blocksize, blocksize; the nested ones None (0) if there are none.
-Fields = tuple[
-    Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int, int
-]  # fmt: skip
-
-
-class Nested(NamedTuple):
-    """Double quantisation: the tensor's absmax is uint8 codes q, decoded code[q]·absmax + offset."""
-
-    code: Tensor
-    """float32 (256,)."""
-    absmax: Tensor
-    """float32, one number a block of `blocksize` codes."""
-    offset: Tensor
-    """float32 (), the mean of what was quantised; always on the CPU, where reading it costs nothing."""
-    blocksize: int
 
 
 class CodebookTensor(Tensor):
@@ -218,11 +207,7 @@ class CodebookTensor(Tensor):
             ValueError: for what has no bitsandbytes form: codebooks other than "nf4" and "fp4", and a
                 blocksize of 16.
         """
-        if self.quant_type not in ("nf4", "fp4") or self.blocksize == 16:
-            raise ValueError(
-                f"to_bitsandbytes: {self!r} has no bitsandbytes form; allowed: nf4 and fp4 with a "
-                "blocksize of 32 and above"
-            )
+        check_bitsandbytes_form(self.quant_type, self.blocksize, self)
         return self.codes.view(-1, 1), to_state(self)
 
 
@@ -427,38 +412,19 @@ def fields(q: CodebookTensor) -> Fields:
     )  # fmt: skip
 
 
-def _check(name: str, value: Any, dtypes: tuple[torch.dtype, ...], count: Any, of: str) -> None:
+def _check_array(name: str, value: Any, dtype: str, count: Any, of: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: a tensor, not {type(value).__name__}")
-    if value.dtype not in dtypes:
-        raise TypeError(f"{name}: dtype {value.dtype}; allowed: {', '.join(map(str, dtypes))}")
+    if value.dtype is not getattr(torch, dtype):
+        raise TypeError(f"{name}: dtype {value.dtype}; allowed: torch.{dtype}")
     if value.numel() != count:
         raise ValueError(f"{name}: {value.numel()} elements; {of} {count}")
 
 
 def check_fields(values: Fields, count: Any) -> None:
     """Raise, naming the field, where kernels would read past an end."""
-    codes, code, absmax, nested_code, nested_absmax, nested_offset, nested_blocksize, blocksize = (
-        values
-    )
-    check_blocksize("blocksize", blocksize)
-    entries = int(code.numel())  # never a symbol
-    if entries not in BITS:
-        raise ValueError(f"code: {entries} entries; allowed: {', '.join(map(str, BITS))}")
-    _check("code", code, (torch.float32,), entries, "")
-    of = f"{count} codes of {BITS[entries]} bits take"
-    _check("codes", codes, (torch.uint8,), packed_bytes(count, BITS[entries]), of)
-    of = f"{count} elements in blocks of {blocksize} have"
-    if nested_absmax is None:
-        _check("absmax", absmax, (torch.float32,), blocks(count, blocksize), of)
-    else:
-        _check("absmax", absmax, (torch.uint8,), blocks(count, blocksize), of)
-        check_blocksize("nested_blocksize", nested_blocksize)
-        _check("nested_code", nested_code, (torch.float32,), 256, "8 bits index")
-        of = f"{absmax.numel()} elements in blocks of {nested_blocksize} have"
-        of_blocks = blocks(absmax.numel(), nested_blocksize)
-        _check("nested_absmax", nested_absmax, (torch.float32,), of_blocks, of)
-        _check("nested_offset", nested_offset, (torch.float32,), 1, "it is")
+    _codebooks.check_fields(values, count, _check_array)
+    codes, code, absmax, nested_code, nested_absmax, *_ = values
     for name, value in (("code", code), ("absmax", absmax), ("nested_code", nested_code),
                         ("nested_absmax", nested_absmax)):  # fmt: skip
         if value is not None and value.device != codes.device:
@@ -469,123 +435,55 @@ def check_fields(values: Fields, count: Any) -> None:
 
 
 def to_state(q: CodebookTensor) -> dict[str, Tensor]:
-    """Everything but the codes. The last key ends in bitsandbytes__nf4 or, where bitsandbytes has no
-    such format, in finefuse__dynamic8, finefuse__custom and so on."""
-    about: dict[str, Any] = {
-        "quant_type": q.quant_type or "custom",
-        "blocksize": q.blocksize,
-        "dtype": str(q.dtype).removeprefix("torch."),
-        "shape": list(q.shape),
-    }
+    """Everything but the codes, with the keys of a quant state."""
+    about = About(q.quant_type, q.blocksize, str(q.dtype).removeprefix("torch."), tuple(q.shape))
     # Tables are copied: files that refuse shared memory would refuse a table in two of them.
     state = {"absmax": q.absmax, "quant_map": q.code.clone()}
     if q.nested is not None:
         state |= {"nested_absmax": q.nested.absmax, "nested_quant_map": q.nested.code.clone()}
-        about |= {
-            "nested_blocksize": q.nested.blocksize,
-            "nested_dtype": "float32",
-            "nested_offset": q.nested.offset.item(),
-        }
-    family = "bitsandbytes" if q.quant_type in ("nf4", "fp4") else "finefuse"
-    packed = bytearray(json.dumps(about).encode())
-    return state | {
-        f"quant_state.{family}__{about['quant_type']}": torch.frombuffer(
-            packed, dtype=torch.uint8
-        ).to(q.device)
-    }
-
-
-def _about(state: Mapping[str, Any], families: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """(the name of the packed key, all keys without their prefixes, with what it holds)."""
-    if not isinstance(state, Mapping):
-        raise TypeError(f"quant_state: a dict, not {type(state).__name__}")
-    values = {key.split(".")[-1]: value for key, value in state.items()}
-    packed = [key for key in values if key.split("__")[0] in families]
-    if not packed:
-        return "quant_state", values
-    name = f"quant_state.{packed[0]}"
-    data = values.pop(packed[0])
-    if not isinstance(data, Tensor) or data.dtype is not torch.uint8:
-        raise TypeError(f"{name}: a uint8 tensor, not {data!r}")
-    try:
-        about = json.loads(bytes(data.flatten().tolist()).decode())
-    except ValueError as error:  # what both raise
-        raise ValueError(f"{name}: not JSON: {error}") from None
-    if not isinstance(about, dict):
-        raise ValueError(f"{name}: a JSON object, not {about!r}")
-    if about.get("quant_type") != packed[0].split("__")[1]:
-        raise ValueError(f"{name}: its quant_type is {about.get('quant_type')!r}")
-    return name, values | about
+        about = about._replace(
+            nested_blocksize=q.nested.blocksize, nested_offset=q.nested.offset.item()
+        )
+    key, packed = pack_about(about)
+    return state | {key: torch.frombuffer(packed, dtype=torch.uint8).to(q.device)}
 
 
 def from_state(
     codes: Tensor, state: Mapping[str, Any], families: Sequence[str] = ("bitsandbytes", "finefuse")
 ) -> CodebookTensor:
     """The inverse of `to_state`; checks every field."""
-    name, values = _about(state, families)
 
-    def get(key: str) -> Any:
-        if values.get(key) is None:
-            raise ValueError(f"{key}: missing in {name}")
-        return values[key]
+    def data(name: str, value: Any) -> bytes:
+        if not isinstance(value, Tensor) or value.dtype is not torch.uint8:
+            raise TypeError(f"{name}: a uint8 tensor, not {value!r}")
+        return bytes(value.flatten().tolist())
 
-    def dtype_of(key: str, allowed: Sequence[torch.dtype]) -> torch.dtype:
-        for dtype in allowed:
-            if get(key) in (dtype, str(dtype), str(dtype).removeprefix("torch.")):
-                return dtype
-        raise ValueError(f"{key}: {get(key)!r}; allowed: {', '.join(map(str, allowed))}")
-
-    def table(key: str, dtype: torch.dtype, finite: bool = True) -> Tensor:
-        value = get(key)
+    def table(name: str, value: Any, dtype: str, finite: bool) -> Tensor:
         if not isinstance(value, Tensor):
-            raise TypeError(f"{key}: a tensor, not {type(value).__name__}")
-        if value.dtype is not dtype:
-            raise TypeError(f"{key}: dtype {value.dtype}; allowed: {dtype}")
+            raise TypeError(f"{name}: a tensor, not {type(value).__name__}")
+        if value.dtype is not getattr(torch, dtype):
+            raise TypeError(f"{name}: dtype {value.dtype}; allowed: torch.{dtype}")
         value = value.detach().flatten().to(codes.device)
         if finite and not value.is_meta and not value.isfinite().all():
-            raise ValueError(f"{key}: an entry is not finite")
+            raise ValueError(f"{name}: an entry is not finite")
         return value
 
     if not isinstance(codes, Tensor):
         raise TypeError(f"codes: a tensor, not {type(codes).__name__}")
-    shape = get("shape")
-    if not isinstance(shape, Sequence) or not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"shape: {shape!r}; allowed: sizes")
-    kind = get("quant_type")
-    known = ("nf4", "fp4") if families == ("bitsandbytes",) else (*NAMED, "custom")
-    if kind not in known:
-        raise ValueError(f"quant_type: {kind!r}; allowed: {', '.join(map(repr, known))}")
-    check_blocksize("blocksize", get("blocksize"))
-    code = table("quant_map", torch.float32)
+    about, absmax, code, nested_absmax, nested_code = read_state(state, families, data, table)
     nested = None
-    if "nested_absmax" in values:
-        dtype_of("nested_dtype", (torch.float32,))
-        offset = get("nested_offset")
-        if type(offset) not in (int, float) or not math.isfinite(offset):
-            raise ValueError(f"nested_offset: {offset!r}; allowed: a finite number")
-        check_blocksize("nested_blocksize", get("nested_blocksize"))
-        nested = Nested(
-            table("nested_quant_map", torch.float32),
-            table("nested_absmax", torch.float32),
-            torch.tensor(offset, dtype=torch.float32),
-            get("nested_blocksize"),
-        )
+    if about.nested_blocksize:
+        offset = torch.tensor(about.nested_offset, dtype=torch.float32)
+        nested = Nested(nested_code, nested_absmax, offset, about.nested_blocksize)
     q = CodebookTensor(
         codes.detach().contiguous().view(torch.uint8).flatten(),
-        table("absmax", torch.uint8 if nested else torch.float32, finite=nested is not None),
+        absmax,
         code,
-        shape=torch.Size(shape),
-        dtype=dtype_of("dtype", DTYPES),
-        blocksize=get("blocksize"),
-        quant_type=None if kind == "custom" else kind,
+        shape=torch.Size(about.shape),
+        dtype=getattr(torch, about.dtype),
+        blocksize=about.blocksize,
+        quant_type=about.quant_type,
         nested=nested,
     )
-    names = {"code": "quant_map", "nested_code": "nested_quant_map"}
-    if kind != "custom" and code.numel() != NAMED[kind].size:
-        raise ValueError(f"quant_map: {code.numel()} entries; {kind} has {NAMED[kind].size}")
-    try:
-        check_fields(fields(q), q.numel())
-    except (TypeError, ValueError) as error:  # by the names that this form has
-        field, _, what = str(error).partition(":")
-        raise type(error)(f"{names.get(field, field)}:{what}") from None
+    check_state_fields(fields(q), q.numel(), _check_array)
     return q

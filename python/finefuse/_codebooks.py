@@ -1,23 +1,31 @@
 """The named codebooks, and what a codebook and its packed codes must look like. No torch here.
 
 The formats are bitsandbytes' own where it has them: float32 tables, codes packed most significant
-bits first.
+bits first. "Array" below is a torch tensor or a NumPy array; what differs between them is passed in.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ._args import require
+from ._args import DTYPES, require
 
 Table = NDArray[np.float32]
 
 BITS = {4: 2, 8: 3, 16: 4, 256: 8}  # entries of a codebook: bits of a code
 BLOCKSIZES = tuple(2**i for i in range(4, 13))
 SORTED, FP4 = 0, 1  # how the nearest entry is found; csrc/ops/codebook.h
+
+# Up to this many tokens `codebook_linear` multiplies from the packed bytes; above, the weight is decoded
+# into a workspace and multiplied by a library. First figures, one thread of an AVX2 machine, 2048×2048: even
+# at 16 tokens forward and at 8 backward, in every type. To be measured on AVX-512.
+KERNEL_TOKENS = 16
 
 
 # ---- the named tables ---------------------------------------------------------------------------
@@ -101,3 +109,177 @@ def packed_bytes(count: Any, bits: int) -> Any:
 
 def blocks(count: Any, blocksize: int) -> Any:
     return (count + blocksize - 1) // blocksize
+
+
+# ---- packed codes -------------------------------------------------------------------------------
+
+
+class Nested(NamedTuple):
+    """Double quantisation: the tensor's absmax is uint8 codes q, decoded code[q]·absmax + offset."""
+
+    code: Any
+    """float32 (256,)."""
+    absmax: Any
+    """float32, one number a block of `blocksize` codes."""
+    offset: Any
+    """float32 (), the mean of what was quantised; always on the CPU, where reading it costs nothing."""
+    blocksize: int
+
+
+# What stands for packed codes in a call, in this order: codes, code, absmax, nested_code, nested_absmax,
+# nested_offset, nested_blocksize, blocksize; the nested ones None (0) if there are none.
+Fields = tuple[Any, Any, Any, Any, Any, Any, int, int]
+# (name, value, type's name, elements, of what): raises where the value is no such array.
+CheckArray = Callable[[str, Any, str, Any, str], None]
+
+
+def check_fields(values: Fields, count: Any, check: CheckArray) -> None:
+    """Raise, naming the field, where kernels would read past an end."""
+    codes, code, absmax, nested_code, nested_absmax, nested_offset, nested_blocksize, blocksize = (
+        values
+    )
+    check_blocksize("blocksize", blocksize)
+    entries = int(math.prod(code.shape))  # never a symbol
+    if entries not in BITS:
+        raise ValueError(f"code: {entries} entries; allowed: {', '.join(map(str, BITS))}")
+    check("code", code, "float32", entries, "")
+    of = f"{count} codes of {BITS[entries]} bits take"
+    check("codes", codes, "uint8", packed_bytes(count, BITS[entries]), of)
+    scales = blocks(count, blocksize)
+    of = f"{count} elements in blocks of {blocksize} have"
+    check("absmax", absmax, "float32" if nested_absmax is None else "uint8", scales, of)
+    if nested_absmax is not None:
+        check_blocksize("nested_blocksize", nested_blocksize)
+        check("nested_code", nested_code, "float32", 256, "8 bits index")
+        of = f"{scales} elements in blocks of {nested_blocksize} have"
+        check("nested_absmax", nested_absmax, "float32", blocks(scales, nested_blocksize), of)
+        check("nested_offset", nested_offset, "float32", 1, "it is")
+
+
+# ---- bitsandbytes' quant state ------------------------------------------------------------------
+
+_BITSANDBYTES = ("nf4", "fp4")
+_STATE_NAMES = {"code": "quant_map", "nested_code": "nested_quant_map"}
+
+
+class About(NamedTuple):
+    """What a quant state holds beside arrays."""
+
+    quant_type: str | None
+    blocksize: int
+    dtype: str
+    shape: tuple[int, ...]
+    nested_blocksize: int = 0
+    nested_offset: float = 0.0
+
+
+def check_bitsandbytes_form(quant_type: str | None, blocksize: int, q: Any) -> None:
+    if quant_type not in _BITSANDBYTES or blocksize == 16:
+        raise ValueError(
+            f"to_bitsandbytes: {q!r} has no bitsandbytes form; allowed: nf4 and fp4 with a "
+            "blocksize of 32 and above"
+        )
+
+
+def pack_about(about: About) -> tuple[str, bytearray]:
+    """(the last key of a quant state, the JSON under it). The key ends in bitsandbytes__nf4 or, where
+    bitsandbytes has no such format, in finefuse__dynamic8, finefuse__custom and so on."""
+    kind = about.quant_type or "custom"
+    values: dict[str, Any] = {
+        "quant_type": kind,
+        "blocksize": about.blocksize,
+        "dtype": about.dtype,
+        "shape": list(about.shape),
+    }
+    if about.nested_blocksize:
+        values |= {
+            "nested_blocksize": about.nested_blocksize,
+            "nested_dtype": "float32",
+            "nested_offset": about.nested_offset,
+        }
+    family = "bitsandbytes" if kind in _BITSANDBYTES else "finefuse"
+    return f"quant_state.{family}__{kind}", bytearray(json.dumps(values).encode())
+
+
+def _values(
+    state: Mapping[str, Any], families: Sequence[str], data: Callable[[str, Any], bytes]
+) -> tuple[str, dict[str, Any]]:
+    """(the name of the packed key, all keys without their prefixes, with what it holds)."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"quant_state: a dict, not {type(state).__name__}")
+    values = {key.split(".")[-1]: value for key, value in state.items()}
+    packed = [key for key in values if key.split("__")[0] in families]
+    if not packed:
+        return "quant_state", values
+    name = f"quant_state.{packed[0]}"
+    text = data(name, values.pop(packed[0]))
+    try:
+        about = json.loads(text.decode())
+    except ValueError as error:  # what both raise
+        raise ValueError(f"{name}: not JSON: {error}") from None
+    if not isinstance(about, dict):
+        raise ValueError(f"{name}: a JSON object, not {about!r}")
+    if about.get("quant_type") != packed[0].split("__")[1]:
+        raise ValueError(f"{name}: its quant_type is {about.get('quant_type')!r}")
+    return name, values | about
+
+
+def read_state(
+    state: Mapping[str, Any],
+    families: Sequence[str],
+    data: Callable[[str, Any], bytes],
+    table: Callable[[str, Any, str, bool], Any],
+) -> tuple[About, Any, Any, Any, Any]:
+    """(what it is about, absmax, code, nested_absmax, nested_code) of a quant state; every field is checked.
+
+    `data(name, value)` gives the bytes of a uint8 array; `table(name, value, type's name, whether to
+    look for NaN and inf)` a flat array of that type.
+    """
+    name, values = _values(state, families, data)
+
+    def get(key: str) -> Any:
+        if values.get(key) is None:
+            raise ValueError(f"{key}: missing in {name}")
+        return values[key]
+
+    def dtype_of(key: str, allowed: Sequence[str]) -> str:
+        dtype = str(get(key)).removeprefix("torch.")
+        if dtype not in allowed:
+            raise ValueError(f"{key}: {get(key)!r}; allowed: {', '.join(allowed)}")
+        return dtype
+
+    shape = get("shape")
+    if not isinstance(shape, Sequence) or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"shape: {shape!r}; allowed: sizes")
+    kind = get("quant_type")
+    known = _BITSANDBYTES if families == ("bitsandbytes",) else (*NAMED, "custom")
+    if kind not in known:
+        raise ValueError(f"quant_type: {kind!r}; allowed: {', '.join(map(repr, known))}")
+    check_blocksize("blocksize", get("blocksize"))
+    code = table("quant_map", get("quant_map"), "float32", True)
+    if kind != "custom" and code.shape != NAMED[kind].shape:
+        raise ValueError(f"quant_map: {len(code)} entries; {kind} has {NAMED[kind].size}")
+    nested = "nested_absmax" in values
+    absmax = table("absmax", get("absmax"), "uint8" if nested else "float32", nested)
+    about = About(
+        None if kind == "custom" else kind,
+        get("blocksize"),
+        dtype_of("dtype", tuple(DTYPES)),
+        tuple(shape),
+    )
+    if not nested:
+        return about, absmax, code, None, None
+    dtype_of("nested_dtype", ("float32",))
+    offset = get("nested_offset")
+    if type(offset) not in (int, float) or not math.isfinite(offset):
+        raise ValueError(f"nested_offset: {offset!r}; allowed: a finite number")
+    check_blocksize("nested_blocksize", get("nested_blocksize"))
+    about = about._replace(nested_blocksize=get("nested_blocksize"), nested_offset=offset)
+    nested_code = table("nested_quant_map", get("nested_quant_map"), "float32", True)
+    nested_absmax = table("nested_absmax", get("nested_absmax"), "float32", True)
+    return about, absmax, code, nested_absmax, nested_code
+
+
+def check_state_fields(values: Fields, count: Any, check: CheckArray) -> None:
+    """`check_fields`, by the names that a quant state has."""
+    check_fields(values, count, lambda name, *args: check(_STATE_NAMES.get(name, name), *args))

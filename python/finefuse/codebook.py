@@ -11,14 +11,19 @@ from torch import Tensor
 
 from . import _backend, _matmul
 from ._args import require
-from ._codebook_tensor import (
-    CodebookTensor,
+from ._codebook_tensor import CodebookTensor, check_fields, fields
+from ._codebooks import (
+    BITS,
+    FP4,
+    KERNEL_TOKENS,
+    SORTED,
     Fields,
     Nested,
-    check_fields,
-    fields,
+    blocks,
+    check_blocksize,
+    codebook,
+    packed_bytes,
 )
-from ._codebooks import BITS, FP4, SORTED, blocks, check_blocksize, codebook, packed_bytes
 from ._op import (
     DTYPES,
     composite,
@@ -41,11 +46,6 @@ __all__ = [
     "learn_codebook",
     "quantize",
 ]
-
-# Up to this many tokens the product is taken from the packed bytes; above, the weight is decoded into a
-# workspace and multiplied by a library. First figures, one thread of an AVX2 machine, 2048×2048: even at 16
-# tokens forward and at 8 backward, in every type. To be measured on AVX-512.
-KERNEL_TOKENS = 16
 
 _QUANTIZE = kernel("codebook", "quantize")
 _DEQUANTIZE = kernel("codebook", "dequantize")

@@ -3,23 +3,37 @@
     import finefuse.numpy as ffn
     lp = ffn.token_logprobs(logits, targets)
     loss, gradient = ffn.cross_entropy(logits, targets, return_grad=True)
+    q = ffn.quantize(weight, "nf4")
+    y = ffn.codebook_linear(x, q)
 
 Every function takes any strides, byte order and alignment (what a kernel cannot walk is copied), float32,
-float16, float64 and `ml_dtypes.bfloat16` logits, and integers of 32 or 64 bits (narrower ones are
-widened). Outputs are float32, float64 for float64; results without dimensions are NumPy scalars.
+float16, float64 and `ml_dtypes.bfloat16`, and integers of 32 or 64 bits (narrower ones are
+widened). Losses are float32, float64 for float64; results without dimensions are NumPy scalars.
 `return_grad=True` returns (value, gradient). The GIL is released while a kernel runs.
 """
 
 from ._array import get_num_threads, set_num_threads
+from .codebook import (
+    CodebookArray,
+    codebook_linear,
+    dequantize,
+    learn_codebook,
+    quantize,
+)
 from .logprobs import cross_entropy, sequence_logprobs, token_logprobs
 from .preference import PreferenceOutput, preference_loss, preference_loss_from_logits
 
 __all__ = [
+    "CodebookArray",
     "PreferenceOutput",
+    "codebook_linear",
     "cross_entropy",
+    "dequantize",
     "get_num_threads",
+    "learn_codebook",
     "preference_loss",
     "preference_loss_from_logits",
+    "quantize",
     "sequence_logprobs",
     "set_num_threads",
     "token_logprobs",

@@ -104,6 +104,41 @@ def float_array(name: str, value: Any) -> Array:
     return value
 
 
+def float_dtype(what: str, value: Any) -> np.dtype[Any]:
+    """One of the four float types, in native byte order."""
+    try:
+        dtype = np.dtype(value)
+    except TypeError:
+        dtype = None
+    code = None if dtype is None else _args.DTYPES.get(dtype.name)
+    if dtype is None or code is None:
+        shown = repr(value) if dtype is None else dtype
+        raise TypeError(f"{what} {shown}; allowed: float32, bfloat16, float16, float64")
+    dtype = dtype.newbyteorder("=")
+    DTYPES[dtype] = code
+    return dtype
+
+
+def dtype_named(name: str) -> np.dtype[Any]:
+    """The type of a name that a file holds."""
+    if name != "bfloat16":
+        return float_dtype("dtype:", name)
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise ImportError("dtype: bfloat16 arrays need ml_dtypes: pip install ml_dtypes") from None
+    return float_dtype("dtype:", ml_dtypes.bfloat16)
+
+
+def check_out(name: str, value: Any) -> None:
+    """An array that can be written, an element in each place."""
+    array(name, value)
+    if not value.flags.writeable:
+        raise ValueError(f"{name}: a read-only array; allowed: a writeable one")
+    if not value.flags.c_contiguous and overlaps(value.shape, value.strides, value.itemsize):
+        raise ValueError(f"{name}: its elements share memory; allowed: an element each")
+
+
 def index_array(name: str, value: Any) -> Array:
     """Targets or offsets as contiguous int64 or int32; smaller integers are widened."""
     value = array(name, value)
@@ -198,17 +233,11 @@ def gradient_rows(
     if grad_out is None:
         gradient = np.empty(logits.shape, rows.dtype)
         return gradient, gradient, fresh
-    array("grad_out", grad_out)
+    check_out("grad_out", grad_out)
     if grad_out.shape != logits.shape or grad_out.dtype != logits.dtype:
         raise ValueError(
             f"grad_out: {grad_out.shape} {grad_out.dtype}; the logits are {logits.shape} {logits.dtype}"
         )
-    if not grad_out.flags.writeable:
-        raise ValueError("grad_out: a read-only array; allowed: a writeable one")
-    if not grad_out.flags.c_contiguous and overlaps(
-        grad_out.shape, grad_out.strides, grad_out.itemsize
-    ):
-        raise ValueError("grad_out: its elements share memory; allowed: an element each")
     if np.may_share_memory(grad_out, rows):
         if _address(grad_out) == _address(rows) and grad_out.strides == rows.strides:
             return grad_out, grad_out, layout

@@ -1,0 +1,315 @@
+"""Packed weights: dequantising, quantising and the linear layer, NF4 with blocks of 64 unless a case says
+otherwise.
+
+Bytes at least, of an element: half a byte of codes (one in 8 bits), four bytes a block of absmax, and the
+element itself, read or written once. The layer reads codes, absmax and x and writes y; how far a product
+of many tokens is from the products of this machine is seen beside F.linear. Where a case says "one thread"
+every candidate has one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import finefuse as ff
+import torch
+from finefuse import _C
+from torch import Tensor
+from torch.nn import functional
+
+from . import peers
+from .measure import Row, compare_outputs, forward
+from .peers import BITSANDBYTES, OURS, TORCH, TORCHAO
+
+BLOCKSIZE = 64
+SIZE, QUICK_SIZE = 4096, 512
+IN_L2 = (256, 1024)  # 256 K elements
+# tokens, type of x, whether on one thread
+LINEAR = (
+    (1, torch.bfloat16, True),
+    (8, torch.bfloat16, True),
+    (64, torch.bfloat16, True),
+    (512, torch.bfloat16, True),
+    (512, torch.float32, False),
+)
+
+Candidates = dict[str, tuple[str, Callable[[], Any]]]
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    yield
+    torch.set_num_threads(before)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def packed(x: Tensor) -> int:
+    """Bytes of x in NF4."""
+    return x.numel() // 2 + 4 * x.numel() // BLOCKSIZE
+
+
+class Peers:
+    """A weight in the forms of the peers, made when asked for: they may not be installed."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def bitsandbytes(self) -> Any:
+        from bitsandbytes.functional import quantize_4bit
+
+        return quantize_4bit(self.weight, blocksize=BLOCKSIZE, quant_type="nf4")
+
+    def linear4bit(self) -> Any:
+        import bitsandbytes as bnb
+
+        rows, columns = self.weight.shape
+        layer = bnb.nn.Linear4bit(columns, rows, bias=False, quant_type="nf4")
+        layer.weight = bnb.nn.Params4bit(
+            self.weight, requires_grad=False, quant_type="nf4", compress_statistics=False
+        )
+        return layer.to("cpu").eval()
+
+    def torchao(self) -> Any:
+        from torchao.quantization import to_nf4
+
+        return to_nf4(self.weight, BLOCKSIZE, 256)
+
+
+def made(name: str, needs: str, make: Callable[[], Callable[[], Any]]) -> Candidates:
+    """A candidate that prepares its inputs first, if its package is there and can."""
+    if not peers.load({name: (needs, make)}, "cpu"):
+        return {}
+    try:
+        return {name: (needs, make())}
+    except Exception as error:  # a peer's own limits
+        peers.left_out(name, f"{type(error).__name__}: {error}")
+        return {}
+
+
+# ---- dequantise --------------------------------------------------------------------------------
+
+
+def in_c(weight: Tensor) -> Callable[[], Callable[[], Tensor]]:
+    def make() -> Callable[[], Tensor]:
+        codes, state = Peers(weight).bitsandbytes()
+        out = torch.empty(weight.shape, dtype=torch.bfloat16)
+        return lambda: peers.dequantize_in_c(codes, state.absmax, out, BLOCKSIZE)
+
+    return make
+
+
+def dequantize_out(weight: Tensor, calls: int, note: str = "") -> list[Row]:
+    """Into memory that is there: what the kernel is worth."""
+    q = ff.quantize(weight, blocksize=BLOCKSIZE)
+    truth = ff.dequantize(q, torch.float64)
+    out = torch.empty(weight.shape, dtype=torch.bfloat16)
+    runs: Candidates = {"finefuse": (OURS, lambda: ff.dequantize(q, out=out))}
+    runs |= made("bitsandbytes, its C function", BITSANDBYTES, in_c(weight))
+    case = f"dequantize NF4 {shape(weight)} to bfloat16, out= given{note}"
+    moved = packed(weight) + out.nbytes
+    rows = compare_outputs(case, peers.load(runs, "cpu"), truth, moved, calls)
+    blank = torch.empty_like(out)
+    (fill,) = compare_outputs(case, {"fill_ of the output": blank.zero_}, truth, out.nbytes, calls)
+    fill.error = None
+    return [*rows, fill]
+
+
+def dequantize_fresh(weight: Tensor, dtype: torch.dtype) -> list[Row]:
+    """The public calls, which make their output."""
+    q = ff.quantize(weight, blocksize=BLOCKSIZE)
+    decode = peers.compiled(peers.nf4_decoded)
+
+    def bitsandbytes() -> Callable[[], Tensor]:
+        from bitsandbytes.functional import dequantize_4bit
+
+        codes, state = Peers(weight.to(dtype)).bitsandbytes()
+        return lambda: dequantize_4bit(codes, state)
+
+    def torchao() -> Callable[[], Tensor]:
+        form = Peers(weight.to(dtype)).torchao()
+        return form.get_original_weight
+
+    runs: Candidates = {
+        "finefuse": (OURS, lambda: ff.dequantize(q, dtype)),
+        "torch.compile": (
+            TORCH, lambda: decode(q.codes, q.code, q.absmax, BLOCKSIZE, dtype).view(weight.shape)
+        ),
+    }  # fmt: skip
+    runs |= made("bitsandbytes", BITSANDBYTES, bitsandbytes)
+    runs |= made("torchao", TORCHAO, torchao)
+    return compare_outputs(
+        f"dequantize NF4 {shape(weight)} to {name_of(dtype)}, fresh output",
+        no_grad(peers.load(runs, "cpu")),
+        ff.dequantize(q, torch.float64),
+        packed(weight) + weight.numel() * dtype.itemsize,
+    )
+
+
+def dequantize_8bit(weight: Tensor) -> list[Row]:
+    q = ff.quantize(weight, "dynamic8", 256)
+
+    def bitsandbytes() -> Callable[[], Tensor]:
+        from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
+
+        _, state = quantize_blockwise(weight, blocksize=256)
+        codes = q.codes.view(weight.shape)  # its own are not always the nearest
+        return lambda: dequantize_blockwise(codes, state)
+
+    runs: Candidates = {"finefuse": (OURS, lambda: ff.dequantize(q))}
+    runs |= made("bitsandbytes", BITSANDBYTES, bitsandbytes)
+    return compare_outputs(
+        f"dequantize 8 bits {shape(weight)}, block 256, to float32, fresh output",
+        peers.load(runs, "cpu"),
+        ff.dequantize(q, torch.float64),
+        q.codes.nbytes + q.absmax.nbytes + weight.nbytes,
+    )
+
+
+# ---- quantise ----------------------------------------------------------------------------------
+
+
+def quantize(weight: Tensor) -> list[Row]:
+    """Errors: of what the codes decode to, against the weight."""
+    table = ff.quantize(weight).code
+    thresholds = (table[:-1] + table[1:]) / 2
+    encode = peers.compiled(peers.nf4_quantized)
+
+    def bitsandbytes() -> Callable[[], Any]:
+        from bitsandbytes.functional import quantize_4bit
+
+        return lambda: quantize_4bit(weight, blocksize=BLOCKSIZE, quant_type="nf4")
+
+    def torchao() -> Callable[[], Any]:
+        form = Peers(weight)
+        form.torchao()
+        return form.torchao
+
+    runs: Candidates = {
+        "finefuse": (OURS, lambda: ff.quantize(weight, blocksize=BLOCKSIZE)),
+        "torch.compile": (TORCH, lambda: encode(weight, thresholds, BLOCKSIZE)),
+    }
+    runs |= made("bitsandbytes", BITSANDBYTES, bitsandbytes)
+    runs |= made("torchao", TORCHAO, torchao)
+
+    def read(out: Any) -> Tensor:
+        if isinstance(out, ff.CodebookTensor):
+            return ff.dequantize(out)
+        if not isinstance(out, tuple):
+            return out.get_original_weight()
+        codes, absmax = out[0].flatten(), getattr(out[1], "absmax", out[1])
+        return peers.nf4_decoded(codes, table, absmax, BLOCKSIZE, torch.float32).view(weight.shape)
+
+    case = f"quantize NF4 {shape(weight)} float32"
+    moved = weight.nbytes + packed(weight)
+    return compare_outputs(case, peers.load(runs, "cpu"), weight.double(), moved, read=read)
+
+
+def quantize_8bit(weight: Tensor) -> list[Row]:
+    def bitsandbytes() -> Callable[[], Any]:
+        from bitsandbytes.functional import quantize_blockwise
+
+        return lambda: quantize_blockwise(weight, blocksize=256)
+
+    def read(out: Any) -> Tensor:
+        if isinstance(out, ff.CodebookTensor):
+            return ff.dequantize(out)
+        codes, state = out
+        values = state.code[codes.flatten().int()].view(-1, 256) * state.absmax[:, None]
+        return values.view(weight.shape)
+
+    runs: Candidates = {"finefuse": (OURS, lambda: ff.quantize(weight, "dynamic8", 256))}
+    runs |= made("bitsandbytes", BITSANDBYTES, bitsandbytes)
+    return compare_outputs(
+        f"quantize 8 bits {shape(weight)} float32, block 256",
+        peers.load(runs, "cpu"),
+        weight.double(),
+        weight.nbytes + weight.numel() + 4 * weight.numel() // 256,
+        read=read,
+    )
+
+
+# ---- the linear layer --------------------------------------------------------------------------
+
+
+def linear(weight: Tensor, tokens: int, dtype: torch.dtype, one_thread: bool) -> list[Row]:
+    """bitsandbytes with a gradient asked for (its training path) and, in a layer, without (which repacks
+    where the CPU has bfloat16 products)."""
+    q = ff.quantize(weight, blocksize=BLOCKSIZE)
+    x = torch.randn(tokens, weight.shape[1]).to(dtype)
+    runs: Candidates = {"finefuse": (OURS, lambda: ff.codebook_linear(x, q))}
+    # a bfloat16 product of torch's own, without instructions for it, takes minutes
+    if dtype is torch.float32 or _C.machine_isa() == "avx512bf16" or weight.shape[0] < SIZE:
+        runs |= torch_products(weight, ff.dequantize(q, dtype), x)
+    else:
+        why = "this CPU has no bfloat16 product, and torch's own takes minutes"
+        peers.left_out("products in bfloat16 (F.linear, bitsandbytes)", why)
+    case = f"codebook_linear {tokens} x {shape(weight)} {name_of(dtype)}"
+    return compare_outputs(
+        case + (", one thread" if one_thread else ""),
+        peers.load(runs, "cpu"),
+        x.double() @ ff.dequantize(q, torch.float64).t(),
+        packed(weight) + x.nbytes + tokens * weight.shape[0] * dtype.itemsize,
+    )
+
+
+def torch_products(weight: Tensor, plain: Tensor, x: Tensor) -> Candidates:
+    leaf = x.clone().requires_grad_()
+
+    def training() -> Callable[[], Tensor]:
+        import bitsandbytes as bnb
+
+        codes, state = Peers(weight.to(x.dtype)).bitsandbytes()
+        return lambda: bnb.matmul_4bit(leaf, codes.t(), quant_state=state).detach()
+
+    def inference() -> Callable[[], Tensor]:
+        layer = forward(Peers(weight.to(x.dtype)).linear4bit())
+        return lambda: layer(x)
+
+    runs: Candidates = {"F.linear, not quantised": (TORCH, lambda: functional.linear(x, plain))}
+    runs |= made("bitsandbytes, training", BITSANDBYTES, training)
+    return runs | made("bitsandbytes, inference", BITSANDBYTES, inference)
+
+
+# ---- all of it ---------------------------------------------------------------------------------
+
+
+def draw(rows: int, columns: int) -> Tensor:
+    """Numbers that bfloat16 holds: forms made from either type have the same codes."""
+    return (torch.randn(rows, columns) * 0.02).bfloat16().float()
+
+
+def shape(weight: Tensor) -> str:
+    return "x".join(map(str, weight.shape))
+
+
+def no_grad(runs: dict[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
+    return {name: forward(run) for name, run in runs.items()}
+
+
+def run(device: str, quick: bool) -> Iterator[list[Row]]:
+    if device == "cuda":
+        peers.left_out("codebook", "it has no GPU kernels yet")
+        return
+    warnings.filterwarnings("ignore", module="bitsandbytes|torchao")
+    size = QUICK_SIZE if quick else SIZE
+    weight = draw(size, size)
+    yield dequantize_out(weight, 1)
+    with threads(1):
+        rows, columns = IN_L2
+        yield dequantize_out(draw(rows, columns), 100, ", in L2, one thread")
+    for dtype in (torch.bfloat16, torch.float32):
+        yield dequantize_fresh(weight, dtype)
+    yield dequantize_8bit(weight)
+    yield quantize(weight)
+    yield quantize_8bit(weight)
+    for tokens, dtype, one_thread in LINEAR:
+        with threads(1 if one_thread else None):
+            yield linear(weight, tokens, dtype, one_thread)
