@@ -806,6 +806,11 @@ template <class T> void quantize_t(const Quantize& a) {
       }
       for (int64_t k = b; k < batch_end; ++k) {
         const int64_t end = smaller((k + 1) * a.blocksize, stop);
+        // The next batch: the memory would stand idle meanwhile.
+        const char* ahead = reinterpret_cast<const char*>(x + (k + batch) * a.blocksize);
+        for (int64_t i = 0; i < a.blocksize * static_cast<int64_t>(sizeof(T)); i += 64) {
+          __builtin_prefetch(ahead + i);
+        }
         for (int64_t i = k * a.blocksize; i < end;) {
           const int64_t n = smaller(end - i, kStage - staged);
           encode(coder, x + i, n, a.absmax[k], stage + staged);
