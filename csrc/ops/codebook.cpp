@@ -39,6 +39,9 @@ FF_INLINE uint32_t bits_of(float x) {
   return bits;
 }
 
+// x in every lane; x - 0 is x, and -0 + 0 would not be.
+FF_INLINE VecF all(float x) { return x - VecF{}; }
+
 FF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---- decoding
@@ -76,7 +79,7 @@ template <class T> struct Table {
   T entry[16];
   Table(const float* code16, float scale) {
     for (int i = 0; i < 16; i += kLanes<float>) {
-      store(entry + i, load(code16 + i) * (VecF{} + scale));
+      store(entry + i, load(code16 + i) * all(scale));
     }
   }
 };
@@ -119,7 +122,7 @@ template <class T> struct Lut {
 
   // kPlain: `plain` holds for the scale.
   template <bool kPlain> static FF_INLINE Lut make(const Code16& code, float scale) {
-    const VecF v = load(code.entry) * (VecF{} + scale);
+    const VecF v = load(code.entry) * all(scale);
     if constexpr (sizeof(T) == 4) return {(__m512i)v};
 #if defined(__AVX512BF16__)
     if constexpr (kPlain && __is_same(T, bf16)) {
@@ -178,7 +181,7 @@ template <class T> struct Lut {
 
   template <bool kPlain> static FF_INLINE Lut make(const Code16& code, float scale) {
     Lut lut;
-    const VecF factor = VecF{} + scale;
+    const VecF factor = all(scale);
     const VecF v[2] = {load(code.low) * factor, load(code.high) * factor};
     __m256i bytes[2];  // in each lane the four bytes 0 of four entries, the four bytes 1, ...
     const __m256i transpose =
@@ -297,7 +300,7 @@ FF_INLINE void decode_block(const uint8_t* codes, const float* code, const Code1
                             int64_t begin, int64_t end, float scale, T* out) {
   if constexpr (kBits == 8) {
     constexpr int N = kLanes<float>;
-    const VecF factor = VecF{} + scale;
+    const VecF factor = all(scale);
     int64_t i = begin;
     for (; i + N <= end; i += N, out += N) store(out, look_up256(code, codes + i) * factor);
     if (i < end) {
@@ -546,7 +549,7 @@ template <bool kFp4> struct Rank16 {
   VecI fp4;
 
   explicit FF_INLINE Rank16(const Coder& c)
-      : m{VecF{} + c.m[7], load(c.second), load(c.third), load(c.fourth)} {
+      : m{all(c.m[7]), load(c.second), load(c.third), load(c.fourth)} {
     __builtin_memcpy(&fp4, c.fp4, sizeof fp4);
   }
   FF_INLINE VecI operator()(VecF x) const {
@@ -568,8 +571,8 @@ template <bool kFp4> struct Rank16 {
   VecF first, second[2], third, fourth[2];
   __m256i fp4;
 
-  explicit FF_INLINE Rank16(const Coder& c) : first(VecF{} + c.m[7]) {
-    second[0] = VecF{} + c.m[3], second[1] = VecF{} + c.m[11];
+  explicit FF_INLINE Rank16(const Coder& c) : first(all(c.m[7])) {
+    second[0] = all(c.m[3]), second[1] = all(c.m[11]);
     third = load(c.third), fourth[0] = load(c.fourth[0]), fourth[1] = load(c.fourth[1]);
     fp4 = _mm256_broadcastsi128_si256(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kFp4Codes)));
   }
@@ -594,7 +597,7 @@ template <bool kFp4> struct Rank16 {
   FF_INLINE VecI operator()(VecF x) const {
     const VecF y = kFp4 ? (VecF)((VecU)x & 0x7fffffff) : x;
     VecI rank = {};
-    for (int i = 0; i < c.count; ++i) rank -= (VecI)(y > VecF{} + c.m[i]);
+    for (int i = 0; i < c.count; ++i) rank -= (VecI)(y > all(c.m[i]));
     if constexpr (!kFp4) return rank;
     for (int i = 0; i < kLanes<float>; ++i) rank[i] = kFp4Codes[rank[i]];
     return rank - 8 * (VecI)(x < VecF{});
@@ -692,7 +695,7 @@ template <class T> FF_INLINE float block_absmax(const T* x, int64_t n) {
 template <class T, class Rank>
 FF_INLINE void encode_vectors(const T* x, int64_t n, float factor, uint8_t* out, const Rank& rank) {
   constexpr int N = kLanes<float>;
-  const VecF by = VecF{} + factor;
+  const VecF by = all(factor);
   for (int64_t i = 0; i < n; i += kCodes) {
     const T* at = x + i;
     T rest[kCodes];
@@ -803,6 +806,11 @@ template <class T> void quantize_t(const Quantize& a) {
       }
       for (int64_t k = b; k < batch_end; ++k) {
         const int64_t end = smaller((k + 1) * a.blocksize, stop);
+        // The next batch: the memory would stand idle meanwhile.
+        const char* ahead = reinterpret_cast<const char*>(x + (k + batch) * a.blocksize);
+        for (int64_t i = 0; i < a.blocksize * static_cast<int64_t>(sizeof(T)); i += 64) {
+          __builtin_prefetch(ahead + i);
+        }
         for (int64_t i = k * a.blocksize; i < end;) {
           const int64_t n = smaller(end - i, kStage - staged);
           encode(coder, x + i, n, a.absmax[k], stage + staged);
