@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <vector>
 
 #include "bindings/ops.h"
 #include "core/dispatch.h"
@@ -54,6 +55,15 @@ struct Cpu {
   static void run(const SequenceSumsBackward& a) {
     FF_KERNELS(logprobs_kernels).sequence_sums_backward(a);
   }
+  static void run(const Quantize& a) { FF_KERNELS(codebook_kernels).quantize(a); }
+  static void run(const Dequantize& a) { FF_KERNELS(codebook_kernels).dequantize(a); }
+  static void run(CodebookLinear a) {
+    thread_local std::vector<float> workspace;  // calls are concurrent
+    const auto size = static_cast<size_t>(codebook_workspace(a.tokens, a.columns));
+    if (workspace.size() < size) workspace.resize(size);
+    a.workspace = workspace.data();
+    FF_KERNELS(codebook_kernels).codebook_linear(a);
+  }
   static void run(const Preference& a) { FF_KERNELS(preference_kernels).preference(a); }
 };
 
@@ -78,4 +88,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("machine_isa", [] { return isa_name(machine_isa()); }, "The highest level here.");
   m.def("_set_isa", set_isa_by_name, "Set the level (tests); returns the one before.");
   define_ops<Cpu>(m);
+  define_codebook_ops<Cpu>(m);
 }
