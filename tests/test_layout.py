@@ -24,8 +24,6 @@ FOLDERS = (
 )
 # What a stem does not have, and why. Each line is deleted by the change that adds the file.
 MISSING = {
-    "csrc/ops/codebook.cu": "the CPU came first; CUDA is the next step of this stem",
-    "kernels/codebook.py": "the CPU came first; Triton is the next step of this stem",
     "python/finefuse/codebook.py": "the kernels came first; the torch functions follow",
     "python/finefuse/numpy/codebook.py": "the kernels came first; the NumPy functions follow",
     "tests/test_codebook.py": "test_codebook_kernels.py, until there is a public function",
