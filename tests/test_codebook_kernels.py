@@ -240,7 +240,7 @@ def test_every_scale(isa, name):
     code = CODES[name]
     codes = reference.pack(np.arange(64) % code.size, reference.BITS[code.size])
     exponents = np.arange(-149, 128, 1, dtype=np.float64)
-    scales = np.concatenate([2.0**exponents * 1.37, [0, np.inf, np.nan, 3.4e38, -1.5]])
+    scales = np.concatenate([2.0**exponents * 1.37, [0, -0.0, np.inf, np.nan, 3.4e38, -1.5]])
     scales = np.minimum(scales, 3.4028235e38, where=np.isfinite(scales), out=scales)
     scales = scales.astype(np.float32)
     assert_dequantized(np.tile(codes, scales.size), 64 * scales.size, code, scales, 64)

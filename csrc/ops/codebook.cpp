@@ -28,6 +28,8 @@ namespace {
 
 // Outputs beyond this do not stay in any cache until they are read: write past the caches.
 constexpr int64_t kStreamBytes = 16 << 20;
+#define FF_LAMBDA __attribute__((always_inline))
+
 constexpr float kInf = __builtin_inff();
 constexpr float kMaxFloat = 0x1.fffffep127f;
 
@@ -36,6 +38,9 @@ FF_INLINE uint32_t bits_of(float x) {
   __builtin_memcpy(&bits, &x, sizeof bits);
   return bits;
 }
+
+// x in every lane; x - 0 is x, and -0 + 0 would not be.
+FF_INLINE VecF all(float x) { return x - VecF{}; }
 
 FF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -74,7 +79,7 @@ template <class T> struct Table {
   T entry[16];
   Table(const float* code16, float scale) {
     for (int i = 0; i < 16; i += kLanes<float>) {
-      store(entry + i, load(code16 + i) * (VecF{} + scale));
+      store(entry + i, load(code16 + i) * all(scale));
     }
   }
 };
@@ -89,6 +94,7 @@ struct Code16 {
   float low[8], high[8];  // entries 0-3, 8-11 and 4-7, 12-15: a lane each half
 #endif
   Code16(const float* code, int entries) {
+    if (entries > 16) entries = 0;  // looked up in memory
     for (int i = 0; i < 16; ++i) entry[i] = i < entries ? code[i] : 0.0f;
 #if defined(__AVX512BF16__)
     float least = kMaxFloat;
@@ -114,20 +120,19 @@ template <class T> struct Lut {
   static constexpr int kStep = 64 / sizeof(T);  // codes a look-up
   __m512i words;
 
-  FF_INLINE Lut(const Code16& code, float scale) {
-    const VecF v = load(code.entry) * (VecF{} + scale);
-    if constexpr (sizeof(T) == 4) {
-      words = (__m512i)v;
-    } else {
+  // kPlain: `plain` holds for the scale.
+  template <bool kPlain> static FF_INLINE Lut make(const Code16& code, float scale) {
+    const VecF v = load(code.entry) * all(scale);
+    if constexpr (sizeof(T) == 4) return {(__m512i)v};
 #if defined(__AVX512BF16__)
-      if (__is_same(T, bf16) && scale >= code.smallest && scale <= kMaxFloat) {
-        words = (__m512i)_mm512_cvtne2ps_pbh((__m512)v, (__m512)v);
-        return;
-      }
-#endif
-      const VecH half = __is_same(T, bf16) ? to_bf16_bits(v) : to_f16_bits(v);
-      words = _mm512_broadcast_i64x4((__m256i)half);
+    if constexpr (kPlain && __is_same(T, bf16)) {
+      return {(__m512i)_mm512_cvtne2ps_pbh((__m512)v, (__m512)v)};
     }
+#endif
+    const VecH half = !__is_same(T, bf16) ? to_f16_bits(v)
+                      : kPlain            ? __builtin_convertvector(round_to_bf16(v) >> 16, VecH)
+                                          : to_bf16_bits(v);
+    return {_mm512_broadcast_i64x4((__m256i)half)};
   }
 
   // kStep codes from kStep/2 bytes: each byte to the start of a wider field, then a rotation that
@@ -143,26 +148,30 @@ template <class T> struct Lut {
       return _mm512_permutexvar_epi16(index, words);
     }
   }
-};
 
-template <class T, bool kStream>
-FF_INLINE void decode4_even(const uint8_t* p, int64_t n, const Code16& code, float scale, T* out) {
-  const Lut<T> lut(code, scale);
-  constexpr int kStep = Lut<T>::kStep;
-  for (; n >= kStep; n -= kStep, p += kStep / 2, out += kStep) {
-    const __m128i bytes = kStep == 32 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))
-                                      : _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-    store_bytes<kStream>(out, (VecU)lut.look_up(bytes));
+  // 64 codes from 32 bytes.
+  template <bool kStream> FF_INLINE void look_up(const uint8_t* p, T* out) const {
+    for (int i = 0; i < 64; i += kStep) {
+      const __m128i* at = reinterpret_cast<const __m128i*>(p + i / 2);
+      const __m128i bytes = kStep == 32 ? _mm_loadu_si128(at) : _mm_loadl_epi64(at);
+      store_bytes<kStream>(out + i, (VecU)look_up(bytes));
+    }
   }
-  if (n > 0) {
-    const __m128i bytes =
-        _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << ((n + 1) / 2)) - 1), p);
-    if constexpr (sizeof(T) == 4)
-      _mm512_mask_storeu_epi32(out, static_cast<__mmask16>((1u << n) - 1), lut.look_up(bytes));
-    else
-      _mm512_mask_storeu_epi16(out, static_cast<__mmask32>((1u << n) - 1), lut.look_up(bytes));
+
+  // n < 64 of them.
+  FF_INLINE void look_up_some(const uint8_t* p, int64_t n, T* out) const {
+    for (; n > 0; n -= kStep, p += kStep / 2, out += kStep) {
+      const int k = static_cast<int>(smaller(n, kStep));
+      const auto some = static_cast<__mmask16>((1u << ((k + 1) / 2)) - 1);
+      const __m512i v = look_up(_mm_maskz_loadu_epi8(some, p));
+      const auto mask = static_cast<__mmask32>((uint64_t{1} << k) - 1);
+      if constexpr (sizeof(T) == 4)
+        _mm512_mask_storeu_epi32(out, static_cast<__mmask16>(mask), v);
+      else
+        _mm512_mask_storeu_epi16(out, mask, v);
+    }
   }
-}
+};
 
 #elif defined(__AVX2__)
 
@@ -170,8 +179,9 @@ FF_INLINE void decode4_even(const uint8_t* p, int64_t n, const Code16& code, flo
 template <class T> struct Lut {
   __m256i plane[sizeof(T)];
 
-  FF_INLINE Lut(const Code16& code, float scale) {
-    const VecF factor = VecF{} + scale;
+  template <bool kPlain> static FF_INLINE Lut make(const Code16& code, float scale) {
+    Lut lut;
+    const VecF factor = all(scale);
     const VecF v[2] = {load(code.low) * factor, load(code.high) * factor};
     __m256i bytes[2];  // in each lane the four bytes 0 of four entries, the four bytes 1, ...
     const __m256i transpose =
@@ -179,9 +189,8 @@ template <class T> struct Lut {
                          13, 2, 6, 10, 14, 3, 7, 11, 15);
     for (int i = 0; i < 2; ++i) {
       if constexpr (__is_same(T, bf16)) {
-        bytes[i] = (__m256i)(__builtin_expect(scale <= kMaxFloat, 1)
-                                 ? round_to_bf16(v[i])
-                                 : __builtin_convertvector(to_bf16_bits(v[i]), VecU) << 16);
+        bytes[i] = (__m256i)(kPlain ? round_to_bf16(v[i])
+                                    : __builtin_convertvector(to_bf16_bits(v[i]), VecU) << 16);
       } else if constexpr (__is_same(T, f16)) {
         bytes[i] = _mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)to_f16_bits(v[i])), 16);
       } else {
@@ -190,13 +199,14 @@ template <class T> struct Lut {
       bytes[i] = _mm256_shuffle_epi8(bytes[i], transpose);
     }
     const __m256i upper = _mm256_unpackhi_epi32(bytes[0], bytes[1]);
-    plane[sizeof(T) - 2] = _mm256_permute4x64_epi64(upper, 0x88);
-    plane[sizeof(T) - 1] = _mm256_permute4x64_epi64(upper, 0xdd);
+    lut.plane[sizeof(T) - 2] = _mm256_permute4x64_epi64(upper, 0x88);
+    lut.plane[sizeof(T) - 1] = _mm256_permute4x64_epi64(upper, 0xdd);
     if constexpr (sizeof(T) == 4) {
       const __m256i lower = _mm256_unpacklo_epi32(bytes[0], bytes[1]);
-      plane[0] = _mm256_permute4x64_epi64(lower, 0x88);
-      plane[1] = _mm256_permute4x64_epi64(lower, 0xdd);
+      lut.plane[0] = _mm256_permute4x64_epi64(lower, 0x88);
+      lut.plane[1] = _mm256_permute4x64_epi64(lower, 0xdd);
     }
+    return lut;
   }
 
   // 64 codes from 32 bytes.
@@ -237,33 +247,36 @@ template <class T> struct Lut {
       }
     }
   }
-};
 
-template <class T, bool kStream>
-FF_INLINE void decode4_even(const uint8_t* p, int64_t n, const Code16& code, float scale, T* out) {
-  const Lut<T> lut(code, scale);
-  for (; n >= 64; n -= 64, p += 32, out += 64) lut.template look_up<kStream>(p, out);
-  if (n > 0) {
+  // n < 64 of them.
+  FF_INLINE void look_up_some(const uint8_t* p, int64_t n, T* out) const {
     uint8_t bytes[32];
     T elements[64];
     __builtin_memcpy(bytes, p, static_cast<size_t>((n + 1) / 2));
-    lut.template look_up<false>(bytes, elements);
+    look_up<false>(bytes, elements);
     __builtin_memcpy(out, elements, static_cast<size_t>(n) * sizeof(T));
   }
-}
+};
 
 #else
 
-template <class T, bool kStream>
-FF_INLINE void decode4_even(const uint8_t* p, int64_t n, const Code16& code, float scale, T* out) {
-  const Table<T> table(code.entry, scale);
-  for (int64_t i = 0; i + 2 <= n; i += 2) {
-    const uint8_t byte = p[i >> 1];
-    out[i] = table.entry[byte >> 4];
-    out[i + 1] = table.entry[byte & 15];
+template <class T> struct Lut {
+  Table<T> table;
+
+  template <bool kPlain> static FF_INLINE Lut make(const Code16& code, float scale) {
+    return {Table<T>(code.entry, scale)};
   }
-  if (n & 1) out[n - 1] = table.entry[p[n >> 1] >> 4];
-}
+
+  FF_INLINE void look_up_some(const uint8_t* p, int64_t n, T* out) const {
+    for (int64_t i = 0; i < n; ++i) out[i] = table.entry[code_at<4>(p, i)];
+  }
+  template <bool kStream> FF_INLINE void look_up(const uint8_t* p, T* out) const {
+    for (int i = 0; i < 32; ++i) {
+      out[2 * i] = table.entry[p[i] >> 4];
+      out[2 * i + 1] = table.entry[p[i] & 15];
+    }
+  }
+};
 
 #endif
 
@@ -287,7 +300,7 @@ FF_INLINE void decode_block(const uint8_t* codes, const float* code, const Code1
                             int64_t begin, int64_t end, float scale, T* out) {
   if constexpr (kBits == 8) {
     constexpr int N = kLanes<float>;
-    const VecF factor = VecF{} + scale;
+    const VecF factor = all(scale);
     int64_t i = begin;
     for (; i + N <= end; i += N, out += N) store(out, look_up256(code, codes + i) * factor);
     if (i < end) {
@@ -301,26 +314,67 @@ FF_INLINE void decode_block(const uint8_t* codes, const float* code, const Code1
       *out++ = Table<T>(code16.entry, scale).entry[codes[begin >> 1] & 15];
       ++begin;
     }
-    if (begin < end) {
-      decode4_even<T, kStream>(codes + (begin >> 1), end - begin, code16, scale, out);
+    const Lut<T> lut = Lut<T>::template make<false>(code16, scale);
+    for (; begin + 64 <= end; begin += 64, out += 64) {
+      lut.template look_up<kStream>(codes + (begin >> 1), out);
     }
+    if (begin < end) lut.look_up_some(codes + (begin >> 1), end - begin, out);
   } else {
     const Table<T> table(code16.entry, scale);
     for (int64_t i = begin; i < end; ++i) *out++ = table.entry[code_at<kBits>(codes, i)];
   }
 }
 
+// Whole 4-bit blocks of `size` elements, a multiple of 64.
+template <class T, bool kStream, bool kPlain>
+FF_INLINE void decode_blocks(const uint8_t* p, const float* scales, int64_t count, int64_t size,
+                             const Code16& code, T* out) {
+  const Code16 local = code;  // stores to `out` leave it alone
+  for (int64_t b = 0; b < count; ++b) {
+    const Lut<T> lut = Lut<T>::template make<kPlain>(local, scales[b]);
+    for (int64_t i = 0; i < size; i += 64, p += 32, out += 64) {
+      lut.template look_up<kStream>(p, out);
+    }
+  }
+}
+
+// No product of these scales is NaN, nor, where the instructions flush them, denormal.
+FF_INLINE bool plain(const Code16& code, const float* scales, int64_t count) {
+#if defined(__AVX512BF16__)
+  const float least = code.smallest;
+#else
+  const float least = -kMaxFloat;
+  (void)code;
+#endif
+  bool ok = true;
+  for (int64_t b = 0; b < count; ++b) ok &= scales[b] >= least && scales[b] <= kMaxFloat;
+  return ok;
+}
+
 // Elements [begin, end) of the flattened array. kStream: `out` and every block's share of it are
 // multiples of kStreamAlign.
 template <class T, int kBits, bool kStream>
-void decode_span(const CodebookArray& a, int64_t begin, int64_t end, T* out) {
-  const Code16 code16(a.code, kBits == 8 ? 0 : a.entries);
+void decode_span(const CodebookArray& a, const Code16& code16, int64_t begin, int64_t end, T* out) {
   float buffer[kScaleBatch];
   for (int64_t i = begin; i < end;) {
     const int64_t first = i / a.blocksize;
     const int64_t count = smaller((end - 1) / a.blocksize - first + 1, kScaleBatch);
     const float* scales = scales_of(a.absmax, first, count, buffer);
-    for (int64_t b = 0; b < count; ++b) {
+    int64_t b = 0;
+    if (kBits == 4 && a.blocksize % 64 == 0 && i % a.blocksize == 0) {
+      const int64_t whole = smaller(count, (end - i) / a.blocksize);
+      const uint8_t* p = a.codes + i / 2;
+      T* o = out + (i - begin);
+      if (!plain(code16, scales, whole))
+        decode_blocks<T, kStream, false>(p, scales, whole, a.blocksize, code16, o);
+      else if (a.blocksize == 64)
+        decode_blocks<T, kStream, true>(p, scales, whole, 64, code16, o);
+      else
+        decode_blocks<T, kStream, true>(p, scales, whole, a.blocksize, code16, o);
+      i += whole * a.blocksize;
+      b = whole;
+    }
+    for (; b < count; ++b) {
       const int64_t stop = smaller((first + b + 1) * a.blocksize, end);
       decode_block<T, kBits, kStream>(a.codes, a.code, code16, i, stop, scales[b],
                                       out + (i - begin));
@@ -329,18 +383,20 @@ void decode_span(const CodebookArray& a, int64_t begin, int64_t end, T* out) {
   }
 }
 
-template <class T> void decode_span(const CodebookArray& a, int64_t begin, int64_t end, T* out) {
+template <class T>
+void decode_span(const CodebookArray& a, const Code16& code16, int64_t begin, int64_t end, T* out) {
   switch (code_bits(a.entries)) {
-    case 2: return decode_span<T, 2, false>(a, begin, end, out);
-    case 3: return decode_span<T, 3, false>(a, begin, end, out);
-    case 4: return decode_span<T, 4, false>(a, begin, end, out);
-    case 8: return decode_span<T, 8, false>(a, begin, end, out);
+    case 2: return decode_span<T, 2, false>(a, code16, begin, end, out);
+    case 3: return decode_span<T, 3, false>(a, code16, begin, end, out);
+    case 4: return decode_span<T, 4, false>(a, code16, begin, end, out);
+    case 8: return decode_span<T, 8, false>(a, code16, begin, end, out);
   }
 }
 
 template <class T> void dequantize_t(const Dequantize& a) {
   constexpr int64_t kSpan = 4096;
   T* out = static_cast<T*>(a.out);
+  const Code16 code16(a.from.code, a.from.entries);
   const int64_t bytes = a.count * static_cast<int64_t>(sizeof(T));
   const bool stream = a.from.entries == 16 && bytes > kStreamBytes &&
                       reinterpret_cast<uintptr_t>(out) % kStreamAlign == 0 &&
@@ -350,10 +406,10 @@ template <class T> void dequantize_t(const Dequantize& a) {
                [&](int64_t first, int64_t last) {
                  const int64_t begin = first * kSpan, end = smaller(last * kSpan, a.count);
                  if (stream) {
-                   decode_span<T, 4, true>(a.from, begin, end, out + begin);
+                   decode_span<T, 4, true>(a.from, code16, begin, end, out + begin);
                    stream_fence();
                  } else {
-                   decode_span(a.from, begin, end, out + begin);
+                   decode_span(a.from, code16, begin, end, out + begin);
                  }
                });
 }
@@ -434,11 +490,12 @@ struct Coder {
   float m[256];     // thresholds, then +inf
   uint8_t zero;     // the code of 0
   Buckets buckets;  // for 256 entries
-#if defined(__AVX2__)
-  // Tables of the binary search by the codes so far: AVX2 counts downwards, in the three lowest
-  // bits of a negative number, since a comparison is -1.
-  float third[kLanes<float>], fourth[kLanes<float>], second[kLanes<float>];
-  int32_t fp4[kLanes<float>];
+#if defined(__AVX512F__)
+  float second[16], third[16],
+      fourth[16];  // the threshold to compare with next, by the code so far
+  int32_t fp4[16];
+#elif defined(__AVX2__)
+  float third[8], fourth[2][8];  // as Rank16 reads them
 #endif
 
   explicit Coder(const Quantize& a) : rule(a.rule), bits(code_bits(a.entries)) {
@@ -464,10 +521,10 @@ struct Coder {
     }
 #elif defined(__AVX2__)
     for (int i = 0; i < 8; ++i) {
-      second[i] = kInf;
-      third[-i & 7] = m[i < 4 ? 4 * i + 1 : 15];
-      fourth[-i & 7] = m[2 * i];
-      fp4[-i & 7] = -kFp4Codes[i];
+      const int k = -i & 3;
+      third[i] = m[4 * k + 1];
+      fourth[0][i] = m[2 * k];
+      fourth[1][i] = m[8 + 2 * k];
     }
 #endif
   }
@@ -485,53 +542,68 @@ struct Coder {
   }
 };
 
-// The codes of a vector of finite x', up to 4 bits, for pack_bytes.
-template <bool kFp4> FF_INLINE VecI rank16(const Coder& c, VecF x) {
-  const VecF y = kFp4 ? (VecF)((VecU)x & 0x7fffffff) : x;
+// The codes of vectors of finite x', up to 4 bits, for pack_bytes. Thresholds in registers.
+template <bool kFp4> struct Rank16 {
 #if defined(__AVX512F__)
-  const auto above = [&](const float* table, VecI rank) __attribute__((always_inline)) {
-    const __m512 m = _mm512_permutexvar_ps((__m512i)rank, (__m512)load(table));
-    return _mm512_cmp_ps_mask((__m512)y, m, _CMP_GT_OQ);
-  };
-  const auto add = [](VecI rank, __mmask16 where, int step) __attribute__((always_inline)) {
-    return (VecI)_mm512_mask_add_epi32((__m512i)rank, where, (__m512i)rank,
-                                       _mm512_set1_epi32(step));
-  };
-  VecI rank = add(VecI{}, _mm512_cmp_ps_mask((__m512)y, _mm512_set1_ps(c.m[7]), _CMP_GT_OQ), 8);
-  rank = add(rank, above(c.second, rank), 4);
-  rank = add(rank, above(c.third, rank), 2);
-  rank = add(rank, above(c.fourth, rank), 1);
-  if constexpr (kFp4) {
-    __m512i table;
-    __builtin_memcpy(&table, c.fp4, sizeof table);
-    rank = (VecI)_mm512_permutexvar_epi32((__m512i)rank, table) - 8 * (VecI)(x < VecF{});
+  VecF m[4];
+  VecI fp4;
+
+  explicit FF_INLINE Rank16(const Coder& c)
+      : m{all(c.m[7]), load(c.second), load(c.third), load(c.fourth)} {
+    __builtin_memcpy(&fp4, c.fp4, sizeof fp4);
   }
-  return rank;
+  FF_INLINE VecI operator()(VecF x) const {
+    const VecF y = kFp4 ? (VecF)((VecU)x & 0x7fffffff) : x;
+    VecI rank = {};
+    for (int i = 0; i < 4; ++i) {
+      const __m512 table =
+          i == 0 ? (__m512)m[0] : _mm512_permutexvar_ps((__m512i)rank, (__m512)m[i]);
+      rank = (VecI)_mm512_mask_add_epi32((__m512i)rank,
+                                         _mm512_cmp_ps_mask((__m512)y, table, _CMP_GT_OQ),
+                                         (__m512i)rank, _mm512_set1_epi32(8 >> i));
+    }
+    if constexpr (!kFp4) return rank;
+    return (VecI)_mm512_permutexvar_epi32((__m512i)rank, (__m512i)fp4) - 8 * (VecI)(x < VecF{});
+  }
 #elif defined(__AVX2__)
-  const VecI first = (VecI)(y > VecF{} + c.m[7]);
-  const VecF quarter =
-      (VecF)_mm256_blendv_ps(_mm256_set1_ps(c.m[3]), _mm256_set1_ps(c.m[11]), (__m256)first);
-  VecI rank = first + first + (VecI)(y > quarter);
-  rank = rank + rank +
-         (VecI)(y > (VecF)_mm256_permutevar8x32_ps((__m256)load(c.third), (__m256i)rank));
-  rank = rank + rank +
-         (VecI)(y > (VecF)_mm256_permutevar8x32_ps((__m256)load(c.fourth), (__m256i)rank));
-  if constexpr (kFp4) {
-    __m256i table;
-    __builtin_memcpy(&table, c.fp4, sizeof table);
-    rank = (VecI)_mm256_permutevar8x32_epi32(table, (__m256i)rank) + ((VecI)(x < VecF{}) << 3);
+  // A comparison is -1, so codes count downwards, and tables are read by the lowest two bits of a
+  // negative number. In the lanes: vpermps, across them, takes Zen 3 twice the time.
+  VecF first, second[2], third, fourth[2];
+  __m256i fp4;
+
+  explicit FF_INLINE Rank16(const Coder& c) : first(all(c.m[7])) {
+    second[0] = all(c.m[3]), second[1] = all(c.m[11]);
+    third = load(c.third), fourth[0] = load(c.fourth[0]), fourth[1] = load(c.fourth[1]);
+    fp4 = _mm256_broadcastsi128_si256(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kFp4Codes)));
   }
-  return rank;
+  FF_INLINE VecI operator()(VecF x) const {
+    const VecF y = kFp4 ? (VecF)((VecU)x & 0x7fffffff) : x;
+    const auto entry = [](VecF table, VecI at)
+                           FF_LAMBDA { return _mm256_permutevar_ps((__m256)table, (__m256i)at); };
+    const VecI upper = (VecI)(y > first);
+    __m256 m = _mm256_blendv_ps((__m256)second[0], (__m256)second[1], (__m256)upper);
+    VecI rank = upper + upper + (VecI)(y > (VecF)m);
+    rank = rank + rank + (VecI)(y > (VecF)entry(third, rank));
+    m = _mm256_blendv_ps(entry(fourth[0], rank), entry(fourth[1], rank), (__m256)upper);
+    rank = rank + rank + (VecI)(y > (VecF)m);
+    if constexpr (!kFp4) return rank;
+    return (VecI)_mm256_shuffle_epi8(fp4, _mm256_abs_epi32((__m256i)rank)) -
+           ((VecI)(x < VecF{}) << 3);
+  }
 #else
-  VecI rank = {};
-  for (int i = 0; i < c.count; ++i) rank -= (VecI)(y > VecF{} + c.m[i]);
-  if constexpr (kFp4) {
+  const Coder& c;
+
+  explicit FF_INLINE Rank16(const Coder& coder) : c(coder) {}
+  FF_INLINE VecI operator()(VecF x) const {
+    const VecF y = kFp4 ? (VecF)((VecU)x & 0x7fffffff) : x;
+    VecI rank = {};
+    for (int i = 0; i < c.count; ++i) rank -= (VecI)(y > all(c.m[i]));
+    if constexpr (!kFp4) return rank;
     for (int i = 0; i < kLanes<float>; ++i) rank[i] = kFp4Codes[rank[i]];
-    rank -= 8 * (VecI)(x < VecF{});
+    return rank - 8 * (VecI)(x < VecF{});
   }
-  return rank;
 #endif
-}
+};
 
 FF_INLINE VecI rank256(const Buckets& b, VecF x) {
   const VecI bits = (VecI)x, sign = bits >> 31, magnitude = bits & 0x7fffffff;
@@ -541,8 +613,19 @@ FF_INLINE VecI rank256(const Buckets& b, VecF x) {
 #if defined(__AVX512F__)
   const VecU entry = (VecU)_mm512_i32gather_epi32((__m512i)at, b.entry, 4);
 #elif defined(__AVX2__)
-  const VecU entry =
-      (VecU)_mm256_i32gather_epi32(reinterpret_cast<const int*>(b.entry), (__m256i)at, 4);
+  // Eight loads by hand: vpgatherdd takes Zen 3 longer.
+  const __m128i low = _mm256_castsi256_si128((__m256i)at);
+  const __m128i high = _mm256_extracti128_si256((__m256i)at, 1);
+  const auto two = [&](__m128i pair, int n) FF_LAMBDA {
+    const uint64_t both =
+        static_cast<uint64_t>(n == 0 ? _mm_cvtsi128_si64(pair) : _mm_extract_epi64(pair, 1));
+    return _mm_insert_epi32(
+        _mm_cvtsi32_si128(static_cast<int>(b.entry[static_cast<uint32_t>(both)])),
+        static_cast<int>(b.entry[both >> 32]), 1);
+  };
+  const __m128i four[2] = {_mm_unpacklo_epi64(two(low, 0), two(low, 1)),
+                           _mm_unpacklo_epi64(two(high, 0), two(high, 1))};
+  const VecU entry = (VecU)_mm256_set_m128i(four[1], four[0]);
 #else
   VecU entry;
   for (int i = 0; i < kLanes<float>; ++i) entry[i] = b.entry[at[i]];
@@ -586,16 +669,48 @@ template <class T> FF_INLINE float block_absmax(const T* x, int64_t n) {
   }
   for (; i + N <= n; i += N) raise(top[0], load(x + i));
   if (i < n) raise(top[1], load_partial(x + i, static_cast<int>(n - i), 0.0));
-  top[0] = top[0] > top[1] ? top[0] : top[1];
+  const VecI t = top[0] > top[1] ? top[0] : top[1];
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const __m256i u = _mm256_max_epi32(_mm512_castsi512_si256((__m512i)t),
+                                     _mm512_extracti64x4_epi64((__m512i)t, 1));
+#else
+  const __m256i u = (__m256i)t;
+#endif
+  __m128i v = _mm_max_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
+  v = _mm_max_epi32(v, _mm_shuffle_epi32(v, 0x4e));
+  v = _mm_max_epi32(v, _mm_shuffle_epi32(v, 0xb1));
+  int32_t bits = _mm_cvtsi128_si32(v);
+#else
   int32_t bits = 0;
-  for (int j = 0; j < N; ++j) bits = top[0][j] > bits ? top[0][j] : bits;
+  for (int j = 0; j < N; ++j) bits = t[j] > bits ? t[j] : bits;
+#endif
   if (bits > 0x7f800000) bits = 0x7fc00000;
   float absmax;
   __builtin_memcpy(&absmax, &bits, sizeof absmax);
   return absmax;
 }
 
-// Writes n codes as bytes, and rubbish up to a multiple of kCodes.
+// rank(x·factor) of n elements, as bytes, and rubbish up to a multiple of kCodes.
+template <class T, class Rank>
+FF_INLINE void encode_vectors(const T* x, int64_t n, float factor, uint8_t* out, const Rank& rank) {
+  constexpr int N = kLanes<float>;
+  const VecF by = all(factor);
+  for (int64_t i = 0; i < n; i += kCodes) {
+    const T* at = x + i;
+    T rest[kCodes];
+    if (n - i < kCodes) {
+      __builtin_memset(rest, 0, sizeof rest);
+      __builtin_memcpy(rest, at, static_cast<size_t>(n - i) * sizeof(T));
+      at = rest;
+    }
+    VecI code[4];
+    for (int j = 0; j < 4; ++j) code[j] = rank(load(at + j * N) * by);
+    pack_bytes(code, out + i);
+  }
+}
+
+// The codes of n elements of one block, as encode_vectors writes them.
 template <class T> void encode(const Coder& c, const T* x, int64_t n, float absmax, uint8_t* out) {
   const float reciprocal = 1.0f / absmax;
   if (!(reciprocal <= kMaxFloat && reciprocal > 0.0f)) {  // 0, denormal, inf, NaN
@@ -612,32 +727,23 @@ template <class T> void encode(const Coder& c, const T* x, int64_t n, float absm
     }
     return;
   }
-  constexpr int N = kLanes<float>;
-  const VecF factor = VecF{} + reciprocal;
-  for (int64_t i = 0; i < n; i += kCodes) {
-    VecF v[4];
-    VecI code[4];
-    if (n - i >= kCodes) {
-      for (int j = 0; j < 4; ++j) v[j] = load(x + i + j * N) * factor;
+  if (c.bits == 8) {
+    if (c.buckets.usable) {
+      const Buckets& b = c.buckets;
+      encode_vectors(x, n, reciprocal, out, [&](VecF v) FF_LAMBDA { return rank256(b, v); });
     } else {
-      T rest[kCodes] = {};
-      __builtin_memcpy(rest, x + i, static_cast<size_t>(n - i) * sizeof(T));
-      for (int j = 0; j < 4; ++j) v[j] = load(rest + j * N) * factor;
+      encode_vectors(x, n, reciprocal, out, [&](VecF v) FF_LAMBDA {
+        VecI code;
+        for (int i = 0; i < kLanes<float>; ++i) code[i] = c.code_of(v[i]);
+        return code;
+      });
     }
-    if (c.bits == 8) {
-      if (!c.buckets.usable) {
-        float y[kCodes];
-        for (int j = 0; j < 4; ++j) store(y + j * N, v[j]);
-        for (int j = 0; j < kCodes; ++j) out[i + j] = c.code_of(y[j]);
-        continue;
-      }
-      for (int j = 0; j < 4; ++j) code[j] = rank256(c.buckets, v[j]);
-    } else if (c.rule == CodeRule::fp4) {
-      for (int j = 0; j < 4; ++j) code[j] = rank16<true>(c, v[j]);
-    } else {
-      for (int j = 0; j < 4; ++j) code[j] = rank16<false>(c, v[j]);
-    }
-    pack_bytes(code, out + i);
+  } else if (c.rule == CodeRule::fp4) {
+    const Rank16<true> rank(c);
+    encode_vectors(x, n, reciprocal, out, [&](VecF v) FF_LAMBDA { return rank(v); });
+  } else {
+    const Rank16<false> rank(c);
+    encode_vectors(x, n, reciprocal, out, [&](VecF v) FF_LAMBDA { return rank(v); });
   }
 }
 
@@ -676,31 +782,45 @@ void pack_bits(const uint8_t* c, int64_t n, int bits, uint8_t* out) {
 }
 
 template <class T> void quantize_t(const Quantize& a) {
-  constexpr int64_t kStage = 512;  // codes between encoding and packing; a multiple of 8
+  constexpr int64_t kStage = 512;   // codes between encoding and packing; a multiple of 8
+  constexpr int64_t kBatch = 2048;  // elements that stay in the first-level cache
   const T* x = static_cast<const T*>(a.x);
   const Coder coder(a);
   // As many blocks as fill whole bytes are one item.
   int64_t blocks = 1;
   while (blocks * a.blocksize % 8 != 0) blocks *= 2;
   const int64_t item = blocks * a.blocksize, items = (a.count + item - 1) / item;
+  // Blocks whose absmax is found before the first of them is encoded: one block after the other
+  // would wait for each division.
+  const int64_t batch = a.blocksize < kBatch ? kBatch / a.blocksize : 1;
   parallel_for(items, item * (sizeof(T) + 1), a.place.threads, [&](int64_t first, int64_t last) {
-    uint8_t stage[kStage + kCodes];
+    alignas(64) uint8_t stage[kStage + kCodes];
     int64_t staged = 0;
     uint8_t* out = a.codes + packed_bytes(first * item, a.entries);
-    const int64_t stop = smaller(last * item, a.count);
-    for (int64_t begin = first * item; begin < stop; begin += a.blocksize) {
-      const int64_t end = smaller(begin + a.blocksize, stop);
-      const float absmax = block_absmax(x + begin, end - begin);
-      a.absmax[begin / a.blocksize] = absmax;
-      for (int64_t i = begin; i < end;) {
-        const int64_t n = smaller(end - i, kStage - staged);
-        encode(coder, x + i, n, absmax, stage + staged);
-        staged += n;
-        i += n;
-        if (staged == kStage) {
-          pack_bits(stage, kStage, coder.bits, out);
-          out += packed_bytes(kStage, a.entries);
-          staged = 0;
+    const int64_t stop = smaller(last * item, a.count), block_end = (stop - 1) / a.blocksize + 1;
+    for (int64_t b = first * blocks; b < block_end; b += batch) {
+      const int64_t batch_end = smaller(b + batch, block_end);
+      for (int64_t k = b; k < batch_end; ++k) {
+        const int64_t begin = k * a.blocksize;
+        a.absmax[k] = block_absmax(x + begin, smaller(a.blocksize, stop - begin));
+      }
+      for (int64_t k = b; k < batch_end; ++k) {
+        const int64_t end = smaller((k + 1) * a.blocksize, stop);
+        // The next batch: the memory would stand idle meanwhile.
+        const char* ahead = reinterpret_cast<const char*>(x + (k + batch) * a.blocksize);
+        for (int64_t i = 0; i < a.blocksize * static_cast<int64_t>(sizeof(T)); i += 64) {
+          __builtin_prefetch(ahead + i);
+        }
+        for (int64_t i = k * a.blocksize; i < end;) {
+          const int64_t n = smaller(end - i, kStage - staged);
+          encode(coder, x + i, n, a.absmax[k], stage + staged);
+          staged += n;
+          i += n;
+          if (staged == kStage) {
+            pack_bits(stage, kStage, coder.bits, out);
+            out += packed_bytes(kStage, a.entries);
+            staged = 0;
+          }
         }
       }
     }
@@ -725,42 +845,61 @@ void quantize(const Quantize& a) {
 constexpr int kN = kLanes<float>;
 constexpr int64_t kGroup = 8 * kN;  // columns that one vector of packed 4-bit codes holds
 static_assert(kCodebookPad % kGroup == 0);
-#if defined(__AVX512F__)
-constexpr int kMostTokens = 8;  // at a time: two accumulators each
-#else
-constexpr int kMostTokens = 4;
-#endif
 constexpr int64_t kColumns = 4096;  // float32 elements of x at a time, over all tokens
 constexpr int64_t kPanel = 16;      // rows that share them
+#if defined(__AVX512F__)
+constexpr int kMostGrouped = 8;  // tokens for which codes are decoded in registers; for more, into
+constexpr int kLeastBlock = 16;  // a buffer
+#else
+constexpr int kMostGrouped = 2;
+constexpr int kLeastBlock = 32;
+#endif
 
-// Element e of the 8 in a 32-bit word of packed codes starts at this bit.
-constexpr int kCodeBit[8] = {4, 0, 12, 8, 20, 16, 28, 24};
+// The place in a group of the element that dot_codes has in this lane of its vector e of 8.
+//   AVX-512: codes are read as 16 words of 8; vector e is element e of all words.
+//   AVX2: bytes of one nibble, 16 a lane, widened by unpacking: even elements, then odd ones.
+constexpr int element_of(int e, int lane) {
+#if defined(__AVX512F__)
+  return 8 * lane + e;
+#else
+  return 2 * (4 * (e & 3) + (lane & 3) + 16 * (lane >> 2)) + (e >> 2);
+#endif
+}
 
-// x as float32, each token padded with zeros. `grouped`: in each group element e of all its words
-// stands together, as the shifts of dot_codes deliver the weights.
-template <class T> void widen(const CodebookLinear& a, int64_t stride, bool grouped) {
-  const T* x = static_cast<const T*>(a.x);
-  for (int64_t t = 0; t < a.tokens; ++t) {
-    float* row = a.workspace + t * stride;
-    for (int64_t g = 0; g < stride; g += kGroup) {
-      float natural[kGroup] = {};
-      const int64_t n = smaller(a.columns - g, kGroup);
-      for (int64_t i = 0; i < n; i += kN) {
-        const int k = static_cast<int>(smaller(n - i, kN));
-        store_partial(natural + i, load_partial(x + t * a.columns + g + i, k, 0.0), k);
-      }
-      for (int i = 0; i < kGroup; ++i) {
-        row[g + i] = natural[grouped ? 8 * (i % kN) + i / kN : i];
+// Tokens are taken eight, four, two or one at a time.
+constexpr int pass_tokens(int64_t left) {
+  return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+}
+
+// x as float32 for a pass of `tokens`, padded with zeros. Columns come in chunks of
+// kColumns / tokens; in a chunk the tokens follow one another, since a whole row apart they would
+// share the sets of the first-level cache. `grouped`: each group in the order of dot_codes.
+template <class T> void widen(const T* x, int64_t columns, int tokens, bool grouped, float* out) {
+  const int64_t stride = codebook_workspace(1, columns);
+  for (int64_t column = 0; column < stride; column += kColumns / tokens) {
+    const int64_t chunk_end = smaller(column + kColumns / tokens, stride);
+    for (int t = 0; t < tokens; ++t) {
+      for (int64_t g = column; g < chunk_end; g += kGroup, out += kGroup) {
+        float natural[kGroup] = {};
+        const int64_t n = smaller(columns - g, kGroup);
+        for (int64_t i = 0; i < n; i += kN) {
+          const int k = static_cast<int>(smaller(n - i, kN));
+          store_partial(natural + i, load_partial(x + t * columns + g + i, k, 0.0), k);
+        }
+        for (int i = 0; i < kGroup; ++i) {
+          out[i] = natural[grouped ? element_of(i / kN, i % kN) : i];
+        }
       }
     }
   }
 }
 
-// Whether every vector of packed codes begins on a row's group and its words lie in one block each.
+// Whether dot_codes serves: its vectors lie in one row, and each lane of a vector in one block.
 bool fits_groups(const CodebookLinear& a) {
 #if defined(__AVX2__)
   const int64_t size = a.weight.blocksize;
-  return a.weight.entries == 16 && a.columns % kGroup == 0 && size >= 16 &&
+  return a.weight.entries == 16 && a.columns % kGroup == 0 &&
+         (kMostGrouped == 8 || a.tokens <= kMostGrouped) && size >= kLeastBlock &&
          (size & (size - 1)) == 0;
 #else
   (void)a;
@@ -771,49 +910,75 @@ bool fits_groups(const CodebookLinear& a) {
 // sums[t] += w·x[t] over n decoded weights (a multiple of kN).
 template <int kTokens>
 FF_INLINE void dot_floats(const float* w, const float* x, int64_t stride, int64_t n, VecF* sums) {
-  VecF sum[kTokens];
-  for (int t = 0; t < kTokens; ++t) sum[t] = sums[t];
-  for (int64_t i = 0; i < n; i += kN) {
+  // Two multiply-adds a cycle, four cycles each: eight sums that do not wait for one another.
+  constexpr int kSets = kTokens < 8 ? 8 / kTokens : 1;
+  VecF sum[kSets][kTokens] = {};
+  const auto add = [&](int set, int64_t i) FF_LAMBDA {
     const VecF v = load(w + i);
-    for (int t = 0; t < kTokens; ++t) sum[t] = fma(v, load(x + t * stride + i), sum[t]);
+    for (int t = 0; t < kTokens; ++t) sum[set][t] = fma(v, load(x + t * stride + i), sum[set][t]);
+  };
+  int64_t i = 0;
+  for (; i + kSets * kN <= n; i += kSets * kN) {
+#pragma GCC unroll 8
+    for (int set = 0; set < kSets; ++set) add(set, i + set * kN);
   }
-  for (int t = 0; t < kTokens; ++t) sums[t] = sum[t];
+  for (; i < n; i += kN) add(0, i);
+  for (int set = 0; set < kSets; ++set) {
+    for (int t = 0; t < kTokens; ++t) sums[t] += sum[set][t];
+  }
 }
 
 #if defined(__AVX2__)
+
+#if defined(__AVX512F__)
+// Element e of the 8 in a 32-bit word of packed codes starts at this bit.
+constexpr int kCodeBit[8] = {4, 0, 12, 8, 20, 16, 28, 24};
+#endif
+
 // The same from packed codes that begin `skip` elements into the block of scales[0].
 template <int kTokens>
 FF_INLINE void dot_codes(const uint8_t* codes, const float* scales, int log2_block, int64_t skip,
                          const Code16& code, const float* x, int64_t stride, int64_t n,
                          VecF* sums) {
+  VecI scale_at;  // the block of each lane of a vector, from that of the first
+  for (int i = 0; i < kN; ++i) scale_at[i] = (element_of(0, i) & -8) >> log2_block;
 #if defined(__AVX512F__)
   const __m512 table = (__m512)load(code.entry);
 #else
-  const __m256 table[2] = {_mm256_loadu_ps(code.entry), _mm256_loadu_ps(code.entry + 8)};
+  const Lut<float> lut = Lut<float>::make<true>(code, 1.0f);
+  const __m256i low_half = _mm256_set1_epi8(15);
 #endif
-  VecI scale_at;  // the block of each word of a vector, from that of the first
-  for (int i = 0; i < kN; ++i) scale_at[i] = 8 * i >> log2_block;
   VecF sum[kTokens];
   for (int t = 0; t < kTokens; ++t) sum[t] = sums[t];
   for (int64_t i = 0; i < n; i += kGroup) {
     VecU words;
     __builtin_memcpy(&words, codes + i / 2, sizeof words);
     VecF part[kTokens];
-#pragma GCC unroll 8
-    for (int e = 0; e < 8; ++e) {
-#if defined(__AVX512F__)
-      const VecF w = (VecF)_mm512_permutexvar_ps((__m512i)(words >> kCodeBit[e]), table);
-#else
-      const __m256i index = (__m256i)(words >> kCodeBit[e]);
-      const VecF w = (VecF)_mm256_blendv_ps(_mm256_permutevar8x32_ps(table[0], index),
-                                            _mm256_permutevar8x32_ps(table[1], index),
-                                            (__m256)(words << (28 - kCodeBit[e])));
-#endif
+    const auto add = [&](int e, VecF w) FF_LAMBDA {
       for (int t = 0; t < kTokens; ++t) {
         const VecF v = load(x + t * stride + i + e * kN);
         part[t] = e == 0 ? w * v : fma(w, v, part[t]);
       }
+    };
+#if defined(__AVX512F__)
+#pragma GCC unroll 8
+    for (int e = 0; e < 8; ++e) {  // the permute looks at the lowest four bits
+      add(e, (VecF)_mm512_permutexvar_ps((__m512i)(words >> kCodeBit[e]), table));
     }
+#else
+#pragma GCC unroll 2
+    for (int e = 0; e < 8; e += 4) {
+      const __m256i c = (__m256i)(e == 0 ? words >> 4 : words) & low_half;
+      __m256i b[4];
+      for (int k = 0; k < 4; ++k) b[k] = _mm256_shuffle_epi8(lut.plane[k], c);
+      const __m256i w[4] = {_mm256_unpacklo_epi8(b[0], b[1]), _mm256_unpacklo_epi8(b[2], b[3]),
+                            _mm256_unpackhi_epi8(b[0], b[1]), _mm256_unpackhi_epi8(b[2], b[3])};
+      add(e, (VecF)_mm256_unpacklo_epi16(w[0], w[1]));
+      add(e + 1, (VecF)_mm256_unpackhi_epi16(w[0], w[1]));
+      add(e + 2, (VecF)_mm256_unpacklo_epi16(w[2], w[3]));
+      add(e + 3, (VecF)_mm256_unpackhi_epi16(w[2], w[3]));
+    }
+#endif
     const float* first = scales + ((skip + i) >> log2_block);
 #if defined(__AVX512F__)
     const VecF scale = (VecF)_mm512_permutexvar_ps((__m512i)scale_at, (__m512)load(first));
@@ -824,13 +989,14 @@ FF_INLINE void dot_codes(const uint8_t* codes, const float* scales, int log2_blo
   }
   for (int t = 0; t < kTokens; ++t) sums[t] = sum[t];
 }
+
 #endif
 
-// Rows [begin, end) of the weight for kTokens tokens from `token` on.
+// Rows [begin, end) of the weight for a pass of kTokens tokens from `token` on.
 template <class T, int kTokens>
-void linear_rows(const CodebookLinear& a, int64_t stride, bool grouped, int64_t token,
-                 int64_t begin, int64_t end) {
-  const Code16 code(a.weight.code, a.weight.entries == 256 ? 0 : a.weight.entries);
+void linear_rows(const CodebookLinear& a, bool grouped, int64_t token, int64_t begin, int64_t end) {
+  const int64_t columns = codebook_workspace(1, a.columns);  // as widen padded them
+  const Code16 code16(a.weight.code, a.weight.entries);
   const int64_t chunk = kColumns / kTokens;
   const T* bias = static_cast<const T*>(a.bias);
   T* y = static_cast<T*>(a.y);
@@ -839,13 +1005,14 @@ void linear_rows(const CodebookLinear& a, int64_t stride, bool grouped, int64_t 
     VecF sums[kPanel][kTokens] = {};
     for (int64_t column = 0; column < a.columns; column += chunk) {
       const int64_t n = smaller(chunk, a.columns - column);
-      const float* x = a.workspace + token * stride + column;
+      const float* x = a.workspace + token * columns + column * kTokens;
+      const int64_t stride = smaller(chunk, columns - column);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t at = (panel + r) * a.columns + column;
 #if defined(__AVX2__)
         if (grouped) {
           const int log2_block = 63 - __builtin_clzll(static_cast<uint64_t>(a.weight.blocksize));
-          float scales[kScaleBatch + kN] = {};
+          float scales[kScaleBatch + kN];  // a vector is read from any of them on
           const int64_t first = at >> log2_block, count = ((at + n - 1) >> log2_block) - first + 1;
           bool finite = true;
           if (a.weight.absmax.values != nullptr)
@@ -853,23 +1020,25 @@ void linear_rows(const CodebookLinear& a, int64_t stride, bool grouped, int64_t 
                              static_cast<size_t>(count) * sizeof(float));
           else
             decode_scales(a.weight.absmax, first, count, scales);
+          store(scales + count, VecF{});
           for (int64_t b = 0; b < count; ++b) finite &= __builtin_fabsf(scales[b]) <= kMaxFloat;
-          if (__builtin_expect(finite, 1)) {
-            dot_codes<kTokens>(a.weight.codes + at / 2, scales, log2_block,
-                               at & (a.weight.blocksize - 1), code, x, stride, n, sums[r]);
+          if (kTokens <= kMostGrouped && __builtin_expect(finite, 1)) {
+            dot_codes<kTokens <= kMostGrouped ? kTokens : 1>(
+                a.weight.codes + at / 2, scales, log2_block, at & (a.weight.blocksize - 1), code16,
+                x, stride, n, sums[r]);
             continue;
           }
         }
 #endif
-        float w[kColumns];
-        decode_span(a.weight, at, at + n, w);
+        alignas(64) float w[kColumns];
+        decode_span(a.weight, code16, at, at + n, w);
         int64_t padded = n;
         while (padded % kN != 0) w[padded++] = 0.0f;
         if (grouped) {  // an infinite absmax: 0·inf is NaN, which a block's partial sum would hide
           for (int64_t g = 0; g < n; g += kGroup) {
             float natural[kGroup];
             __builtin_memcpy(natural, w + g, sizeof natural);
-            for (int i = 0; i < kGroup; ++i) w[g + i] = natural[8 * (i % kN) + i / kN];
+            for (int i = 0; i < kGroup; ++i) w[g + i] = natural[element_of(i / kN, i % kN)];
           }
         }
         dot_floats<kTokens>(w, x, stride, padded, sums[r]);
@@ -885,33 +1054,29 @@ void linear_rows(const CodebookLinear& a, int64_t stride, bool grouped, int64_t 
 }
 
 template <class T> void linear_t(const CodebookLinear& a) {
-  const int64_t stride = codebook_workspace(1, a.columns);
+  const int64_t columns = codebook_workspace(1, a.columns);
   const bool grouped = fits_groups(a);
-  widen<T>(a, stride, grouped);
+  for (int64_t t = 0; t < a.tokens; t += pass_tokens(a.tokens - t)) {
+    widen(static_cast<const T*>(a.x) + t * a.columns, a.columns, pass_tokens(a.tokens - t), grouped,
+          a.workspace + t * columns);
+  }
   parallel_for(a.rows, a.columns * (a.tokens + 1) / 2, a.place.threads,
                [&](int64_t begin, int64_t end) {
-                 int64_t t = 0;
-                 for (; t + kMostTokens <= a.tokens; t += kMostTokens) {
-                   linear_rows<T, kMostTokens>(a, stride, grouped, t, begin, end);
-                 }
-                 if constexpr (kMostTokens > 4) {
-                   if (t + 4 <= a.tokens) {
-                     linear_rows<T, 4>(a, stride, grouped, t, begin, end);
-                     t += 4;
+                 for (int64_t t = 0; t < a.tokens; t += pass_tokens(a.tokens - t)) {
+                   switch (pass_tokens(a.tokens - t)) {
+                     case 8: linear_rows<T, 8>(a, grouped, t, begin, end); break;
+                     case 4: linear_rows<T, 4>(a, grouped, t, begin, end); break;
+                     case 2: linear_rows<T, 2>(a, grouped, t, begin, end); break;
+                     default: linear_rows<T, 1>(a, grouped, t, begin, end);
                    }
                  }
-                 if (t + 2 <= a.tokens) {
-                   linear_rows<T, 2>(a, stride, grouped, t, begin, end);
-                   t += 2;
-                 }
-                 if (t < a.tokens) linear_rows<T, 1>(a, stride, grouped, t, begin, end);
                });
 }
 
 // dx = dy·W by spans of columns, each summed over the rows in order.
 template <class T> void linear_transposed_t(const CodebookLinear& a) {
   constexpr int64_t kSpan = 512, kRows = 4;
-  const int64_t stride = codebook_workspace(1, a.columns);
+  const Code16 code16(a.weight.code, a.weight.entries);
   const T* dy = static_cast<const T*>(a.x);
   T* dx = static_cast<T*>(a.y);
   parallel_for((a.columns + kSpan - 1) / kSpan, a.rows * kSpan, a.place.threads,
@@ -919,33 +1084,31 @@ template <class T> void linear_transposed_t(const CodebookLinear& a) {
                  for (int64_t span = first; span < last; ++span) {
                    const int64_t column = span * kSpan, n = smaller(kSpan, a.columns - column);
                    const int64_t padded = (n + kN - 1) / kN * kN;
-                   float* sums = a.workspace + column;
-                   for (int64_t t = 0; t < a.tokens; ++t) {
-                     __builtin_memset(sums + t * stride, 0,
-                                      static_cast<size_t>(padded) * sizeof(float));
-                   }
+                   float* sums = a.workspace + column * a.tokens;  // (tokens, padded)
+                   __builtin_memset(sums, 0, static_cast<size_t>(a.tokens * padded) * sizeof *sums);
                    for (int64_t r = 0; r < a.rows; r += kRows) {
                      const int64_t rows = smaller(kRows, a.rows - r);
-                     float w[kRows][kSpan] = {};
+                     alignas(64) float w[kRows][kSpan];
+                     if (rows < kRows || n < padded) __builtin_memset(w, 0, sizeof w);
                      for (int64_t j = 0; j < rows; ++j) {
                        const int64_t at = (r + j) * a.columns + column;
-                       decode_span(a.weight, at, at + n, w[j]);
+                       decode_span(a.weight, code16, at, at + n, w[j]);
                      }
                      for (int64_t t = 0; t < a.tokens; ++t) {
-                       VecF g[kRows] = {};
-                       for (int64_t j = 0; j < rows; ++j) {
-                         g[j] = splat<VecF>(load_scalar(dy + t * a.rows + r + j));
+                       VecF g[kRows];
+                       for (int64_t j = 0; j < kRows; ++j) {
+                         g[j] = splat<VecF>(j < rows ? load_scalar(dy + t * a.rows + r + j) : 0.0);
                        }
                        for (int64_t i = 0; i < padded; i += kN) {
-                         VecF sum = load(sums + t * stride + i);
+                         VecF sum = load(sums + t * padded + i);
                          for (int64_t j = 0; j < kRows; ++j) sum = fma(g[j], load(w[j] + i), sum);
-                         store(sums + t * stride + i, sum);
+                         store(sums + t * padded + i, sum);
                        }
                      }
                    }
                    for (int64_t t = 0; t < a.tokens; ++t) {
                      for (int64_t i = 0; i < n; i += kN) {
-                       store_partial(dx + t * a.columns + column + i, load(sums + t * stride + i),
+                       store_partial(dx + t * a.columns + column + i, load(sums + t * padded + i),
                                      static_cast<int>(smaller(kN, n - i)));
                      }
                    }

@@ -19,6 +19,7 @@ BACKENDS = ("auto", "cpu", "cuda", "triton", "eager")
 AUTO = {
     "logprobs": ("cuda", "triton"),  # not measured yet
     "preference": ("cuda", "triton"),  # not measured yet
+    "codebook": ("eager",),  # no kernel yet
 }
 
 # csrc/core/place.h, enum Flag
