@@ -18,9 +18,9 @@
 // which never meet in a bank. Products of a word of 8 codes are summed unscaled, then scaled.
 //
 // clang-format on
-// SPEC section 1 promises bits: a product that is followed by a sum is __fmul_rn, which nvcc does
-// not
-// fuse. Sums of products are float32, in an order that depends on the shape alone.
+// SPEC section 1 promises bits: a product that a sum follows is __fmul_rn, which nvcc does not
+// fuse.
+// Sums of products are float32, in an order that depends on the shape alone.
 #include <math.h>
 
 #include "core/cuda_utils.cuh"
@@ -559,7 +559,7 @@ __global__ void __launch_bounds__(kLinearThreads) codebook_linear_any_kernel(con
 template <class T, int kTokens>
 __global__ void __launch_bounds__(kLinearThreads, 1)
     codebook_linear_transposed_kernel(const LinearCall a) {
-  constexpr int U = kTokens <= 4 ? 4 : 2, kSlots = kLinearThreads / kWord;
+  constexpr int U = 4, kSlots = kLinearThreads / kWord;
   __shared__ Pairs pairs;
   __shared__ float partial[kLinearWarps][kTransposedColumns];
   pairs.fill(a.weights.code);
@@ -644,14 +644,15 @@ template <class T, int kTokens> void linear_tokens(LinearCall& a) {
     ++a.log2_split;
   }
   for (; a.token + kTokens <= a.tokens; a.token += kTokens) {
-    if (a.transposed) {
-      launch(codebook_linear_transposed_kernel<T, kTokens>, ceil_div(a.columns, kTransposedColumns),
-             kLinearThreads, 0, a);
-    } else {
-      launch(codebook_linear_kernel<T, kTokens>,
-             ceil_div(a.rows, int64_t{rows} * (kLinearWarps >> a.log2_split)), kLinearThreads, 0,
-             a);
-    }
+    launch(codebook_linear_kernel<T, kTokens>,
+           ceil_div(a.rows, int64_t{rows} * (kLinearWarps >> a.log2_split)), kLinearThreads, 0, a);
+  }
+}
+
+template <class T, int kTokens> void transposed_tokens(LinearCall& a) {
+  for (; a.token + kTokens <= a.tokens; a.token += kTokens) {
+    launch(codebook_linear_transposed_kernel<T, kTokens>, ceil_div(a.columns, kTransposedColumns),
+           kLinearThreads, 0, a);
   }
 }
 
@@ -659,7 +660,11 @@ template <class T> void linear(LinearCall a) {
   const bool words = a.weight.entries == 16 && a.columns % kWord == 0 && a.weights.shifts() &&
                      a.weight.blocksize >= kWord && is_aligned(a.weight.codes, 4) && a.rows >= 4 &&
                      a.columns + a.weight.blocksize < 1 << 28;
-  if (words && (a.transposed || is_aligned(a.x, 16))) {
+  if (words && a.transposed) {  // 8 sums a token and thread: 8 tokens would spill
+    transposed_tokens<T, 4>(a);
+    transposed_tokens<T, 2>(a);
+    transposed_tokens<T, 1>(a);
+  } else if (words && is_aligned(a.x, 16)) {
     linear_tokens<T, 8>(a);
     linear_tokens<T, 4>(a);
     linear_tokens<T, 2>(a);
