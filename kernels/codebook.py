@@ -40,9 +40,7 @@ def _log2(n):
 
 @triton.jit
 def _divide(i, n, SHIFT: tl.constexpr):
-    if SHIFT:
-        return i >> n
-    return i // n
+    return i >> n if SHIFT else i // n
 
 
 # ---- quantise ----------------------------------------------------------------------------------
@@ -94,15 +92,16 @@ def _nearest(x, code, BITS: tl.constexpr, FP4: tl.constexpr):
         rank += _above(y, 0.29166667) + _above(y, 0.4166667) + _above(y, 0.583333)
         rank += _above(y, 0.8333333)
         by_rank = tl.full(x.shape, 0x32547610, tl.int32)  # SPEC: 0 1 6 7 4 5 2 3
-        return ((by_rank >> (4 * rank)) & 15) + 8 * (x < 0.0).to(tl.int32)
-    rank = tl.zeros(x.shape, tl.int32)
-    if BITS <= 4:
-        for i in tl.static_range(2**BITS - 1):
-            rank += _above(x, _threshold(code, i))
+        rank = ((by_rank >> (4 * rank)) & 15) + 8 * (x < 0.0).to(tl.int32)
     else:
-        for i in tl.static_range(BITS):
-            step = 2 ** (BITS - 1 - i)
-            rank += step * _above(x, _threshold(code, rank + (step - 1)))
+        rank = tl.zeros(x.shape, tl.int32)
+        if BITS <= 4:
+            for i in tl.static_range(2**BITS - 1):
+                rank += _above(x, _threshold(code, i))
+        else:
+            for i in tl.static_range(BITS):
+                step = 2 ** (BITS - 1 - i)
+                rank += step * _above(x, _threshold(code, rank + (step - 1)))
     return rank
 
 
@@ -209,11 +208,13 @@ def _absmax(
 ):  # fmt: skip
     """The absmax of blocks, 0 outside of the mask."""
     if absmax is not None:
-        return tl.load(absmax + block, mask=mask, other=0.0)
-    q = tl.load(absmax_codes + block, mask=mask, other=0).to(tl.int32)
-    nested = _divide(block, nested_blocksize, NESTED_SHIFT)
-    product = tl.load(nested_code + q) * tl.load(nested_absmax + nested, mask=mask, other=0.0)
-    return tl.where(mask, product + tl.full((), offset, tl.float32), 0.0)
+        scale = tl.load(absmax + block, mask=mask, other=0.0)
+    else:
+        q = tl.load(absmax_codes + block, mask=mask, other=0).to(tl.int32)
+        nested = _divide(block, nested_blocksize, NESTED_SHIFT)
+        product = tl.load(nested_code + q) * tl.load(nested_absmax + nested, mask=mask, other=0.0)
+        scale = tl.where(mask, product + tl.full((), offset, tl.float32), 0.0)
+    return scale
 
 
 @triton.jit
@@ -224,10 +225,12 @@ def _code_at(codes, i, mask, BITS: tl.constexpr):
         high = tl.load(p, mask=mask, other=0).to(tl.int32) << 16
         middle = tl.load(p + 1, mask=mask, other=0).to(tl.int32) << 8
         word = high | middle | tl.load(p + 2, mask=mask, other=0).to(tl.int32)
-        return (word >> (21 - 3 * (i % 8).to(tl.int32))) & 7
-    PER: tl.constexpr = 8 // BITS
-    byte = tl.load(codes + i // PER, mask=mask, other=0).to(tl.int32)
-    return (byte >> ((PER - 1 - (i % PER).to(tl.int32)) * BITS)) & (2**BITS - 1)
+        c = (word >> (21 - 3 * (i % 8).to(tl.int32))) & 7
+    else:
+        PER: tl.constexpr = 8 // BITS
+        byte = tl.load(codes + i // PER, mask=mask, other=0).to(tl.int32)
+        c = (byte >> ((PER - 1 - (i % PER).to(tl.int32)) * BITS)) & (2**BITS - 1)
+    return c
 
 
 _SIZES = ["blocksize", "nested_blocksize"]
@@ -400,8 +403,8 @@ def codebook_linear(
             codebook_linear_transposed_kernel, programs, *args, y,
             **constants, ROWS=64 // together, BLOCK=block,
         )  # fmt: skip
-    else:  # 32 sums a lane
-        group = 16 // together
+    else:  # 16 sums a lane: the addresses of 32 would spill
+        group = 8 // together
         programs = triton.cdiv(rows, group) * times
         launch(
             codebook_linear_kernel, programs, *args, bias, y,
