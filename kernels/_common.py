@@ -25,10 +25,13 @@ REDUCE_SUM = tl.constexpr(1)
 REDUCE_MEAN = tl.constexpr(2)
 
 
-def launch(kernel, programs, *args, num_warps, **constants):
-    """Run `programs` programs of a kernel on torch's current stream."""
-    # a·b + c in one instruction: Triton's default has changed, and no bits are promised here
-    kernel[(programs,)](*args, **constants, num_warps=num_warps, enable_fp_fusion=True)
+def launch(kernel, programs, *args, num_warps, fuse=True, **constants):
+    """Run `programs` programs of a kernel on torch's current stream.
+
+    fuse: a·b + c in one instruction, said here since Triton's default has changed; not where bits are
+    promised.
+    """
+    kernel[(programs,)](*args, **constants, num_warps=num_warps, enable_fp_fusion=fuse)
 
 
 @triton.jit

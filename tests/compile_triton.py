@@ -28,16 +28,20 @@ import torch
 import triton
 from cuda_resources import cuobjdump
 from finefuse._args import DTYPES, PREFERENCE_LOSSES, REDUCTIONS
-from finefuse.kernels import logprobs, preference
+from finefuse.kernels import codebook, logprobs, preference
 
 ARCHITECTURES = (80, 90)
-# Memory-bound over the logits: a spill there costs what the fusion saves.
-HOT = ("token_logprobs_kernel", "token_logprobs_backward_kernel", "cross_entropy_kernel")
-MODULES = (logprobs, preference)
+# Memory-bound over the logits or the weight: a spill there costs what the fusion saves.
+HOT = (
+    "token_logprobs_kernel", "token_logprobs_backward_kernel", "cross_entropy_kernel",
+    "quantize_kernel", "dequantize_kernel", "codebook_linear_kernel",
+    "codebook_linear_transposed_kernel",
+)  # fmt: skip
+MODULES = (codebook, logprobs, preference)
 
 _NAMES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
-    torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
+    torch.int32: "i32", torch.int64: "i64", torch.bool: "i1", torch.uint8: "u8",
 }  # fmt: skip
 
 
@@ -49,6 +53,7 @@ class Variant:
     args: tuple[Any, ...]
     constants: dict[str, Any]
     num_warps: int
+    fuse: bool
 
     @cached_property
     def specialised(self) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
@@ -100,7 +105,7 @@ class Variant:
     @property
     def hot(self) -> bool:
         """In the types that models are trained in."""
-        return self.name in HOT and self.choices["logits"] != "fp64"
+        return self.name in HOT and self.choices.get("logits") != "fp64"
 
     def compile(self, architecture: int) -> dict[str, int]:
         """What the cubin takes: see resource_usage."""
@@ -108,7 +113,7 @@ class Variant:
         compiled = triton.compile(
             source,
             target=triton.backends.compiler.GPUTarget("cuda", architecture, 32),
-            options={"num_warps": self.num_warps, "enable_fp_fusion": True},
+            options={"num_warps": self.num_warps, "enable_fp_fusion": self.fuse},
         )
         return resource_usage(compiled.asm["cubin"])
 
@@ -155,10 +160,12 @@ def recording(into: Callable[[Variant], None], call: bool) -> Any:
     """A `launch` that hands each launch to `into`, and makes it if `call`."""
     real = logprobs.launch
 
-    def launch(kernel: Any, programs: int, *args: Any, num_warps: int, **constants: Any) -> None:
-        into(Variant(kernel, args, constants, num_warps))
+    def launch(
+        kernel: Any, programs: int, *args: Any, num_warps: int, fuse: bool = True, **constants: Any
+    ) -> None:
+        into(Variant(kernel, args, constants, num_warps, fuse))
         if call:
-            real(kernel, programs, *args, num_warps=num_warps, **constants)
+            real(kernel, programs, *args, num_warps=num_warps, fuse=fuse, **constants)
 
     return launch
 
@@ -214,6 +221,30 @@ def _call_everything() -> None:
             preference.preference(
                 x, x, x, x, x, x, x is f64, 9, loss, 0.1, 0.0, 2, x, x, x, x, x, x, place
             )
+    _call_codebook(tensor, place)
+
+
+def _call_codebook(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> None:
+    u8, f32 = tensor(torch.uint8), tensor(torch.float32)
+    dtypes = [(tensor(getattr(torch, name)), code) for name, code in list(DTYPES.items())[:3]]
+    rules = ((4, 0), (8, 0), (16, 0), (256, 0), (16, 1))
+    for (x, dtype), (entries, rule), blocksize in itertools.product(
+        dtypes, rules, (*(2**k for k in range(3, 13)), 24)
+    ):
+        codebook.quantize(x, dtype, 4096, f32, entries, rule, blocksize, u8, f32, place)
+    given, nested = (f32, None, None, None, 0, 0.0), (None, u8, f32, f32, 256, 0.5)
+    odd = (None, u8, f32, f32, 100, 0.5)  # a nested block size that is no power of two
+    for (x, dtype), (entries, _), scales, blocksize in itertools.product(
+        dtypes, rules[:4], (given, nested, odd), (64, 24, 7)
+    ):
+        codebook.dequantize(u8, 4096, f32, entries, *scales, blocksize, x, dtype, place)
+        for tokens, columns, transposed, bias in itertools.product(
+            (1, 2, 4, 8), (4096, 129), (False, True), (None, x)
+        ):
+            codebook.codebook_linear(
+                x, dtype, tokens, u8, f32, entries, *scales, blocksize, 4096, columns, transposed,
+                bias, x, place,
+            )  # fmt: skip
 
 
 def pairs(variant: Variant) -> set[tuple[str, ...]]:
@@ -232,7 +263,7 @@ def known_pairs() -> set[tuple[str, ...]]:
 def loop(variant: Variant) -> tuple[str, ...] | None:
     """What shapes the loop over the row of a hot kernel; unaligned, bfloat16 stands for all."""
     c = variant.choices
-    if not variant.hot or (c["logits"] != "bf16" and c["aligned"] == "no"):
+    if not variant.hot or "logits" not in c or (c["logits"] != "bf16" and c["aligned"] == "no"):
         return None
     names = ("kernel", "logits", "num_warps", "BLOCK", "aligned", "SMOOTHING")
     absent = [str(c.get(name) == "-") for name in ("entropy", "h", "gradient")]

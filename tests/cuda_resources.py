@@ -14,9 +14,10 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-# Bound by memory over the logits; float64 is there for gradcheck, not for speed.
+# Bound by memory over the logits or the weight; float64 is there for gradcheck, not for speed.
 HOT = re.compile(
-    r"^(token_logprobs|token_logprobs_backward|cross_entropy|scale_gradient)_kernel<(?!double)"
+    r"^(token_logprobs|token_logprobs_backward|cross_entropy|scale_gradient|quantize|dequantize|"
+    r"codebook_linear|codebook_linear_transposed)_kernel<(?!double)"
 )
 
 

@@ -18,7 +18,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
-from conftest import GPU, MACHINE_LEVELS, unavailable
+from conftest import MACHINE_LEVELS
 from finefuse import _codebooks
 from finefuse import codebook as module
 from finefuse.reference import codebook as reference
@@ -538,17 +538,30 @@ def test_eager_backend(name):
         torch.testing.assert_close(ff.codebook_linear(z, q), y)
 
 
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_backends_without_kernels(backend):
-    if unavailable(backend):
-        pytest.skip(unavailable(backend))
-    with (
-        ff.backend(backend),
-        pytest.raises(
-            RuntimeError, match=f"backend '{backend}' has no kernel for codebook.quantize"
-        ),
-    ):
-        ff.quantize(torch.ones(3, device="cuda" if GPU else "cpu"))
+@pytest.mark.parametrize("name", ["nf4", "fp4", "dynamic8"])
+def test_backends(place, name):
+    """The public functions on every backend: the CPU's bytes and bits, and products as near as its own."""
+    x = numbers(70, 96)
+    with ff.backend("cpu"):
+        q = [ff.quantize(x, code_of(name), 64, double_quant) for double_quant in (False, True)]
+        w = [ff.dequantize(p) for p in q]
+    for cpu, want, double_quant in zip(q, w, (False, True), strict=True):
+        there = ff.quantize(x.to(place.device), code_of(name), 64, double_quant)
+        for part in cpu.__tensor_flatten__()[0]:
+            assert torch.equal(getattr(cpu, part), getattr(there, part).cpu()), part
+        assert torch.equal(ff.dequantize(there).cpu(), want)
+        for tokens in (1, 5, 40):
+            z = numbers(tokens, 96).to(place.device).requires_grad_()
+            y = ff.codebook_linear(z, there)
+            y.sum().backward()
+            exact = z.detach().cpu().double() @ want.double().t()
+            check("y", y.detach().cpu(), z.detach().cpu() @ want.t(), exact)
+            check(
+                "dx",
+                z.grad.cpu(),
+                want.sum(0).expand(tokens, 96),
+                want.double().sum(0).expand(tokens, 96),
+            )
 
 
 def test_eager_differentiates_twice():

@@ -88,5 +88,4 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("machine_isa", [] { return isa_name(machine_isa()); }, "The highest level here.");
   m.def("_set_isa", set_isa_by_name, "Set the level (tests); returns the one before.");
   define_ops<Cpu>(m);
-  define_codebook_ops<Cpu>(m);
 }

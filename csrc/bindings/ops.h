@@ -220,7 +220,7 @@ inline CodebookArray codebook_array(int64_t count, const Array& codes, const Arr
   check_code(entries, blocksize);
   need("codes", codes, count);
   need("code", code, entries);
-  if (absmax.data == nullptr) {
+  if (absmax.data == nullptr && count > 0) {
     need("absmax_codes", absmax_codes, count);
     need("nested_code", nested_code, count);
     need("nested_absmax", nested_absmax, count);
@@ -268,13 +268,6 @@ void codebook_linear(Array x, int dtype, int64_t tokens, Array codes, Array code
                               transposed, bias.data, y.data, nullptr, place});
 }
 
-// On the CPU alone until the stem has its CUDA kernels.
-template <class Backend> void define_codebook_ops(pybind11::module_& m) {
-  m.def("quantize", quantize<Backend>);
-  m.def("dequantize", dequantize<Backend>);
-  m.def("codebook_linear", codebook_linear<Backend>);
-}
-
 template <class Backend> void define_ops(pybind11::module_& m) {
   m.def("token_logprobs", token_logprobs<Backend>);
   m.def("token_logprobs_backward", token_logprobs_backward<Backend>);
@@ -283,6 +276,9 @@ template <class Backend> void define_ops(pybind11::module_& m) {
   m.def("sequence_sums", sequence_sums<Backend>);
   m.def("sequence_sums_backward", sequence_sums_backward<Backend>);
   m.def("preference", preference<Backend>);
+  m.def("quantize", quantize<Backend>);
+  m.def("dequantize", dequantize<Backend>);
+  m.def("codebook_linear", codebook_linear<Backend>);
 }
 
 }  // namespace finefuse

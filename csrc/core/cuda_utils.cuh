@@ -16,6 +16,9 @@
 
 namespace finefuse::cuda {
 
+// Arrays indexed in a loop live in registers only if the loop is unrolled.
+#define FF_UNROLL _Pragma("unroll")
+
 // ---- numbers -----------------------------------------------------------------------------------
 
 __device__ __forceinline__ float exp2_fast(float x) {

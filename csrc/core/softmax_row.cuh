@@ -13,9 +13,6 @@
 
 namespace finefuse::cuda {
 
-// Arrays indexed in these loops live in registers only if the loops are unrolled.
-#define FF_UNROLL _Pragma("unroll")
-
 inline constexpr double kLog2e = 1.4426950408889634;
 inline constexpr int kUnroll = 4;  // vectors in flight a thread
 

@@ -75,7 +75,7 @@ struct CodebookLinear {
   bool transposed;
   const void* bias;  // (rows,), may be absent
   void* y;           // (tokens, rows), or dx (tokens, columns)
-  float* workspace;  // (codebook_workspace(tokens, columns),)
+  float* workspace;  // CPU: (codebook_workspace(tokens, columns),)
   Place place;
 };
 
@@ -90,6 +90,12 @@ struct CodebookKernels {
   void (*dequantize)(const Dequantize&);
   void (*codebook_linear)(const CodebookLinear&);
 };
+
+namespace cuda {  // codebook.cu
+void run(const Quantize&);
+void run(const Dequantize&);
+void run(const CodebookLinear&);
+}  // namespace cuda
 
 }  // namespace finefuse
 

@@ -21,7 +21,7 @@ BACKENDS = ("auto", "cpu", "cuda", "triton", "eager")
 AUTO = {
     "logprobs": ("cuda", "triton"),  # not measured yet
     "preference": ("cuda", "triton"),  # not measured yet
-    "codebook": ("eager",),  # no kernel yet
+    "codebook": ("cuda", "triton"),  # not measured yet
 }
 
 # csrc/core/place.h, enum Flag

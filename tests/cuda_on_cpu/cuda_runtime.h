@@ -36,6 +36,12 @@ struct dim3 {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 using cudaError_t = int;
@@ -45,6 +51,11 @@ inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 0, cudaSucce
 
 inline uint4 __ldcs(const uint4* p) { return *p; }
 inline void __stcs(uint4* p, const uint4& v) { *p = v; }
+
+inline float __fadd_rn(float a, float b) { return a + b; }  // built with -ffp-contract=off
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __frcp_rn(float a) { return 1.0f / a; }
 
 namespace cuda_on_cpu {
 
