@@ -207,8 +207,14 @@ def test_out():
 
 # ---- codebook_linear ---------------------------------------------------------------------------
 
-# 1 and 7: from the bytes, one token and an odd number; the last two on either side of the crossover.
-TOKENS = [1, 7, module.KERNEL_TOKENS, module.KERNEL_TOKENS + 1]
+# 1 and 7: from the bytes, one token and an odd number; the others on either side of the crossovers.
+TOKENS = [
+    1,
+    7,
+    module.KERNEL_TOKENS,
+    module.KERNEL_TOKENS_BACKWARD,
+    module.KERNEL_TOKENS_BACKWARD + 1,
+]
 
 
 def layer(rows, columns, name="nf4", blocksize=64, double_quant=False):
@@ -255,6 +261,27 @@ def test_linear(isa, dtype, tokens, double_quant):
                 (rows, columns),
             )  # fmt: skip
             check("reference", y, eager[0] - bias, want)
+
+
+@pytest.mark.parametrize("engine", ["torch", "oneDNN"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_in_panels(monkeypatch, dtype, engine):
+    """A panel is one row, or what bytes, blocks and blocks of blocks force it to be; the last may be short."""
+    monkeypatch.setattr(module._matmul, "_onednn_is_faster", lambda: engine == "oneDNN")
+    monkeypatch.setattr(module, "PANEL_BYTES", 1)
+    tokens = module.KERNEL_TOKENS + 1
+    for rows, columns, double_quant, panel in (
+        (40, 96, False, 2), (33, 75, False, 33), (7, 128, False, 1), (40, 1024, True, 16), (5, 33, True, 5)
+    ):  # fmt: skip
+        for name in ("nf4", "dynamic8", "3 bits", "2 bits"):
+            q = layer(rows, columns, name, double_quant=double_quant)
+            assert module._panel_rows(module.fields(q), rows, columns, dtype) == panel
+            x, bias = numbers(tokens, columns, dtype=dtype), numbers(rows, dtype=dtype, seed=2)
+            weight = ff.dequantize(q, torch.float32)
+            truth = x.double() @ weight.double().t()
+            eager = torch.nn.functional.linear(x, weight.to(dtype), bias)
+            check("y", ff.codebook_linear(x, q, bias), eager, truth + bias.double())
+            check("no bias", ff.codebook_linear(x, q), x @ weight.to(dtype).t(), truth)
 
 
 def test_linear_shapes():

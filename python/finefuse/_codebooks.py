@@ -22,10 +22,20 @@ BITS = {4: 2, 8: 3, 16: 4, 256: 8}  # entries of a codebook: bits of a code
 BLOCKSIZES = tuple(2**i for i in range(4, 13))
 SORTED, FP4 = 0, 1  # how the nearest entry is found; csrc/ops/codebook.h
 
-# Up to this many tokens `codebook_linear` multiplies from the packed bytes; above, the weight is decoded
-# into a workspace and multiplied by a library. First figures, one thread of an AVX2 machine, 2048×2048: even
-# at 16 tokens forward and at 8 backward, in every type. To be measured on AVX-512.
-KERNEL_TOKENS = 16
+# Up to so many tokens `codebook_linear` multiplies from the packed bytes, forward and backward; above, the
+# weight is decoded and multiplied by a library. 4096×4096 float32 on AVX2, times what a product with the decoded
+# weight takes, from the bytes | decoded and multiplied; T: threads. Not measured on AVX-512.
+#
+#     tokens          1           8           16          24          32          64
+#     forward  T1     0.53        0.56        0.83|0.79   1.09        1.34        1.93|0.83
+#              T2     0.32        0.56        0.68|0.87               0.86|0.84   1.04|0.81
+#     backward T1     1.16|2.12   0.78|1.30   0.91|1.20   1.13|1.14   1.09|1.19   1.38|1.07
+#              T2     0.86|2.00   0.65|1.39   0.86|1.18               0.91|1.14   0.93|1.16
+KERNEL_TOKENS, KERNEL_TOKENS_BACKWARD = 16, 32
+
+# Decoded weights are multiplied in panels of about this size: they stay in a cache, and beyond the caches 4 bits
+# an element are all the traffic.
+PANEL_BYTES = 4 << 20
 
 
 # ---- the named tables ---------------------------------------------------------------------------

@@ -62,14 +62,40 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     dtype = product_dtype(x)
     a, w = x.to(dtype), weight.to(dtype)
     b = None if bias is None else bias.to(dtype)
-    if (
-        dtype is torch.float32
-        and x.is_cpu
-        and x.numel() > 0
-        and weight.numel() > 0
-        and _onednn_is_faster()
-    ):
+    if _takes_onednn(a, w):
         y = torch.ops.mkldnn._linear_pointwise(a, w, b, "none", [], "")
     else:
         y = torch.mm(a, w.t()) if b is None else torch.addmm(b, a, w.t())
     return y.to(x.dtype)
+
+
+def columns_into(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Some columns y (M, R) of a linear layer from its rows (R, K) of the weight and (R,) of the bias.
+
+    x and weight have the type `product_dtype(y)`. Taken as weight · xᵀ: the product's threads then share out
+    the weight as those that have just decoded it did, and it is read by the core in whose cache it lies
+    (AVX2, two threads, panels of 4 MB: 0.8 times what x · weightᵀ takes at 64 rows, 0.5 times at 16).
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return columns_into(y, x, weight, bias)
+    column = None if bias is None else bias.to(x.dtype)[:, None]
+    if _takes_onednn(weight, x):
+        product = torch.ops.mkldnn._linear_pointwise(weight, x, None, "none", [], "")
+        if column is not None:
+            product += column
+    elif column is None:
+        product = torch.mm(weight, x.t())
+    else:
+        product = torch.addmm(column, weight, x.t())
+    y.copy_(product.t())
+
+
+def _takes_onednn(a: Tensor, b: Tensor) -> bool:
+    return (
+        a.dtype is torch.float32
+        and a.is_cpu
+        and a.numel() > 0
+        and b.numel() > 0
+        and _onednn_is_faster()
+    )

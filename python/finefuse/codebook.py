@@ -16,6 +16,8 @@ from ._codebooks import (
     BITS,
     FP4,
     KERNEL_TOKENS,
+    KERNEL_TOKENS_BACKWARD,
+    PANEL_BYTES,
     SORTED,
     Fields,
     Nested,
@@ -353,7 +355,7 @@ composite(
 
 
 class _Workspace(threading.local):
-    """On a CPU, memory for a decoded weight of each type, kept for the next one; a thread has its own.
+    """On a CPU, memory for a decoded weight, or a panel of it, of each type, kept for the next; each thread's own.
 
     Fresh memory would cost more than the decoding: the system clears it page by page.
     """
@@ -382,7 +384,8 @@ def _product(
     inner, outer = (rows, columns) if transposed else (columns, rows)
     shape, tokens = (*x.shape[:-1], outer), math.prod(x.shape[:-1])
     x = x.reshape(tokens, inner)
-    if 0 < tokens <= KERNEL_TOKENS and inner * outer > 0 and x.dtype in _NARROW:
+    most = KERNEL_TOKENS_BACKWARD if transposed and x.is_cpu else KERNEL_TOKENS
+    if 0 < tokens <= most and inner * outer > 0 and x.dtype in _NARROW:
         y = x.new_empty(shape)
         codes, *rest = _for_kernel(values)
         _LINEAR(
@@ -391,9 +394,46 @@ def _product(
         )  # fmt: skip
         return y
     dtype = _matmul.product_dtype(x)
-    weight = _workspace.get(x, dtype if dtype in _NARROW else torch.float32, rows, columns)
-    _decode(values, weight)
-    return _matmul.linear(x, weight.t() if transposed else weight, bias).view(shape)
+    decoded = dtype if dtype in _NARROW else torch.float32
+    panel = rows
+    if x.is_cpu and not transposed:
+        panel = _panel_rows(values, rows, columns, decoded)
+    weight = _workspace.get(x, decoded, panel, columns)
+    if panel == rows:
+        _decode(values, weight)
+        return _matmul.linear(x, weight.t() if transposed else weight, bias).view(shape)
+    y, x = x.new_empty((tokens, rows)), x.to(dtype)
+    for first in range(0, rows, panel):
+        last = min(first + panel, rows)
+        part = weight[: last - first]
+        _decode(_rows(values, first * columns, last * columns), part)
+        b = None if bias is None else bias[first:last]
+        _matmul.columns_into(y[:, first:last], x, part.to(dtype), b)
+    return y.view(shape)
+
+
+def _panel_rows(values: Fields, rows: int, columns: int, dtype: torch.dtype) -> int:
+    """Of a weight that is decoded in pieces which stay in a cache: rows of a piece.
+
+    A piece begins where a byte, a block and a block of blocks do; where none does, it is all of them.
+    """
+    unit = values[-1] * max(values[-2], 1)
+    step = unit // math.gcd(columns, unit) if columns else 1
+    return min(rows, max(PANEL_BYTES // max(columns * dtype.itemsize, 1) // step, 1) * step)
+
+
+def _rows(values: Fields, begin: int, end: int) -> Fields:
+    """The elements [begin, end), that begin as `_panel_rows` says."""
+    codes, code, absmax, nested_code, nested_absmax, nested_offset, nested_blocksize, blocksize = (
+        values
+    )
+    bits, first, last = BITS[code.numel()], begin // blocksize, blocks(end, blocksize)
+    if nested_absmax is not None:
+        nested_absmax = nested_absmax[first // nested_blocksize : blocks(last, nested_blocksize)]
+    return (
+        codes[packed_bytes(begin, bits) : packed_bytes(end, bits)], code, absmax[first:last],
+        nested_code, nested_absmax, nested_offset, nested_blocksize, blocksize,
+    )  # fmt: skip
 
 
 def _check_product(x: Tensor, values: Fields, rows: Any, columns: Any, bias: Tensor | None) -> None:
@@ -472,10 +512,11 @@ def codebook_linear(x: Tensor, q: CodebookTensor, bias: Tensor | None = None) ->
 
         y = x Wᵀ + bias        dx = dy W        db = Σ dy        W = dequantize(q) in the type of x
 
-    A few tokens (`KERNEL_TOKENS`) are multiplied from the packed bytes, which are all that is read of
-    W; more are multiplied by the fastest product of this machine, after W is decoded into memory that
-    every call of the thread reuses. Nothing of the size of W is kept for the backward, which reads the bytes
-    again. float16, and bfloat16 on CPUs that have no product for it, are multiplied as float32.
+    A few tokens (16; 32 in a backward on a CPU) are multiplied from the packed bytes, which are all that is
+    read of W; more are multiplied by the fastest product of this machine, after W is decoded into memory that
+    every call of the thread reuses: on a CPU, panels of 4 MB in the forward, all of W in the backward. Nothing
+    of the size of W is kept from one for the other. float16, and bfloat16 on CPUs that have no product for it,
+    are multiplied as float32.
 
     Args:
         x: (…, in) float32, bfloat16, float16 or float64 (then all in float64), any strides. Under

@@ -15,6 +15,7 @@ from .._args import require
 from .._codebooks import (
     BITS,
     KERNEL_TOKENS,
+    KERNEL_TOKENS_BACKWARD,
     About,
     Fields,
     Nested,
@@ -398,7 +399,8 @@ def _product(x: Array, q: CodebookArray, bias: Array | None, transposed: bool) -
     rows, columns = q.shape
     shape = (*x.shape[:-1], columns if transposed else rows)
     tokens = math.prod(x.shape[:-1])
-    if 0 < tokens <= KERNEL_TOKENS and rows * columns > 0 and x.dtype != FLOAT64:
+    most = KERNEL_TOKENS_BACKWARD if transposed else KERNEL_TOKENS
+    if 0 < tokens <= most and rows * columns > 0 and x.dtype != FLOAT64:
         y = np.empty(shape, x.dtype)
         codes, *rest = _for_kernel(q)
         _C.codebook_linear(
