@@ -28,7 +28,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DELETE_ON_ERROR:
 .PHONY: test demo bench lint gpu clean
 
-test: $(STAMPS)/build $(STAMPS)/test
+test: $(STAMPS)/build $(STAMPS)/test $(STAMPS)/test-torch
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 demo: $(STAMPS)/build $(STAMPS)/demo
@@ -61,6 +61,6 @@ $(STAMPS)/build: $(READY) $(SOURCES)
 	$(PIP) install -q --no-build-isolation --no-deps -e .
 	touch $@
 
-$(STAMPS)/test $(STAMPS)/demo $(STAMPS)/bench $(STAMPS)/lint: $(READY) pyproject.toml
+$(STAMPS)/test $(STAMPS)/test-torch $(STAMPS)/demo $(STAMPS)/bench $(STAMPS)/lint: $(READY) pyproject.toml
 	$(PIP) install -q --group $(@F)
 	touch $@

@@ -266,7 +266,7 @@ def test_linear(isa, dtype, tokens, double_quant):
 @pytest.mark.parametrize("engine", ["torch", "oneDNN"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear_in_panels(monkeypatch, dtype, engine):
-    """A panel is one row, or what bytes, blocks and blocks of blocks force it to be; the last may be short."""
+    """A panel is one row, or what bytes, blocks and blocks of blocks make of it; the last may be short."""
     monkeypatch.setattr(module._matmul, "_onednn_is_faster", lambda: engine == "oneDNN")
     monkeypatch.setattr(module, "PANEL_BYTES", 1)
     tokens = module.KERNEL_TOKENS + 1

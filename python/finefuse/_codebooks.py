@@ -23,8 +23,8 @@ BLOCKSIZES = tuple(2**i for i in range(4, 13))
 SORTED, FP4 = 0, 1  # how the nearest entry is found; csrc/ops/codebook.h
 
 # Up to so many tokens `codebook_linear` multiplies from the packed bytes, forward and backward; above, the
-# weight is decoded and multiplied by a library. 4096×4096 float32 on AVX2, times what a product with the decoded
-# weight takes, from the bytes | decoded and multiplied; T: threads. Not measured on AVX-512.
+# weight is decoded and multiplied by a library. 4096×4096 float32 on AVX2, times what a product with the
+# decoded weight takes, from the bytes | decoded and multiplied; T: threads. Not measured on AVX-512.
 #
 #     tokens          1           8           16          24          32          64
 #     forward  T1     0.53        0.56        0.83|0.79   1.09        1.34        1.93|0.83
@@ -33,8 +33,8 @@ SORTED, FP4 = 0, 1  # how the nearest entry is found; csrc/ops/codebook.h
 #              T2     0.86|2.00   0.65|1.39   0.86|1.18               0.91|1.14   0.93|1.16
 KERNEL_TOKENS, KERNEL_TOKENS_BACKWARD = 16, 32
 
-# Decoded weights are multiplied in panels of about this size: they stay in a cache, and beyond the caches 4 bits
-# an element are all the traffic.
+# Decoded weights are multiplied in panels of about this size: they stay in a cache, and beyond the caches
+# 4 bits an element are all the traffic.
 PANEL_BYTES = 4 << 20
 
 

@@ -355,7 +355,7 @@ composite(
 
 
 class _Workspace(threading.local):
-    """On a CPU, memory for a decoded weight, or a panel of it, of each type, kept for the next; each thread's own.
+    """On a CPU, memory for a decoded weight or panel of each type, kept for the next; a thread has its own.
 
     Fresh memory would cost more than the decoding: the system clears it page by page.
     """
@@ -512,11 +512,11 @@ def codebook_linear(x: Tensor, q: CodebookTensor, bias: Tensor | None = None) ->
 
         y = x Wᵀ + bias        dx = dy W        db = Σ dy        W = dequantize(q) in the type of x
 
-    A few tokens (16; 32 in a backward on a CPU) are multiplied from the packed bytes, which are all that is
-    read of W; more are multiplied by the fastest product of this machine, after W is decoded into memory that
-    every call of the thread reuses: on a CPU, panels of 4 MB in the forward, all of W in the backward. Nothing
-    of the size of W is kept from one for the other. float16, and bfloat16 on CPUs that have no product for it,
-    are multiplied as float32.
+    A few tokens (16; 32 in a backward on a CPU) are multiplied from the packed bytes, which are all that
+    is read of W; more are multiplied by the fastest product of this machine, after W is decoded into
+    memory that every call of the thread reuses: on a CPU, panels of 4 MB in the forward, all of W in the
+    backward. Nothing of the size of W is kept from one for the other. float16, and bfloat16 on CPUs that
+    have no product for it, are multiplied as float32.
 
     Args:
         x: (…, in) float32, bfloat16, float16 or float64 (then all in float64), any strides. Under
