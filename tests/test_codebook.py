@@ -205,6 +205,55 @@ def test_out():
         loss.backward()
 
 
+def test_out_that_shares_memory():
+    """Of what is read, or with itself: an error, and nothing is written."""
+    made = ff.quantize(numbers(64, 128), double_quant=True)
+    for name, part in made._parts().items():
+        if name == "nested_offset":
+            continue
+        memory = torch.zeros(64 * 128 + 8)
+        place = memory.view(part.dtype)[8 : 8 + part.numel()].copy_(part.flatten())
+        q = made.clone()
+        setattr(q, name, place)
+        before = memory.clone()
+        with pytest.raises(ValueError, match=f"out: shares memory with q.{name}"):
+            ff.dequantize(q, out=memory[: 64 * 128].view(64, 128))
+        assert torch.equal(memory, before)
+    with pytest.raises(ValueError, match="out: its elements share memory"):
+        ff.dequantize(made, out=torch.empty(64 * 128).as_strided((64, 128), (100, 1)))
+
+
+def test_default_device():
+    """Only new weights follow it: what belongs on the CPU does, and tensors stay where they are."""
+    x = numbers(40, 64)
+    q = ff.quantize(numbers(32, 64), double_quant=True)
+    codes, state = q.to_bitsandbytes()
+    want = ff.codebook_linear(x, q)
+    module._workspace.memory.clear()
+    with torch.device("meta"):
+        assert torch.equal(ff.codebook_linear(x, q), want)
+        again = ff.CodebookTensor.from_bitsandbytes(codes, state)
+        layer = ff.nn.CodebookLinear(64, 32, double_quant=True)
+        assert layer(torch.empty(3, 64)).shape == (3, 32)
+    assert torch.equal(ff.codebook_linear(x, again), want)
+    assert again.nested.offset.is_cpu
+    assert layer.weight.is_meta
+    q.nested_offset = q.nested_offset.to("meta")
+    with pytest.raises(ValueError, match="nested_offset: on meta; allowed: the CPU"):
+        ff.dequantize(q)
+
+
+def test_table_of_the_raw_op():
+    """torch.ops.finefuse.quantize takes what finefuse.quantize takes."""
+    x, nf4 = numbers(64), torch.from_numpy(_codebooks.NAMED["nf4"])
+    with pytest.raises(ValueError, match="ascending"):
+        torch.ops.finefuse.quantize(x, nf4.flip(0))
+    with pytest.raises(ValueError, match="not finite"):
+        torch.ops.finefuse.quantize(x, nf4 * float("nan"))
+    with pytest.raises(ValueError, match="rule: 1; allowed: 0"):
+        torch.ops.finefuse.quantize(x, nf4, rule=1)
+
+
 # ---- codebook_linear ---------------------------------------------------------------------------
 
 # 1 and 7: from the bytes, one token and an odd number; the others on either side of the crossovers.
@@ -311,6 +360,24 @@ def test_linear_shapes():
             assert x.grad.shape == x.shape
 
 
+def test_call_within_a_call():
+    """A mode (or a finaliser) that multiplies between decoding and the product has a workspace of its own."""
+    q, other = layer(32, 64), layer(32, 64, "fp4")
+    x = numbers(100, 64)
+    want, inner = ff.codebook_linear(x, q), []
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.mm and not inner:
+                inner.append(None)
+                inner.append(ff.codebook_linear(x, other))
+            return function(*args, **(kwargs or {}))
+
+    with Mode():
+        assert torch.equal(ff.codebook_linear(x, q), want)
+    assert torch.equal(inner[1], ff.codebook_linear(x, other))
+
+
 @pytest.mark.parametrize("tokens", [3, 50])
 def test_nothing_of_the_weights_size_is_kept(tokens):
     """The graph holds the bytes themselves; the decoded weight is one memory for every call."""
@@ -405,12 +472,12 @@ def test_second_derivatives_and_forward_mode_raise():
 
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_same_bits_for_any_thread_count(tokens):
-    q = layer(300, 512, double_quant=True)
-    x, dy = numbers(tokens, 512), numbers(tokens, 300)
+    q = layer(300, 1300, double_quant=True)
+    x, dy = numbers(tokens, 1300), numbers(tokens, 300)
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        again = layer(300, 512, double_quant=True)
+        again = layer(300, 1300, double_quant=True)
         results.append([
             ff.dequantize(q), again.codes, again.absmax,
             *grads(lambda x: ff.codebook_linear(x, q), x, upstream=dy),
@@ -886,7 +953,19 @@ def test_corrupted_state():
         (ValueError, "shape: 1280; allowed: sizes", codes, packed(shape=1280)),
         (ValueError, r"shape: \[-20, -64\]; allowed", codes, packed(shape=[-20, -64])),
         (ValueError, "shape: missing", codes, packed(shape=None)),
-        (ValueError, "nested_offset: nan; allowed: a finite", codes,
+        (ValueError, "shape: ''; allowed: sizes", codes, packed(shape="")),
+        (ValueError, "shape: .* more than any memory", codes, packed(shape=[2**40, 2**40])),
+        (ValueError, "shape: .* more than any memory", codes, packed(shape=[10**30, 1, 0])),
+        (ValueError, "nested_offset: 1e.39; allowed", codes, packed(nested_offset=1e39)),
+        (ValueError, "nested_offset: 10+; allowed", codes, packed(nested_offset=10**400)),
+        (ValueError, "nested_absmax: missing", codes, {"nested_absmax": None}),
+        (ValueError, f"{key}: not JSON", codes,
+         {key: torch.tensor(list(b"[" * 100_000), dtype=torch.uint8)}),
+        (ValueError, "codes: a scalar", torch.tensor(1.0), {}),
+        (ValueError, "absmax: of more than one tensor", codes, {"other.absmax": state["absmax"]}),
+        (ValueError, "quant_state: .* and .*; allowed: one", codes,
+         {"quant_state.bitsandbytes__fp4": state[key]}),
+        (ValueError, "nested_offset: nan; allowed: a number", codes,
          packed(nested_offset=float("nan"))),
         (ValueError, "nested_offset: missing", codes, packed(nested_offset=...)),
         (ValueError, "nested_blocksize: 100; allowed", codes, packed(nested_blocksize=100)),
@@ -1083,6 +1162,19 @@ def test_state_dict_that_does_not_fit():
     layer = ff.nn.CodebookLinear(64, 24)
     layer.load_state_dict({"bias": torch.ones(24)}, strict=False)
     assert torch.equal(layer(torch.ones(64)), torch.ones(24))
+
+
+def test_unexpected_keys():
+    layer = ff.nn.CodebookLinear(64, 8)
+    state = layer.state_dict() | {"weight.SCB": torch.ones(1)}
+    with pytest.raises(RuntimeError, match='Unexpected key.*"weight.SCB"'):
+        layer.load_state_dict(state)
+    assert layer.load_state_dict(state, strict=False).unexpected_keys == ["weight.SCB"]
+    stale = layer.state_dict() | {"weight.nested_quant_map": torch.ones(256)}
+    with pytest.raises(
+        RuntimeError, match="weight: absmax: dtype torch.float32; allowed: torch.uint8"
+    ):
+        layer.load_state_dict(stale)
 
 
 def test_module_is_freed():

@@ -341,18 +341,28 @@ def test_linear_of_other_widths_and_nested(isa, name):
 
 @pytest.mark.parametrize("columns", [512, 130])
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
-def test_linear_with_a_bad_block(isa, columns, bad):
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8])
+def test_linear_with_a_bad_block(isa, tokens, columns, bad):
     """inf and NaN in one block reach that row alone, as in the decoded weight; an inf in x every row."""
     weight = np.random.default_rng(4).standard_normal((6, columns)).astype(np.float32)
     codes, absmax = reference.quantize(weight, reference.NF4, 32)
     absmax[columns // 32] = bad  # in row 1 (and 0, where they share it)
-    x = np.abs(np.random.default_rng(5).standard_normal((3, columns)).astype(np.float32))
-    x[2, 5] = np.inf
+    x = np.abs(np.random.default_rng(5).standard_normal((tokens, columns)).astype(np.float32))
+    x[2:, 5] = np.inf
     with np.errstate(invalid="ignore"):
         truth = reference.codebook_linear(x, codes, reference.NF4, absmax, 32, (6, columns))
     y = linear(x, codes, reference.NF4, absmax, 32, (6, columns))
     np.testing.assert_array_equal(np.isnan(y), np.isnan(truth))
     np.testing.assert_array_equal(np.isinf(y), np.isinf(truth))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8])
+def test_linear_of_large_numbers(isa, tokens):
+    """x·code overflows before absmax makes it small, or cancels as inf - inf; the product is finite."""
+    weight = np.random.default_rng(4).standard_normal((6, 512)).astype(np.float32) * 1e-4
+    codes, absmax = reference.quantize(weight, reference.NF4, 64)
+    x = np.clip(np.random.default_rng(5).standard_normal((tokens, 512)) * 1e38, -3e38, 3e38)
+    assert_linear(x.astype(np.float32), codes, reference.NF4, absmax, 64, (6, 512), None, absmax)
 
 
 def test_linear_of_nothing(isa):

@@ -3,6 +3,7 @@ products against float64."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import threading
 from collections.abc import Iterator
@@ -271,6 +272,16 @@ def test_linear_shapes():
             )
             assert same(y, np.broadcast_to(bias, (tokens, rows)).copy())
             assert same(dx, x)
+
+
+def test_out_that_shares_memory():
+    memory = np.zeros(8192, np.float32)
+    made = ffn.quantize(numbers(64, 128))
+    codes = memory.view(np.uint8)[: made.codes.size]
+    codes[:] = made.codes
+    q = dataclasses.replace(made, codes=codes)
+    with pytest.raises(ValueError, match="out: shares memory with q.codes"):
+        ffn.dequantize(q, out=memory.reshape(64, 128))
 
 
 def test_workspace_is_reused():

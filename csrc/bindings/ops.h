@@ -185,14 +185,19 @@ void preference(Array chosen, Array rejected, Array ref_chosen, Array ref_reject
       reals(rejected_rewards), reals(margins), reals(accuracy), reals(gradient), place});
 }
 
+inline void check_blocksize(const char* name, int64_t blocksize) {
+  if (blocksize < 1) {
+    throw pybind11::value_error(std::string(name) + ": " + std::to_string(blocksize) +
+                                "; positive");
+  }
+}
+
 inline void check_code(int entries, int64_t blocksize) {
   if (code_bits(entries) == 0) {
     throw pybind11::value_error("code: " + std::to_string(entries) +
                                 " entries; allowed are 4, 8, 16 and 256");
   }
-  if (blocksize < 1) {
-    throw pybind11::value_error("blocksize: " + std::to_string(blocksize) + "; positive");
-  }
+  check_blocksize("blocksize", blocksize);
 }
 
 template <class Backend>
@@ -224,7 +229,7 @@ inline CodebookArray codebook_array(int64_t count, const Array& codes, const Arr
     need("absmax_codes", absmax_codes, count);
     need("nested_code", nested_code, count);
     need("nested_absmax", nested_absmax, count);
-    check_code(256, nested_blocksize);
+    check_blocksize("nested_blocksize", nested_blocksize);
   }
   return {bytes(codes),
           floats(code),

@@ -992,12 +992,34 @@ FF_INLINE void dot_codes(const uint8_t* codes, const float* scales, int log2_blo
 
 #endif
 
+// The same from the decoded weights [at, at + n).
+template <int kTokens>
+void dot_decoded(const CodebookLinear& a, const Code16& code16, bool grouped, int64_t at,
+                 const float* x, int64_t stride, int64_t n, VecF* sums) {
+  alignas(64) float w[kColumns];
+  decode_span(a.weight, code16, at, at + n, w);
+  int64_t padded = n;
+  while (padded % kN != 0) w[padded++] = 0.0f;
+  if (grouped) {
+    for (int64_t g = 0; g < n; g += kGroup) {
+      float natural[kGroup];
+      __builtin_memcpy(natural, w + g, sizeof natural);
+      for (int i = 0; i < kGroup; ++i) w[g + i] = natural[element_of(i / kN, i % kN)];
+    }
+  }
+  dot_floats<kTokens>(w, x, stride, padded, sums);
+}
+
 // Rows [begin, end) of the weight for a pass of kTokens tokens from `token` on.
 template <class T, int kTokens>
 void linear_rows(const CodebookLinear& a, bool grouped, int64_t token, int64_t begin, int64_t end) {
   const int64_t columns = codebook_workspace(1, a.columns);  // as widen padded them
   const Code16 code16(a.weight.code, a.weight.entries);
   const int64_t chunk = kColumns / kTokens;
+  const bool from_codes = grouped && kTokens <= kMostGrouped;
+  const auto x_at = [&](int64_t column)
+                        FF_LAMBDA { return a.workspace + token * columns + column * kTokens; };
+  const auto stride_at = [&](int64_t column) FF_LAMBDA { return smaller(chunk, columns - column); };
   const T* bias = static_cast<const T*>(a.bias);
   T* y = static_cast<T*>(a.y);
   for (int64_t panel = begin; panel < end; panel += kPanel) {
@@ -1005,46 +1027,44 @@ void linear_rows(const CodebookLinear& a, bool grouped, int64_t token, int64_t b
     VecF sums[kPanel][kTokens] = {};
     for (int64_t column = 0; column < a.columns; column += chunk) {
       const int64_t n = smaller(chunk, a.columns - column);
-      const float* x = a.workspace + token * columns + column * kTokens;
-      const int64_t stride = smaller(chunk, columns - column);
+      const float* x = x_at(column);
+      const int64_t stride = stride_at(column);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t at = (panel + r) * a.columns + column;
 #if defined(__AVX2__)
-        if (grouped) {
+        if (from_codes) {
           const int log2_block = 63 - __builtin_clzll(static_cast<uint64_t>(a.weight.blocksize));
           float scales[kScaleBatch + kN];  // a vector is read from any of them on
           const int64_t first = at >> log2_block, count = ((at + n - 1) >> log2_block) - first + 1;
-          bool finite = true;
           if (a.weight.absmax.values != nullptr)
             __builtin_memcpy(scales, a.weight.absmax.values + first,
                              static_cast<size_t>(count) * sizeof(float));
           else
             decode_scales(a.weight.absmax, first, count, scales);
           store(scales + count, VecF{});
-          for (int64_t b = 0; b < count; ++b) finite &= __builtin_fabsf(scales[b]) <= kMaxFloat;
-          if (kTokens <= kMostGrouped && __builtin_expect(finite, 1)) {
-            dot_codes<kTokens <= kMostGrouped ? kTokens : 1>(
-                a.weight.codes + at / 2, scales, log2_block, at & (a.weight.blocksize - 1), code16,
-                x, stride, n, sums[r]);
-            continue;
-          }
+          dot_codes<kTokens <= kMostGrouped ? kTokens : 1>(
+              a.weight.codes + at / 2, scales, log2_block, at & (a.weight.blocksize - 1), code16, x,
+              stride, n, sums[r]);
+          continue;
         }
 #endif
-        alignas(64) float w[kColumns];
-        decode_span(a.weight, code16, at, at + n, w);
-        int64_t padded = n;
-        while (padded % kN != 0) w[padded++] = 0.0f;
-        if (grouped) {  // an infinite absmax: 0·inf is NaN, which a block's partial sum would hide
-          for (int64_t g = 0; g < n; g += kGroup) {
-            float natural[kGroup];
-            __builtin_memcpy(natural, w + g, sizeof natural);
-            for (int i = 0; i < kGroup; ++i) w[g + i] = natural[element_of(i / kN, i % kN)];
-          }
-        }
-        dot_floats<kTokens>(w, x, stride, padded, sums[r]);
+        dot_decoded<kTokens>(a, code16, grouped, at, x, stride, n, sums[r]);
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
+      // Sums that are not scaled yet may overflow where the product does not; and an infinite
+      // absmax makes NaN of a code of 0, which its block's partial sum hides.
+      bool finite = true;
+      for (int t = 0; t < kTokens; ++t) {
+        finite &= __builtin_fabs(static_cast<double>(horizontal_sum(sums[r][t]))) <= kMaxFloat;
+      }
+      if (from_codes && !finite) {
+        for (int t = 0; t < kTokens; ++t) sums[r][t] = VecF{};
+        for (int64_t column = 0; column < a.columns; column += chunk) {
+          dot_decoded<kTokens>(a, code16, grouped, (panel + r) * a.columns + column, x_at(column),
+                               stride_at(column), smaller(chunk, a.columns - column), sums[r]);
+        }
+      }
       const double b = bias == nullptr ? 0.0 : load_scalar(bias + panel + r);
       for (int t = 0; t < kTokens; ++t) {
         store_scalar(y + (token + t) * a.rows + panel + r, horizontal_sum(sums[r][t]) + b);

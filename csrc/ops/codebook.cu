@@ -454,6 +454,18 @@ __device__ float dot(const LinearCall& a, int64_t row, int64_t token, int64_t fi
   return sum;
 }
 
+// The same of dx: rows first, first + step, ...
+template <bool kShift, class T>
+__device__ float dot_column(const LinearCall& a, int64_t column, int64_t token, int64_t first,
+                            int64_t step) {
+  const T* dy = static_cast<const T*>(a.x) + token * a.rows;
+  float sum = 0.0f;
+  for (int64_t r = first; r < a.rows; r += step) {
+    sum = fmaf(weight_at<kShift>(a.weights, r * a.columns + column), to_accumulator(dy[r]), sum);
+  }
+  return sum;
+}
+
 template <class T>
 __device__ void store_output(const LinearCall& a, int64_t row, int64_t token, float sum) {
   if (a.bias != nullptr) sum += to_accumulator(static_cast<const T*>(a.bias)[row]);
@@ -539,8 +551,9 @@ __global__ void __launch_bounds__(kLinearThreads, kTokens <= 2 ? 2 : 1)
   if ((warp & (split - 1)) != 0 || lane >= R * kTokens || !some) return;
   float total = partial[warp][lane];
   for (int w = 1; w < split; ++w) total += partial[warp + w][lane];
-  // An infinite absmax makes NaN of a code of 0, which its block's sum of products hides.
-  if (fabsf(total) > kMaxFloat) total = dot<true, T>(a, row, token, 0, 1);
+  // Sums that are not scaled yet may overflow where the product does not; and an infinite absmax
+  // makes NaN of a code of 0, which its block's sum of products hides.
+  if (!(fabsf(total) <= kMaxFloat)) total = dot<true, T>(a, row, token, 0, 1);
   store_output<T>(a, row, token, total);
 }
 
@@ -606,6 +619,7 @@ __global__ void __launch_bounds__(kLinearThreads, 1)
     if (threadIdx.x < kTransposedColumns && column < a.columns) {
       float total = 0.0f;
       for (int w = 0; w < kLinearWarps; ++w) total += partial[w][threadIdx.x];
+      if (!(fabsf(total) <= kMaxFloat)) total = dot_column<true, T>(a, column, a.token + t, 0, 1);
       store_value(static_cast<T*>(a.y) + (a.token + t) * a.columns + column, total);
     }
     __syncthreads();
@@ -620,11 +634,7 @@ __global__ void __launch_bounds__(kLinearThreads)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + lane;
   for (int64_t t = 0; t < a.tokens; ++t) {
-    const T* dy = static_cast<const T*>(a.x) + t * a.rows;
-    float sum = 0.0f;
-    for (int64_t r = warp; column < a.columns && r < a.rows; r += kLinearWarps) {
-      sum = fmaf(weight_at<false>(a.weights, r * a.columns + column), to_accumulator(dy[r]), sum);
-    }
+    float sum = column < a.columns ? dot_column<false, T>(a, column, t, warp, kLinearWarps) : 0.0f;
     partial[warp][lane] = sum;
     __syncthreads();
     if (warp == 0 && column < a.columns) {

@@ -165,6 +165,11 @@ class CodebookTensor(Tensor):
             raise RuntimeError("a CodebookTensor has no gradient: requires_grad=False")
         return self
 
+    def apply_(self, *args: Any) -> Any:  # torch's own would write to the address 0
+        raise NotImplementedError("apply_: a CodebookTensor holds codes, not numbers")
+
+    map_ = map2_ = apply_  # type: ignore[assignment]
+
     def share_memory_(self) -> CodebookTensor:
         for part in self._parts().values():
             part.share_memory_()
@@ -208,7 +213,7 @@ class CodebookTensor(Tensor):
                 blocksize of 16.
         """
         check_bitsandbytes_form(self.quant_type, self.blocksize, self)
-        return self.codes.view(-1, 1), to_state(self)
+        return self.codes.reshape(-1, 1), to_state(self)
 
 
 def rebuild(
@@ -424,11 +429,13 @@ def _check_array(name: str, value: Any, dtype: str, count: Any, of: str) -> None
 def check_fields(values: Fields, count: Any) -> None:
     """Raise, naming the field, where kernels would read past an end."""
     _codebooks.check_fields(values, count, _check_array)
-    codes, code, absmax, nested_code, nested_absmax, *_ = values
+    codes, code, absmax, nested_code, nested_absmax, nested_offset, *_ = values
     for name, value in (("code", code), ("absmax", absmax), ("nested_code", nested_code),
                         ("nested_absmax", nested_absmax)):  # fmt: skip
         if value is not None and value.device != codes.device:
             raise ValueError(f"{name}: on {value.device}; codes is on {codes.device}")
+    if nested_offset is not None and not (nested_offset.is_cpu or codes.is_meta):
+        raise ValueError(f"nested_offset: on {nested_offset.device}; allowed: the CPU")
 
 
 # ---- as plain tensors with bitsandbytes' keys ----------------------------------------------------
@@ -470,10 +477,12 @@ def from_state(
 
     if not isinstance(codes, Tensor):
         raise TypeError(f"codes: a tensor, not {type(codes).__name__}")
+    if codes.ndim == 0:
+        raise ValueError("codes: a scalar; allowed: packed bytes")
     about, absmax, code, nested_absmax, nested_code = read_state(state, families, data, table)
     nested = None
     if about.nested_blocksize:
-        offset = torch.tensor(about.nested_offset, dtype=torch.float32)
+        offset = torch.tensor(about.nested_offset, dtype=torch.float32, device="cpu")
         nested = Nested(nested_code, nested_absmax, offset, about.nested_blocksize)
     q = CodebookTensor(
         codes.detach().contiguous().view(torch.uint8).flatten(),

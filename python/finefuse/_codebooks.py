@@ -169,6 +169,14 @@ def check_fields(values: Fields, count: Any, check: CheckArray) -> None:
 # ---- bitsandbytes' quant state ------------------------------------------------------------------
 
 _BITSANDBYTES = ("nf4", "fp4")
+_NESTED_KEYS = (
+    "nested_absmax",
+    "nested_quant_map",
+    "nested_blocksize",
+    "nested_dtype",
+    "nested_offset",
+)
+_KEYS = ("absmax", "quant_map", *_NESTED_KEYS)
 _STATE_NAMES = {"code": "quant_map", "nested_code": "nested_quant_map"}
 
 
@@ -217,15 +225,24 @@ def _values(
     """(the name of the packed key, all keys without their prefixes, with what it holds)."""
     if not isinstance(state, Mapping):
         raise TypeError(f"quant_state: a dict, not {type(state).__name__}")
-    values = {key.split(".")[-1]: value for key, value in state.items()}
+    values: dict[str, Any] = {}
+    for key, value in state.items():
+        name = key.split(".")[-1]
+        if name in values and (name in _KEYS or name.split("__")[0] in families):
+            raise ValueError(
+                f"{name}: of more than one tensor, the last {key!r}; give one tensor's keys"
+            )
+        values[name] = value
     packed = [key for key in values if key.split("__")[0] in families]
     if not packed:
         return "quant_state", values
+    if len(packed) > 1:
+        raise ValueError(f"quant_state: {' and '.join(packed)}; allowed: one")
     name = f"quant_state.{packed[0]}"
     text = data(name, values.pop(packed[0]))
     try:
         about = json.loads(text.decode())
-    except ValueError as error:  # what both raise
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: not JSON: {error}") from None
     if not isinstance(about, dict):
         raise ValueError(f"{name}: a JSON object, not {about!r}")
@@ -259,8 +276,10 @@ def read_state(
         return dtype
 
     shape = get("shape")
-    if not isinstance(shape, Sequence) or not all(type(n) is int and n >= 0 for n in shape):
+    if not isinstance(shape, (list, tuple)) or not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError(f"shape: {shape!r}; allowed: sizes")
+    if math.prod(max(n, 1) for n in shape) >= 1 << 62:
+        raise ValueError(f"shape: {list(shape)} is more than any memory holds")
     kind = get("quant_type")
     known = _BITSANDBYTES if families == ("bitsandbytes",) else (*NAMED, "custom")
     if kind not in known:
@@ -269,7 +288,7 @@ def read_state(
     code = table("quant_map", get("quant_map"), "float32", True)
     if kind != "custom" and code.shape != NAMED[kind].shape:
         raise ValueError(f"quant_map: {len(code)} entries; {kind} has {NAMED[kind].size}")
-    nested = "nested_absmax" in values
+    nested = any(values.get(key) is not None for key in _NESTED_KEYS)
     absmax = table("absmax", get("absmax"), "uint8" if nested else "float32", nested)
     about = About(
         None if kind == "custom" else kind,
@@ -279,10 +298,11 @@ def read_state(
     )
     if not nested:
         return about, absmax, code, None, None
+    get("nested_absmax")
     dtype_of("nested_dtype", ("float32",))
     offset = get("nested_offset")
-    if type(offset) not in (int, float) or not math.isfinite(offset):
-        raise ValueError(f"nested_offset: {offset!r}; allowed: a finite number")
+    if type(offset) not in (int, float) or not abs(offset) <= float(np.finfo(np.float32).max):
+        raise ValueError(f"nested_offset: {offset!r}; allowed: a number that float32 holds")
     check_blocksize("nested_blocksize", get("nested_blocksize"))
     about = about._replace(nested_blocksize=get("nested_blocksize"), nested_offset=offset)
     nested_code = table("nested_quant_map", get("nested_quant_map"), "float32", True)

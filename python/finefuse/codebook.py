@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _backend, _matmul
-from ._args import require
+from ._args import overlaps, require
 from ._codebook_tensor import CodebookTensor, check_fields, fields
 from ._codebooks import (
     BITS,
@@ -132,12 +132,12 @@ def quantize(
         nested_blocksize: a power of two from 16 to 4096.
 
     Returns:
-        A CodebookTensor of the shape, type and device of x. A block of zeros decodes to exact zeros; one that
-        holds NaN, to NaN; one that holds ±inf, to ±inf there and NaN elsewhere.
+        A CodebookTensor of the shape, type and device of x. If the table has a 0, a block of zeros
+        decodes to exact zeros; one that holds NaN, to NaN; one that holds ±inf, to ±inf there and NaN elsewhere.
 
     Raises:
         TypeError, ValueError: naming the argument; NaN or inf in x with `double_quant`, where they would
-            spread to every block.
+            spread to every block (torch.compile does not look).
     """
     x = float_tensor("x", x).detach()
     if isinstance(x, CodebookTensor):
@@ -169,8 +169,8 @@ def quantize(
 def _double_quantized(absmax: Tensor, blocksize: int) -> tuple[Tensor, Nested]:
     """(codes of absmax, what decodes them)."""
     offset = _eager.widest(absmax).mean().float() if absmax.numel() else absmax.new_zeros(())
-    kept = torch.zeros(()) if offset.is_meta else offset.cpu()
-    if not kept.isfinite():
+    kept = torch.zeros((), device="cpu") if offset.is_meta else offset.cpu()
+    if not is_compiling() and not kept.isfinite():
         raise ValueError(
             "x: NaN or inf; with double_quant=True their block would spoil the mean of all blocks"
         )
@@ -180,9 +180,18 @@ def _double_quantized(absmax: Tensor, blocksize: int) -> tuple[Tensor, Nested]:
     return codes, Nested(code, nested_absmax, kept, blocksize)
 
 
+def _composite_quantize(
+    x: Tensor, code: Tensor, rule: int = SORTED, blocksize: int = 64
+) -> tuple[Tensor, Tensor]:
+    if not is_compiling() and type(code) is Tensor and code.is_cpu:  # elsewhere looking costs time
+        known = codebook(float_tensor("code", code).detach().float().numpy())[1]
+        require(rule == known, "rule", rule, f"{known} for this code")
+    return _quantized(x, code, rule, blocksize)
+
+
 composite(
     "quantize(Tensor x, Tensor code, *, int rule=0, int blocksize=64) -> (Tensor, Tensor)",
-    lambda x, code, rule=SORTED, blocksize=64: _quantized(x, code, rule, blocksize),
+    _composite_quantize,
 )
 
 
@@ -297,6 +306,8 @@ def dequantize(
     same_device("out", out, "q", q)
     if wants_gradient(out):
         raise ValueError("out: requires a gradient; dequantize passes none")
+    if not is_compiling():
+        _check_memory(out, q)
     if runs_eagerly("codebook", out):
         out.copy_(_dequantized(fields(q), q.shape, torch.float32))
     else:
@@ -304,6 +315,25 @@ def dequantize(
         if not is_compiling():
             consumed(out)
     return out
+
+
+def _check_memory(out: Tensor, q: CodebookTensor) -> None:
+    """Raise where writing `out` would change what is read, or some of `out` twice."""
+    if not out.is_contiguous() and overlaps(out.shape, out.stride()):
+        raise ValueError("out: its elements share memory")
+
+    def span(t: Tensor) -> tuple[int, int]:
+        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+
+    if out.numel() == 0 or out.is_meta:
+        return
+    begin, end = span(out)
+    for name, part in q._parts().items():
+        if part.numel() and part.device == out.device:
+            first, last = span(part)
+            if first < end and begin < last:
+                raise ValueError(f"out: shares memory with q.{name}")
 
 
 def _check_weight(name: str, q: Any) -> None:
@@ -363,15 +393,19 @@ class _Workspace(threading.local):
     def __init__(self) -> None:
         self.memory: dict[torch.dtype, Tensor] = {}
 
-    def get(self, like: Tensor, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
+    def take(self, like: Tensor, dtype: torch.dtype, count: int) -> Tensor:
+        """At least so many elements; `give_back` when done. A call in between has others."""
         if not like.is_cpu:  # torch keeps memory there itself, and knows of streams
-            return like.new_empty((rows, columns), dtype=dtype)
-        count = rows * columns
-        memory = self.memory.get(dtype)
+            return like.new_empty(count, dtype=dtype)
+        memory = self.memory.pop(dtype, None)
         if memory is None or memory.numel() < count:
             with torch.inference_mode(False):
-                memory = self.memory[dtype] = torch.empty(count, dtype=dtype)
-        return memory[:count].view(rows, columns)
+                memory = torch.empty(count, dtype=dtype, device=like.device)
+        return memory
+
+    def give_back(self, memory: Tensor) -> None:
+        if memory.is_cpu:
+            self.memory[memory.dtype] = memory
 
 
 _workspace = _Workspace()
@@ -398,10 +432,13 @@ def _product(
     panel = rows
     if x.is_cpu and not transposed:
         panel = _panel_rows(values, rows, columns, decoded)
-    weight = _workspace.get(x, decoded, panel, columns)
+    memory = _workspace.take(x, decoded, panel * columns)
+    weight = memory[: panel * columns].view(panel, columns)
     if panel == rows:
         _decode(values, weight)
-        return _matmul.linear(x, weight.t() if transposed else weight, bias).view(shape)
+        y = _matmul.linear(x, weight.t() if transposed else weight, bias)
+        _workspace.give_back(memory)
+        return y.view(shape)
     y, x = x.new_empty((tokens, rows)), x.to(dtype)
     for first in range(0, rows, panel):
         last = min(first + panel, rows)
@@ -409,6 +446,7 @@ def _product(
         _decode(_rows(values, first * columns, last * columns), part)
         b = None if bias is None else bias[first:last]
         _matmul.columns_into(y[:, first:last], x, part.to(dtype), b)
+    _workspace.give_back(memory)
     return y.view(shape)
 
 
@@ -544,7 +582,7 @@ def _linear(x: Tensor, values: Fields, rows: Any, columns: Any, bias: Tensor | N
         if isinstance(tensor, CodebookTensor):
             raise TypeError(f"{name}: a tensor of numbers, not a CodebookTensor")
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     same_device("bias", bias, "x", x)
     same_device("codes", values[0], "x", x)
@@ -614,9 +652,12 @@ def learn_codebook(x: Tensor, bits: int = 4, blocksize: int = 64, iterations: in
     require(type(bits) is int and bits in BITS.values(), "bits", bits, "2, 3, 4, 8")
     check_blocksize("blocksize", blocksize)
     require(type(iterations) is int and iterations >= 0, "iterations", iterations, "0 and above")
+    x = x.float()
     if x.numel() == 0 or not x.isfinite().all():
-        raise ValueError(f"x: shape {tuple(x.shape)}; allowed: one element or more, all finite")
-    scaled, _ = _eager.scaled(x.float().flatten(), blocksize)
+        raise ValueError(
+            f"x: shape {tuple(x.shape)}; allowed: one element or more, all finite in float32"
+        )
+    scaled, _ = _eager.scaled(x.flatten(), blocksize)
     values = _eager.widest(scaled.flatten()[: x.numel()]).sort().values
     entries, count = 2**bits, values.numel()
     # Quantiles between neighbours, as a line.

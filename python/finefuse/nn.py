@@ -112,6 +112,10 @@ class CodebookLinear(nn.Module):
         rest = {key: v for key, v in state_dict.items() if not key.startswith(f"{name}.")}
         state = {key: v for key, v in state_dict.items() if key not in rest}
         if name in rest and state:
+            known = [key for key in state if key[len(name) + 1 :].startswith(_STATE_KEYS)]
+            if strict:
+                unexpected_keys.extend(key for key in state if key not in known)
+            state = {key: state[key] for key in known}
             try:
                 q = rest[name] = from_state(rest[name], state)
             except (TypeError, ValueError) as error:
@@ -132,6 +136,9 @@ class CodebookLinear(nn.Module):
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+_STATE_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.")
 
 
 def _parameter(q: Tensor) -> Any:

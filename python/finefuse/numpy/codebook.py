@@ -196,8 +196,8 @@ def quantize(
         nested_blocksize: a power of two from 16 to 4096.
 
     Returns:
-        A CodebookArray of the shape and type of x. A block of zeros decodes to exact zeros; one that
-        holds NaN, to NaN; one that holds ±inf, to ±inf there and NaN elsewhere.
+        A CodebookArray of the shape and type of x. If the table has a 0, a block of zeros
+        decodes to exact zeros; one that holds NaN, to NaN; one that holds ±inf, to ±inf there and NaN elsewhere.
 
     Raises:
         TypeError, ValueError: naming the argument; NaN or inf in x with `double_quant`, where they would
@@ -274,6 +274,11 @@ def dequantize(q: CodebookArray, dtype: Any = None, out: Array | None = None) ->
         if dtype is not None and dtype != native:
             raise TypeError(f"dtype: {dtype}; out has {out.dtype}")
     check_fields(_fields(q), out.size, _check_array)
+    for name, part in zip(
+        ("codes", "code", "absmax", "nested.code", "nested.absmax"), _fields(q), strict=False
+    ):
+        if isinstance(part, np.ndarray) and np.may_share_memory(out, part):
+            raise ValueError(f"out: shares memory with q.{name}")
     if out.flags.carray and out.dtype in DTYPES and out.dtype != FLOAT64:
         _decode(q, out)
     else:  # float64, strides or another byte order
@@ -320,11 +325,10 @@ class _Workspace(threading.local):
     def __init__(self) -> None:
         self.memory = np.empty(0, FLOAT32)
 
-    def get(self, rows: int, columns: int) -> Array:
-        count = rows * columns
-        if self.memory.size < count:
-            self.memory = np.empty(count, FLOAT32)
-        return self.memory[:count].reshape(rows, columns)
+    def get(self, count: int) -> Array:
+        """At least so many numbers; assign them to `memory` when done. A call in between has others."""
+        memory, self.memory = self.memory, np.empty(0, FLOAT32)
+        return memory if memory.size >= count else np.empty(count, FLOAT32)
 
 
 _workspace = _Workspace()
@@ -409,7 +413,8 @@ def _product(x: Array, q: CodebookArray, bias: Array | None, transposed: bool) -
         )  # fmt: skip
         return y
     wide = FLOAT64 if x.dtype == FLOAT64 else FLOAT32
-    weight = _workspace.get(rows, columns)
+    memory = _workspace.get(rows * columns)
+    weight = memory[: rows * columns].reshape(rows, columns)
     _decode(q, weight)
     with np.errstate(over="ignore", invalid="ignore"):
         a = x.reshape(tokens, x.shape[-1]).astype(wide, copy=False)
@@ -417,6 +422,7 @@ def _product(x: Array, q: CodebookArray, bias: Array | None, transposed: bool) -
         y = np.matmul(a, w if transposed else w.T)
         if bias is not None:
             y += bias.astype(wide, copy=False)
+        _workspace.memory = memory
         return y.astype(x.dtype, copy=False).reshape(shape)
 
 
