@@ -133,7 +133,8 @@ def quantize(
 
     Returns:
         A CodebookTensor of the shape, type and device of x. If the table has a 0, a block of zeros
-        decodes to exact zeros; one that holds NaN, to NaN; one that holds ±inf, to ±inf there and NaN elsewhere.
+        decodes to exact zeros; one that holds NaN, to NaN; one that holds ±inf, to ±inf there and to NaN
+        elsewhere.
 
     Raises:
         TypeError, ValueError: naming the argument; NaN or inf in x with `double_quant`, where they would
