@@ -58,12 +58,27 @@ struct Cpu {
   static void run(const Quantize& a) { FF_KERNELS(codebook_kernels).quantize(a); }
   static void run(const Dequantize& a) { FF_KERNELS(codebook_kernels).dequantize(a); }
   static void run(CodebookLinear a) {
-    thread_local std::vector<float> workspace;  // calls are concurrent
-    const auto size = static_cast<size_t>(codebook_workspace(a.tokens, a.columns));
-    if (workspace.size() < size) workspace.resize(size);
-    a.workspace = workspace.data();
+    a.workspace = static_cast<float*>(
+        workspace(codebook_workspace(a.tokens, a.columns) * static_cast<int64_t>(sizeof(float))));
     FF_KERNELS(codebook_kernels).codebook_linear(a);
   }
+  static void run(LoraShrink a) {
+    a.workspace = workspace(lora_workspace(a) * (a.dtype == DType::f64 ? 8 : 4));
+    FF_KERNELS(lora_kernels).shrink(a);
+  }
+  static void run(LoraExpand a) {
+    a.workspace = workspace(lora_workspace(a) * (a.dtype == DType::f64 ? 8 : 4));
+    FF_KERNELS(lora_kernels).expand(a);
+  }
+  // Kept by each thread, since calls are concurrent: fresh memory costs more than what is done in
+  // it.
+  static void* workspace(int64_t bytes) {
+    thread_local std::vector<double> memory;
+    const auto size = static_cast<size_t>((bytes + 7) / 8);
+    if (memory.size() < size) memory.resize(size);
+    return memory.data();
+  }
+
   static void run(const Preference& a) { FF_KERNELS(preference_kernels).preference(a); }
 };
 

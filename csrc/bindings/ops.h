@@ -13,6 +13,7 @@
 #include "bindings/array.h"
 #include "ops/codebook.h"
 #include "ops/logprobs.h"
+#include "ops/lora.h"
 #include "ops/preference.h"
 
 namespace finefuse {
@@ -239,6 +240,47 @@ inline CodebookArray codebook_array(int64_t count, const Array& codes, const Arr
           blocksize};
 }
 
+inline Dropout dropout_of(const Array& seed, int64_t threshold, double scale) {
+  return {static_cast<const int64_t*>(seed.data), static_cast<uint64_t>(threshold), scale};
+}
+
+inline Factor factor_of(const Array& data, int dtype, int64_t rank_stride, int64_t column_stride) {
+  return {data.data, static_cast<DType>(dtype), rank_stride, column_stride};
+}
+
+template <class Backend>
+void lora_shrink(Array x, int dtype, int64_t tokens, int64_t columns, int64_t rank, Array factor,
+                 int factor_dtype, int64_t rank_stride, int64_t column_stride, Array h,
+                 double h_scale, Array g, Array outer, double outer_scale, Array seed,
+                 int64_t threshold, double keep_scale, Place place) {
+  const bool wide = static_cast<DType>(dtype) == DType::f64;
+  pybind11::gil_scoped_release nogil;
+  need("x", x, tokens * columns);
+  if (h.data != nullptr) need("factor", factor, rank * columns);
+  if (outer.data != nullptr) need("g", g, tokens * rank);
+  Backend::run(LoraShrink{x.data, static_cast<DType>(dtype), tokens, columns, rank,
+                          factor_of(factor, factor_dtype, rank_stride, column_stride),
+                          Reals{h.data, wide}, h_scale, Reals{g.data, wide},
+                          Reals{outer.data, wide}, outer_scale,
+                          dropout_of(seed, threshold, keep_scale), nullptr, place});
+}
+
+template <class Backend>
+void lora_expand(Array h, int64_t tokens, int64_t columns, int64_t rank, Array factor,
+                 int factor_dtype, int64_t rank_stride, int64_t column_stride, double scale,
+                 Array bias, bool accumulate, Array y, int dtype, Array seed, int64_t threshold,
+                 double keep_scale, Place place) {
+  const bool wide = static_cast<DType>(dtype) == DType::f64;
+  pybind11::gil_scoped_release nogil;
+  need("h", h, tokens * rank);
+  need("factor", factor, rank * columns);
+  need("y", y, tokens * columns);
+  Backend::run(LoraExpand{Reals{h.data, wide}, tokens, columns, rank,
+                          factor_of(factor, factor_dtype, rank_stride, column_stride), scale,
+                          bias.data, accumulate, y.data, static_cast<DType>(dtype),
+                          dropout_of(seed, threshold, keep_scale), nullptr, place});
+}
+
 template <class Backend>
 void dequantize(Array codes, int64_t count, Array code, int entries, Array absmax,
                 Array absmax_codes, Array nested_code, Array nested_absmax,
@@ -284,6 +326,8 @@ template <class Backend> void define_ops(pybind11::module_& m) {
   m.def("quantize", quantize<Backend>);
   m.def("dequantize", dequantize<Backend>);
   m.def("codebook_linear", codebook_linear<Backend>);
+  m.def("lora_shrink", lora_shrink<Backend>);
+  m.def("lora_expand", lora_expand<Backend>);
 }
 
 }  // namespace finefuse

@@ -27,12 +27,15 @@ __all__ = [
     "dequantize",
     "info",
     "learn_codebook",
+    "lora_linear",
+    "merge_lora",
     "nn",
     "preference_loss",
     "preference_loss_from_logits",
     "quantize",
     "sequence_logprobs",
     "token_logprobs",
+    "unmerge_lora",
 ]
 
 _ISA = _os.environ.get("FINEFUSE_ISA")
@@ -55,6 +58,7 @@ if _find_spec("torch") is not None:
         learn_codebook,
         quantize,
     )
+    from .lora import lora_linear, merge_lora, unmerge_lora
     from .logprobs import cross_entropy, sequence_logprobs, token_logprobs
     from .preference import PreferenceOutput, preference_loss, preference_loss_from_logits
 else:

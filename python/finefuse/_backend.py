@@ -22,6 +22,7 @@ AUTO = {
     "logprobs": ("cuda", "triton"),  # not measured yet
     "preference": ("cuda", "triton"),  # not measured yet
     "codebook": ("cuda", "triton"),  # not measured yet
+    "lora": ("cuda", "triton"),  # not measured yet
 }
 
 # csrc/core/place.h, enum Flag

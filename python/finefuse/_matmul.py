@@ -69,6 +69,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y.to(x.dtype)
 
 
+def linear_onto(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """y + x·weightᵀ, over the memory of y where the engine can; y has the type `product_dtype(x)`."""
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return linear_onto(y, x, weight)
+    a, w = x.to(y.dtype), weight.to(y.dtype)
+    if y.numel() == 0 or a.numel() == 0:
+        return y
+    if _takes_onednn(a, w):
+        return torch.ops.mkldnn._linear_pointwise.binary(a, y, w, None, "add")
+    return y.addmm_(a, w.t())
+
+
 def columns_into(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
     """Some columns y (M, R) of a linear layer from its rows (R, K) of the weight and (R,) of the bias.
 

@@ -412,7 +412,7 @@ class _Workspace(threading.local):
 _workspace = _Workspace()
 
 
-def _product(
+def packed_product(
     x: Tensor, values: Fields, rows: int, columns: int, transposed: bool, bias: Tensor | None
 ) -> Tensor:
     """x Wᵀ + bias (…, rows) or, transposed, x W (…, columns)."""
@@ -513,12 +513,12 @@ def _product_fake(
 
 _LINEAR_FORWARD = raw_op(
     f"codebook_linear_forward(Tensor x, {_FIELDS}, SymInt rows, Tensor? bias) -> Tensor",
-    run=lambda *args: _product(*_forward_arguments(*args)),
+    run=lambda *args: packed_product(*_forward_arguments(*args)),
     fake=lambda *args: _product_fake(*_forward_arguments(*args)),
 )
 _LINEAR_BACKWARD = raw_op(
     f"codebook_linear_backward(Tensor dy, {_FIELDS}, SymInt columns) -> Tensor",
-    run=lambda *args: _product(*_backward_arguments(*args)),
+    run=lambda *args: packed_product(*_backward_arguments(*args)),
     fake=lambda *args: _product_fake(*_backward_arguments(*args)),
 )
 

@@ -1,0 +1,82 @@
+// Low-rank updates (LoRA, SPEC section 2): the narrow products beside a base product, and dropout.
+#pragma once
+#include "core/dispatch.h"
+#include "core/dtype.h"
+#include "core/place.h"
+
+namespace finefuse {
+
+// D(x): which elements of an array survive, and what they are multiplied by. Element i of the
+// flattened array survives where word i % 4 of Philox4x32-10 (counter i / 4, key *seed, lower
+// halves first) is `threshold` or more. Nothing is stored: the same seed draws the same mask.
+struct Dropout {
+  const int64_t* seed;  // one number; null: D(x) = x
+  uint64_t threshold;   // p·2^32, rounded; 2^32: nothing survives
+  double scale;         // 1/(1 - p); 0 where p = 1
+};
+
+// (rank, columns) of any type and strides, in elements: lora_a, or lora_b turned.
+struct Factor {
+  const void* data;
+  DType dtype;
+  int64_t rank_stride, column_stride;
+};
+
+// One visit of x: h = h_scale·D(x)·factorᵀ and outer = outer_scale·gᵀ·D(x), either or both.
+// h, g and outer are float32 (float64 where x is), contiguous.
+struct LoraShrink {
+  const void* x;  // (tokens, columns)
+  DType dtype;
+  int64_t tokens, columns, rank;
+  Factor factor;  // data null: no h
+  Reals h;        // (tokens, rank)
+  double h_scale;
+  Reals g;      // (tokens, rank)
+  Reals outer;  // (rank, columns), may be absent; zeros where there are no tokens
+  double outer_scale;
+  Dropout dropout;
+  void* workspace;  // CPU: lora_workspace(*this) numbers of h's type
+  Place place;
+};
+
+// y = [y +] [bias +] D(scale·h·factor).
+struct LoraExpand {
+  Reals h;  // (tokens, rank), float32 (float64 where y is)
+  int64_t tokens, columns, rank;
+  Factor factor;
+  double scale;
+  const void* bias;  // (columns,) of y's type, may be absent
+  bool accumulate;   // whether y is read
+  void* y;           // (tokens, columns)
+  DType dtype;
+  Dropout dropout;
+  void* workspace;  // CPU: lora_workspace(*this) numbers of h's type
+  Place place;
+};
+
+// On the CPU: tokens and columns of a task, columns of a block, columns that rows are padded to.
+inline constexpr int64_t kLoraTokens = 256, kLoraGroup = 1024, kLoraSpan = 512, kLoraPad = 32;
+constexpr int64_t lora_padded(int64_t columns) {
+  return (columns + kLoraPad - 1) / kLoraPad * kLoraPad;
+}
+inline int64_t lora_workspace(const LoraShrink& a) {
+  const int64_t chunks = (a.tokens + kLoraTokens - 1) / kLoraTokens;
+  const int64_t groups = (a.columns + kLoraGroup - 1) / kLoraGroup;
+  return a.rank *
+         (lora_padded(a.columns) * (1 + (a.outer ? chunks : 0)) + (a.h ? groups * a.tokens : 0));
+}
+inline int64_t lora_workspace(const LoraExpand& a) { return a.rank * lora_padded(a.columns); }
+
+struct LoraKernels {
+  void (*shrink)(const LoraShrink&);
+  void (*expand)(const LoraExpand&);
+};
+
+namespace cuda {  // lora.cu
+void run(const LoraShrink&);
+void run(const LoraExpand&);
+}  // namespace cuda
+
+}  // namespace finefuse
+
+FF_DECLARE_KERNELS(LoraKernels, lora_kernels)

@@ -1,0 +1,545 @@
+"""Low-rank updates: LoRA and QLoRA linear layers, merging and unmerging."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from . import _backend, _matmul
+from ._args import overlaps, require
+from ._codebook_tensor import CodebookTensor, check_fields, fields
+from ._op import (
+    DTYPES,
+    accumulator,
+    composite,
+    consumed,
+    float_tensor,
+    kernel,
+    once_differentiable,
+    raw_op,
+    runs_eagerly,
+    same_device,
+    scalar,
+    wants_gradient,
+)
+from .codebook import dequantize, packed_product, quantize
+from .eager import lora as _eager
+
+__all__ = ["lora_linear", "merge_lora", "unmerge_lora"]
+
+_SHRINK = kernel("lora", "lora_shrink")
+_EXPAND = kernel("lora", "lora_expand")
+
+_NO_DROPOUT = (None, 0, 1.0)
+_NEEDS_X, _NEEDS_A, _NEEDS_B, _NEEDS_WEIGHT = 1, 2, 4, 8
+
+
+# ---- the narrow products -----------------------------------------------------------------------
+
+
+def _dropout(p: float, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
+    """(seed, threshold, scale) as kernels take them."""
+    if seed is None:
+        return _NO_DROPOUT
+    return seed, round(p * 2**32), 0.0 if p == 1 else 1 / (1 - p)
+
+
+def _factor(factor: Tensor) -> tuple[Tensor, int, int, int]:
+    """(rank, columns), of any strides."""
+    return factor, DTYPES[factor.dtype], factor.stride(0), factor.stride(1)
+
+
+def _shrink(
+    x: Tensor,
+    factor: Tensor | None,
+    scale: float,
+    g: Tensor | None = None,
+    outer_scale: float = 1.0,
+    rank: int = 0,
+    dropout: Any = _NO_DROPOUT,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(scale·D(x)·factorᵀ, outer_scale·gᵀ·D(x)) in one visit of x; without a factor or g, None."""
+    tokens, columns = x.shape
+    dtype, h, outer = accumulator(x.dtype), None, None
+    if factor is not None:
+        rank = factor.shape[0]
+        h = x.new_empty((tokens, rank), dtype=dtype)
+    if g is not None:
+        outer = x.new_empty((rank, columns), dtype=dtype)
+    _SHRINK(
+        x, DTYPES[x.dtype], tokens, columns, rank, *(_factor(factor) if factor is not None else
+        (None, 0, 0, 0)), h, scale, g, outer, outer_scale, *dropout,
+    )  # fmt: skip
+    return h, outer
+
+
+def _expand(
+    h: Tensor,
+    factor: Tensor,
+    scale: float,
+    y: Tensor,
+    accumulate: bool,
+    bias: Tensor | None = None,
+    dropout: Any = _NO_DROPOUT,
+) -> None:
+    """y = [y +] [bias +] D(scale·h·factor), y (tokens, columns) contiguous."""
+    tokens, columns = y.shape
+    _EXPAND(
+        h, tokens, columns, h.shape[1], *_factor(factor), scale, bias, accumulate, y, DTYPES[y.dtype],
+        *dropout,
+    )  # fmt: skip
+
+
+# ---- raw ops -----------------------------------------------------------------------------------
+
+_WEIGHT = (
+    "Tensor? weight, Tensor? codes, Tensor? code, Tensor? absmax, Tensor? nested_code, "
+    "Tensor? nested_absmax, Tensor? nested_offset, int nested_blocksize, int blocksize"
+)
+_NO_FIELDS = (None, None, None, None, None, None, 0, 0)
+
+
+def _check(
+    x: Tensor,
+    columns: Any,
+    weight: Tensor | None,
+    values: Any,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+) -> None:
+    """What kernels rely on; x is (…, columns)."""
+    float_tensor("x", x)
+    rows, rank = lora_b.shape
+    if lora_a.shape != (rank, columns):
+        raise ValueError(f"lora_a: shape {tuple(lora_a.shape)}; allowed: ({rank}, {columns})")
+    for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b)):
+        float_tensor(name, tensor)
+        same_device(name, tensor, "x", x)
+    if weight is not None:
+        same_device("weight", weight, "x", x)
+        if weight.dtype is not x.dtype:
+            raise TypeError(f"weight: dtype {weight.dtype}; x has {x.dtype}")
+        if weight.shape != (rows, columns):
+            raise ValueError(f"weight: shape {tuple(weight.shape)}; allowed: ({rows}, {columns})")
+    else:
+        same_device("codes", values[0], "x", x)
+        check_fields(values, rows * columns)
+    if bias is not None:
+        same_device("bias", bias, "x", x)
+        if bias.dtype is not x.dtype:
+            raise TypeError(f"bias: dtype {bias.dtype}; x has {x.dtype}")
+        if bias.shape != (rows,):
+            raise ValueError(f"bias: shape {tuple(bias.shape)}; allowed: ({rows},)")
+    if seed is not None:
+        same_device("seed", seed, "x", x)
+        if seed.dtype is not torch.int64 or seed.numel() != 1:
+            raise ValueError(f"seed: {seed.dtype} {tuple(seed.shape)}; allowed: int64, one number")
+
+
+def _check_dropout(p: Any) -> None:
+    require(0.0 <= p <= 1.0, "dropout", p, "0 to 1")
+
+
+def _forward(x: Tensor, weight: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    """y (…, out) and h (tokens, rank)."""
+    values, (lora_a, lora_b, bias, seed, scale, p) = args[:8], args[8:]
+    _check(x, x.shape[-1], weight, values, lora_a, lora_b, bias, seed)
+    _check_dropout(p)
+    rows, columns = lora_b.shape[0], x.shape[-1]
+    shape = (*x.shape[:-1], rows)
+    x = x.reshape(math.prod(x.shape[:-1]), columns).contiguous()
+    h, _ = _shrink(x, lora_a, 1.0, dropout=_dropout(p, seed))
+    assert h is not None
+    if weight is None:
+        y = packed_product(x, values, rows, columns, False, bias)
+        _expand(h, lora_b.t(), scale, y, accumulate=True)
+        return y.view(shape), h
+    dtype = _matmul.product_dtype(x)
+    y = x.new_empty((x.shape[0], rows), dtype=dtype)
+    _expand(h, lora_b.t(), scale, y, False, None if bias is None else bias.to(dtype).contiguous())
+    return _matmul.linear_onto(y, x, weight).to(x.dtype).view(shape), h
+
+
+def _forward_fake(x: Tensor, weight: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    values, (lora_a, lora_b, bias, seed, *_) = args[:8], args[8:]
+    _check(x, x.shape[-1], weight, values, lora_a, lora_b, bias, seed)
+    tokens = math.prod(x.shape[:-1])
+    h = x.new_empty((tokens, lora_b.shape[1]), dtype=accumulator(x.dtype))
+    return x.new_empty((*x.shape[:-1], lora_b.shape[0])), h
+
+
+def _backward(
+    dy: Tensor, x: Tensor, h: Tensor, weight: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dA, dB and dW; what `needs` does not ask for is empty. Without dA or dW x is not read."""
+    values, (lora_a, lora_b, seed, scale, p, needs) = args[:8], args[8:]
+    _check_backward(dy, x, h, weight, values, lora_a, lora_b, seed, needs)
+    _check_dropout(p)
+    rows, columns = lora_b.shape[0], lora_a.shape[1]
+    shape = (*dy.shape[:-1], columns)
+    dy = dy.reshape(h.shape[0], rows).contiguous()
+    dropout = _dropout(p, seed)
+    dx, da, db, dw = (dy.new_empty(0) for _ in range(4))
+    g, outer = _shrink(
+        dy,
+        lora_b.t() if needs & (_NEEDS_X | _NEEDS_A) else None,
+        scale,
+        h if needs & _NEEDS_B else None,
+        scale,
+        rank=h.shape[1],
+    )
+    if outer is not None:
+        db = outer.t().to(lora_b.dtype, memory_format=torch.contiguous_format)
+    if needs & (_NEEDS_A | _NEEDS_WEIGHT):
+        x = x.reshape(h.shape[0], columns).contiguous()
+    if needs & _NEEDS_A:
+        _, outer = _shrink(x, None, 1.0, g, 1.0, rank=h.shape[1], dropout=dropout)
+        assert outer is not None
+        da = outer.to(lora_a.dtype)
+    if needs & _NEEDS_WEIGHT:
+        dw = _matmul.linear(dy.t(), x.t())
+    if needs & _NEEDS_X:
+        assert g is not None
+        if weight is None:
+            dx = packed_product(dy, values, rows, columns, True, None)
+            _expand(g, lora_a, 1.0, dx, accumulate=True, dropout=dropout)
+        else:
+            dx = dy.new_empty((dy.shape[0], columns), dtype=_matmul.product_dtype(dy))
+            _expand(g, lora_a, 1.0, dx, False, dropout=dropout)
+            dx = _matmul.linear_onto(dx, dy, weight.t()).to(dy.dtype)
+        dx = dx.view(shape)
+    return dx, da, db, dw
+
+
+def _check_backward(
+    dy: Tensor,
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor | None,
+    values: Any,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    seed: Tensor | None,
+    needs: int,
+) -> None:
+    if dy.shape[-1:] != lora_b.shape[:1]:
+        raise ValueError(f"dy: shape {tuple(dy.shape)}; allowed: (…, {lora_b.shape[0]})")
+    _check(dy, lora_a.shape[1], weight, values, lora_a, lora_b, None, seed)
+    tokens = math.prod(dy.shape[:-1])
+    if h.dtype is not accumulator(dy.dtype) or h.shape != (tokens, lora_b.shape[1]):
+        raise ValueError(f"h: {h.dtype} {tuple(h.shape)}; not what the forward made")
+    same_device("h", h, "dy", dy)
+    if needs & (_NEEDS_A | _NEEDS_WEIGHT):
+        same_device("x", x, "dy", dy)
+        if x.dtype is not dy.dtype or x.shape != (*dy.shape[:-1], lora_a.shape[1]):
+            raise ValueError(f"x: {x.dtype} {tuple(x.shape)}; not what the forward took")
+
+
+def _backward_fake(
+    dy: Tensor, x: Tensor, h: Tensor, weight: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    values, (lora_a, lora_b, seed, _, _, needs) = args[:8], args[8:]
+    _check_backward(dy, x, h, weight, values, lora_a, lora_b, seed, needs)
+    empty = dy.new_empty(0)
+    return (
+        dy.new_empty((*dy.shape[:-1], lora_a.shape[1])) if needs & _NEEDS_X else empty,
+        lora_a.new_empty(lora_a.shape) if needs & _NEEDS_A else dy.new_empty(0),
+        lora_b.new_empty(lora_b.shape) if needs & _NEEDS_B else dy.new_empty(0),
+        dy.new_empty((lora_b.shape[0], lora_a.shape[1])) if needs & _NEEDS_WEIGHT else dy.new_empty(0),
+    )
+
+
+_FORWARD = raw_op(
+    f"lora_linear_forward(Tensor x, {_WEIGHT}, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? seed, "
+    "float scale, float dropout) -> (Tensor, Tensor)",
+    run=_forward,
+    fake=_forward_fake,
+)
+_BACKWARD = raw_op(
+    f"lora_linear_backward(Tensor dy, Tensor x, Tensor h, {_WEIGHT}, Tensor lora_a, Tensor lora_b, "
+    "Tensor? seed, float scale, float dropout, int needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    run=_backward,
+    fake=_backward_fake,
+)
+
+
+# ---- autograd and the public function ----------------------------------------------------------
+
+
+class _LoraLinear(torch.autograd.Function):
+    """Keeps x (where A or the weight trains), A, B and h: nothing of the size of y or of the weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        seed: Tensor | None,
+        scale: Any,
+        dropout: Any,
+        *values: Any,
+    ) -> Tensor:
+        y, h = _FORWARD(x, weight, *values, lora_a, lora_b, bias, seed, scale, dropout)
+        needs = ctx.needs_input_grad
+        keeps_x = needs[3] or needs[1]
+        tensors = [x if keeps_x else x.new_empty(0), weight, lora_a, lora_b, h, seed, *values[:6]]
+        if isinstance(scale, Tensor):
+            tensors += [scale, dropout]
+        ctx.save_for_backward(*tensors)
+        ctx.scalars, ctx.blocksizes, ctx.backend = (scale, dropout), values[6:], _backend.chosen
+        if isinstance(scale, Tensor):
+            ctx.scalars = None
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight, lora_a, lora_b, h, seed, *rest = ctx.saved_tensors
+        scale, dropout = ctx.scalars or rest[6:]
+        x_, w_, bias_, a_, b_, *_ = ctx.needs_input_grad
+        needs = _NEEDS_X * x_ | _NEEDS_A * a_ | _NEEDS_B * b_ | _NEEDS_WEIGHT * w_
+        dx = da = db = dw = None
+        if needs:
+            dx, da, db, dw = _BACKWARD(
+                dy, x, h, weight, *rest[:6], *ctx.blocksizes, lora_a, lora_b, seed, scale, dropout, needs
+            )  # fmt: skip
+        dbias = None
+        if bias_:
+            dbias = dy.sum(tuple(range(dy.ndim - 1))) if dy.ndim > 1 else dy
+        return (
+            dx if x_ else None, dw if w_ else None, dbias, da if a_ else None, db if b_ else None,
+            *(None for _ in range(11)),
+        )  # fmt: skip
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    dropout: float | Tensor = 0.0,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """A linear layer with a low-rank update (LoRA, arXiv:2106.09685; on packed weights QLoRA, 2305.14314).
+
+        y = x Wᵀ + bias + s·h Bᵀ        h = D(x) Aᵀ        g = s·dy B
+        dx = dy W + D'(g A)             dA = gᵀ D(x)       dB = s·dyᵀ h
+
+    D is dropout: elements vanish with probability p, the others are divided by 1 - p. BA is never formed, the
+    update is added inside the base product, and dy is visited once for dB and g. Kept for the backward: x, A,
+    B, h. In the papers' notation W' = W + α·AB that A is our `lora_b` and that B our `lora_a`.
+
+    Args:
+        x: (…, in) float32, bfloat16, float16 or float64, any strides. Under autocast it is cast as
+            torch.nn.functional.linear casts it.
+        weight: W (out, in), a tensor of the type of x (under autocast of any) or a CodebookTensor.
+            Differentiated if it is a tensor that requires a gradient.
+        lora_a: A (r, in), r ≥ 1; any float type, also another than that of x, and any strides. It is
+            read as it is: float32 adapters cost no copy of x.
+        lora_b: B (out, r), likewise.
+        scale: s, alpha / r or, for rank-stabilised LoRA, alpha / √r. A number or a 0-d tensor.
+        bias: (out,); another type than that of x is cast to it.
+        dropout: p in [0, 1]; 1 leaves the base product alone.
+        seed: of the mask (int64): the mask is a function of it and of each element's index, nothing is
+            stored. None: drawn from torch's generator, so that a recomputation (torch.utils.checkpoint)
+            draws the same.
+
+    Returns:
+        (…, out) in the type of x.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    x = float_tensor("x", x)
+    if isinstance(x, CodebookTensor):
+        raise TypeError("x: a tensor of numbers, not a CodebookTensor")
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: a tensor, not {type(weight).__name__}")
+    packed = isinstance(weight, CodebookTensor)
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x = x.to(dtype)
+        if not packed and weight.dtype is not torch.float64:
+            weight = weight.to(dtype)
+    _check_factors(weight, lora_a, lora_b)
+    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x: shape {tuple(x.shape)}; a weight of {tuple(weight.shape)} takes (…, in) with (out, in)"
+        )
+    if bias is not None:
+        bias = float_tensor("bias", bias).to(x.dtype)
+    values = fields(weight) if packed else _NO_FIELDS
+    drops = isinstance(dropout, Tensor) or dropout != 0
+    scale, dropout = scalar("scale", scale), scalar("dropout", dropout)
+    seed = _seed(seed, x) if drops else None
+    args = (None if packed else weight, bias, lora_a, lora_b, seed, scale, dropout, *values)
+    if runs_eagerly("lora", x):
+        plain = dequantize(weight, x.dtype) if packed else weight
+        _check(x, x.shape[-1], plain, None, lora_a, lora_b, bias, seed)
+        if not is_compiling():
+            _check_dropout(dropout)
+        return _eager.lora_linear(x, plain, lora_a, lora_b, scale, bias, dropout, seed)
+    if wants_gradient(x, *args[:4]):
+        return _LoraLinear.apply(x, *args)
+    return _FORWARD(x, args[0], *values, lora_a, lora_b, bias, seed, scale, dropout)[0]
+
+
+def _check_factors(weight: Tensor, lora_a: Any, lora_b: Any) -> None:
+    for name, value in (("lora_a", lora_a), ("lora_b", lora_b)):
+        if float_tensor(name, value).ndim != 2 or isinstance(value, CodebookTensor):
+            raise ValueError(f"{name}: shape {tuple(value.shape)}; allowed: two dimensions")
+    if weight.ndim != 2:
+        raise ValueError(f"weight: shape {tuple(weight.shape)}; allowed: (out, in)")
+    rank = lora_a.shape[0]
+    if rank == 0:
+        raise ValueError(f"lora_a: shape {tuple(lora_a.shape)}; the rank is at least 1")
+    if lora_a.shape[1] != weight.shape[1]:
+        raise ValueError(f"lora_a: shape {tuple(lora_a.shape)}; allowed: (r, {weight.shape[1]})")
+    if lora_b.shape != (weight.shape[0], rank):
+        raise ValueError(
+            f"lora_b: shape {tuple(lora_b.shape)}; allowed: ({weight.shape[0]}, {rank})"
+        )
+
+
+def _seed(seed: int | Tensor | None, x: Tensor) -> Tensor:
+    if seed is None:
+        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    if isinstance(seed, Tensor):
+        if seed.dtype is not torch.int64 or seed.numel() != 1:
+            raise ValueError(f"seed: {seed.dtype} {tuple(seed.shape)}; allowed: int64, one number")
+        return seed.reshape(1)
+    if type(seed) is not int or not -(2**63) <= seed < 2**63:
+        raise TypeError(f"seed: a 64-bit int, not {seed!r}")
+    return torch.full((1,), seed, dtype=torch.int64, device=x.device)
+
+
+def _composite(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Any = None,
+    seed: Any = None,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+) -> Tensor:
+    return lora_linear(
+        x, weight, lora_a, lora_b, scale=scale, bias=bias, dropout=dropout, seed=seed
+    )
+
+
+composite(
+    "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, *, Tensor? bias=None, "
+    "Tensor? seed=None, float scale=1.0, float dropout=0.0) -> Tensor",
+    _composite,
+)
+
+
+# ---- merging -----------------------------------------------------------------------------------
+
+
+def merge_lora(
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float = 1.0,
+    *,
+    out: Tensor | None = None,
+    return_error: bool = False,
+) -> Any:
+    """The weight with its low-rank update in it: W + s·B A, computed in float32 and rounded once.
+
+    Args:
+        weight: W (out, in): a tensor of any float type (float64: computed in it), or a CodebookTensor, which
+            is decoded, merged and quantised again with its own code, blocksize and double quantisation.
+        lora_a, lora_b: A (r, in) and B (out, r).
+        scale: s.
+        out: where to write it: `weight` itself, or a tensor of its shape and type. None: a new one.
+        return_error: also return the largest absolute difference between the result, decoded, and
+            W + s·B A: what quantising again costs, or rounding.
+
+    Returns:
+        The merged weight, of the kind of `weight`; with `return_error` (that, a Python float). No gradient
+        passes.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: a tensor, not {type(weight).__name__}")
+    _check_factors(weight, lora_a, lora_b)
+    same_device("lora_a", lora_a, "weight", weight)
+    same_device("lora_b", lora_b, "weight", weight)
+    if isinstance(scale, Tensor):
+        scale = scale.item()
+    if out is not None and out is not weight:
+        if type(out) is not type(weight) and isinstance(weight, CodebookTensor):
+            raise TypeError("out: a CodebookTensor, as weight is")
+        if out.shape != weight.shape or out.dtype is not weight.dtype:
+            raise ValueError(
+                f"out: {out.dtype} {tuple(out.shape)}; weight is {weight.dtype} {tuple(weight.shape)}"
+            )
+        same_device("out", out, "weight", weight)
+    weight, lora_a, lora_b = weight.detach(), lora_a.detach(), lora_b.detach()
+    if isinstance(weight, CodebookTensor):
+        merged, exact = _merged_codes(weight, lora_a, lora_b, scale)
+        if out is not None:
+            merged = out.copy_(merged)
+    else:
+        merged = weight.contiguous() if out is weight else weight.clone(memory_format=torch.contiguous_format)
+        exact = _sum(weight.to(accumulator(weight.dtype)), lora_a, lora_b, scale) if return_error else None
+        merged = _sum(merged, lora_a, lora_b, scale)
+        if out is not None:
+            merged = out.detach().copy_(merged)
+            consumed(out)
+    if not return_error:
+        return merged
+    assert exact is not None
+    plain = dequantize(merged, exact.dtype) if isinstance(merged, CodebookTensor) else merged
+    return merged, float((plain.to(exact.dtype) - exact).abs().max()) if exact.numel() else 0.0
+
+
+def unmerge_lora(
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float = 1.0,
+    *,
+    out: Tensor | None = None,
+    return_error: bool = False,
+) -> Any:
+    """`merge_lora` with -s: W - s·B A. What rounding took at the merge does not come back."""
+    return merge_lora(weight, lora_a, lora_b, -scale, out=out, return_error=return_error)
+
+
+def _sum(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """W + s·B A over the memory of W, which is contiguous."""
+    dtype = accumulator(weight.dtype)
+    if weight.numel() == 0:
+        return weight
+    if runs_eagerly("lora", weight):
+        update = scale * (lora_b.to(dtype) @ lora_a.to(dtype))
+        return weight.copy_(weight.to(dtype) + update)
+    _expand(lora_b.to(dtype).contiguous(), lora_a, scale, weight, accumulate=True)
+    return weight
+
+
+def _merged_codes(
+    q: CodebookTensor, lora_a: Tensor, lora_b: Tensor, scale: float
+) -> tuple[CodebookTensor, Tensor]:
+    exact = _sum(dequantize(q, torch.float32), lora_a, lora_b, scale)
+    merged = quantize(exact, q.code, q.blocksize, q.nested is not None, q.nested_blocksize or 256)
+    return merged.to(q.dtype), exact
