@@ -1,6 +1,8 @@
 """Packed weights: dequantising, quantising and the linear layer, NF4 with blocks of 64 unless a case says
 otherwise.
 
+aten's int4 layer holds other numbers, of a uniform code in bfloat16: its error is not compared.
+
 Bytes at least, of an element: half a byte of codes (one in 8 bits), four bytes a block of absmax, and the
 element itself, read or written once. The layer reads codes, absmax and x and writes y; how far a product
 of many tokens is from the products of this machine is seen beside F.linear. Where a case says "one thread"
@@ -21,20 +23,28 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import peers
-from .measure import Row, compare_outputs, forward
+from .measure import Row, compare_calls, compare_outputs, forward, repeated
 from .peers import BITSANDBYTES, OURS, TORCH, TORCHAO
 
 BLOCKSIZE = 64
-SIZE, QUICK_SIZE = 4096, 512
+QUICK_SIZE = 512
+SHAPES = {"cpu": (4096, 4096), "cuda": (4096, 14336)}
 IN_L2 = (256, 1024)  # 256 K elements
 # tokens, type of x, whether on one thread
-LINEAR = (
-    (1, torch.bfloat16, True),
-    (8, torch.bfloat16, True),
-    (64, torch.bfloat16, True),
-    (512, torch.bfloat16, True),
-    (512, torch.float32, False),
-)
+LINEAR = {
+    "cpu": (
+        (1, torch.bfloat16, True),
+        (8, torch.bfloat16, True),
+        (64, torch.bfloat16, True),
+        (512, torch.bfloat16, True),
+        (1, torch.float32, True),
+        (8, torch.float32, True),
+        (64, torch.float32, True),
+        (512, torch.float32, True),
+        (512, torch.float32, False),
+    ),
+    "cuda": tuple((tokens, torch.bfloat16, False) for tokens in (1, 2, 4, 8, 16, 512)),
+}
 
 Candidates = dict[str, tuple[str, Callable[[], Any]]]
 
@@ -75,7 +85,7 @@ class Peers:
         layer.weight = bnb.nn.Params4bit(
             self.weight, requires_grad=False, quant_type="nf4", compress_statistics=False
         )
-        return layer.to("cpu").eval()
+        return layer.to(self.weight.device).eval()
 
     def torchao(self) -> Any:
         from torchao.quantization import to_nf4
@@ -85,7 +95,7 @@ class Peers:
 
 def made(name: str, needs: str, make: Callable[[], Callable[[], Any]]) -> Candidates:
     """A candidate that prepares its inputs first, if its package is there and can."""
-    if not peers.load({name: (needs, make)}, "cpu"):
+    if not peers.load({name: (needs, make)}, "any"):
         return {}
     try:
         return {name: (needs, make())}
@@ -106,16 +116,30 @@ def in_c(weight: Tensor) -> Callable[[], Callable[[], Tensor]]:
     return make
 
 
-def dequantize_out(weight: Tensor, calls: int, note: str = "") -> list[Row]:
+def dequantize_out(
+    weight: Tensor, calls: int = 1, note: str = "", nested: bool = False
+) -> list[Row]:
     """Into memory that is there: what the kernel is worth."""
-    q = ff.quantize(weight, blocksize=BLOCKSIZE)
+    q = ff.quantize(weight, blocksize=BLOCKSIZE, double_quant=nested)
     truth = ff.dequantize(q, torch.float64)
-    out = torch.empty(weight.shape, dtype=torch.bfloat16)
+    out = torch.empty_like(weight, dtype=torch.bfloat16)
+
+    def bitsandbytes() -> Callable[[], Tensor]:
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        codes, state = quantize_4bit(
+            weight.bfloat16(), blocksize=BLOCKSIZE, quant_type="nf4", compress_statistics=nested
+        )
+        return lambda: dequantize_4bit(codes, state, out=out)
+
     runs: Candidates = {"finefuse": (OURS, lambda: ff.dequantize(q, out=out))}
-    runs |= made("bitsandbytes, its C function", BITSANDBYTES, in_c(weight))
+    if weight.is_cpu and not nested:
+        runs |= made("bitsandbytes, its C function", BITSANDBYTES, in_c(weight))
+    else:
+        runs |= made("bitsandbytes", BITSANDBYTES, bitsandbytes)
     case = f"dequantize NF4 {shape(weight)} to bfloat16, out= given{note}"
     moved = packed(weight) + out.nbytes
-    rows = compare_outputs(case, peers.load(runs, "cpu"), truth, moved, calls)
+    rows = compare_outputs(case, peers.load(runs, weight.device.type), truth, moved, calls)
     blank = torch.empty_like(out)
     (fill,) = compare_outputs(case, {"fill_ of the output": blank.zero_}, truth, out.nbytes, calls)
     fill.error = None
@@ -147,7 +171,7 @@ def dequantize_fresh(weight: Tensor, dtype: torch.dtype) -> list[Row]:
     runs |= made("torchao", TORCHAO, torchao)
     return compare_outputs(
         f"dequantize NF4 {shape(weight)} to {name_of(dtype)}, fresh output",
-        no_grad(peers.load(runs, "cpu")),
+        no_grad(peers.load(runs, weight.device.type)),
         ff.dequantize(q, torch.float64),
         packed(weight) + weight.numel() * dtype.itemsize,
     )
@@ -167,7 +191,7 @@ def dequantize_8bit(weight: Tensor) -> list[Row]:
     runs |= made("bitsandbytes", BITSANDBYTES, bitsandbytes)
     return compare_outputs(
         f"dequantize 8 bits {shape(weight)}, block 256, to float32, fresh output",
-        peers.load(runs, "cpu"),
+        peers.load(runs, weight.device.type),
         ff.dequantize(q, torch.float64),
         q.codes.nbytes + q.absmax.nbytes + weight.nbytes,
     )
@@ -209,7 +233,9 @@ def quantize(weight: Tensor) -> list[Row]:
 
     case = f"quantize NF4 {shape(weight)} float32"
     moved = weight.nbytes + packed(weight)
-    return compare_outputs(case, peers.load(runs, "cpu"), weight.double(), moved, read=read)
+    return compare_outputs(
+        case, peers.load(runs, weight.device.type), weight.double(), moved, read=read
+    )
 
 
 def quantize_8bit(weight: Tensor) -> list[Row]:
@@ -229,7 +255,7 @@ def quantize_8bit(weight: Tensor) -> list[Row]:
     runs |= made("bitsandbytes", BITSANDBYTES, bitsandbytes)
     return compare_outputs(
         f"quantize 8 bits {shape(weight)} float32, block 256",
-        peers.load(runs, "cpu"),
+        peers.load(runs, weight.device.type),
         weight.double(),
         weight.nbytes + weight.numel() + 4 * weight.numel() // 256,
         read=read,
@@ -243,21 +269,39 @@ def linear(weight: Tensor, tokens: int, dtype: torch.dtype, one_thread: bool) ->
     """bitsandbytes with a gradient asked for (its training path) and, in a layer, without (which repacks
     where the CPU has bfloat16 products)."""
     q = ff.quantize(weight, blocksize=BLOCKSIZE)
-    x = torch.randn(tokens, weight.shape[1]).to(dtype)
+    x = torch.randn(tokens, weight.shape[1], device=weight.device).to(dtype)
     runs: Candidates = {"finefuse": (OURS, lambda: ff.codebook_linear(x, q))}
-    # a bfloat16 product of torch's own, without instructions for it, takes minutes
-    if dtype is torch.float32 or _C.machine_isa() == "avx512bf16" or weight.shape[0] < SIZE:
-        runs |= torch_products(weight, ff.dequantize(q, dtype), x)
+    if crawls(dtype, weight):
+        peers.left_out("products in bfloat16 (F.linear, bitsandbytes)", CRAWLS)
     else:
-        why = "this CPU has no bfloat16 product, and torch's own takes minutes"
-        peers.left_out("products in bfloat16 (F.linear, bitsandbytes)", why)
+        runs |= torch_products(weight, ff.dequantize(q, dtype), x)
+    if weight.is_cpu and dtype is torch.bfloat16:
+        runs |= made("aten int4 (uniform)", TORCH, lambda: int4(weight, x))
     case = f"codebook_linear {tokens} x {shape(weight)} {name_of(dtype)}"
-    return compare_outputs(
+    rows = compare_outputs(
         case + (", one thread" if one_thread else ""),
-        peers.load(runs, "cpu"),
+        peers.load(runs, weight.device.type),
         x.double() @ ff.dequantize(q, torch.float64).t(),
         packed(weight) + x.nbytes + tokens * weight.shape[0] * dtype.itemsize,
     )
+    for row in rows:
+        row.error = None if row.name.startswith("aten") else row.error
+    return rows
+
+
+CRAWLS = "this CPU has no bfloat16 product, and torch's own takes minutes"
+
+
+def crawls(dtype: torch.dtype, weight: Tensor) -> bool:
+    slow = weight.is_cpu and _C.machine_isa() != "avx512bf16"
+    return slow and dtype is torch.bfloat16 and weight.shape[0] > QUICK_SIZE
+
+
+def int4(weight: Tensor, x: Tensor) -> Callable[[], Tensor]:
+    codes = torch.randint(0, 16, weight.shape, dtype=torch.int32)
+    pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    scales = torch.rand(weight.shape[1] // BLOCKSIZE, weight.shape[0], 2).bfloat16()
+    return lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(x, pack, BLOCKSIZE, scales)
 
 
 def torch_products(weight: Tensor, plain: Tensor, x: Tensor) -> Candidates:
@@ -278,12 +322,74 @@ def torch_products(weight: Tensor, plain: Tensor, x: Tensor) -> Candidates:
     return runs | made("bitsandbytes, inference", BITSANDBYTES, inference)
 
 
+def linear_backward(weight: Tensor, tokens: int, dtype: torch.dtype) -> list[Row]:
+    """dx alone, from an upstream gradient."""
+    q = ff.quantize(weight, blocksize=BLOCKSIZE)
+    plain = ff.dequantize(q, dtype)
+    x = torch.zeros(tokens, weight.shape[1], device=weight.device, dtype=dtype, requires_grad=True)
+    dy = torch.randn(tokens, weight.shape[0], device=weight.device).to(dtype)
+
+    def gradient(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        y = function()
+        return lambda: torch.autograd.grad(y, x, dy, retain_graph=True)[0]
+
+    def bitsandbytes() -> Callable[[], Tensor]:
+        import bitsandbytes as bnb
+
+        codes, state = Peers(weight.to(dtype)).bitsandbytes()
+        return gradient(lambda: bnb.matmul_4bit(x, codes.t(), quant_state=state))
+
+    runs = peers.load({"finefuse": (OURS, lambda: ff.codebook_linear(x, q))}, weight.device.type)
+    candidates: Candidates = {name: (TORCH, gradient(run)) for name, run in runs.items()}
+    if not crawls(dtype, weight):
+        candidates["F.linear, not quantised"] = (
+            TORCH,
+            gradient(lambda: functional.linear(x, plain)),
+        )
+        candidates |= made("bitsandbytes", BITSANDBYTES, bitsandbytes)
+    return compare_outputs(
+        f"codebook_linear's dx {tokens} x {shape(weight)} {name_of(dtype)}",
+        peers.load(candidates, weight.device.type),
+        dy.double() @ ff.dequantize(q, torch.float64),
+        packed(weight) + dy.nbytes + x.nbytes,
+    )
+
+
+def calls() -> list[Row]:
+    """Where calling is all: 4 x 64 x 64."""
+    weight = draw(64, 64)
+    q, x, plain = ff.quantize(weight), torch.randn(4, 64), weight.clone()
+    leaf, dy = x.clone().requires_grad_(), torch.ones(4, 64)
+
+    def both(function: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+        def call() -> None:
+            leaf.grad = None
+            function(leaf).backward(dy)
+
+        return call
+
+    def bitsandbytes() -> Callable[[], Tensor]:
+        layer = Peers(weight).linear4bit()
+        return lambda: layer(x)
+
+    runs: Candidates = {
+        "x + x": (TORCH, lambda: x + x),
+        "F.linear": (TORCH, lambda: functional.linear(x, plain)),
+        "codebook_linear": (OURS, lambda: ff.codebook_linear(x, q)),
+        "F.linear, forward + backward": (TORCH, both(lambda x: functional.linear(x, plain))),
+        "codebook_linear, forward + backward": (OURS, both(lambda x: ff.codebook_linear(x, q))),
+    }
+    runs |= made("bitsandbytes, inference", BITSANDBYTES, bitsandbytes)
+    repeats = {name: repeated(f, 100) for name, f in peers.load(runs, "cpu").items()}
+    return compare_calls("a call on 4x64, weight 64x64", repeats, "cpu", 100, rounds=41)
+
+
 # ---- all of it ---------------------------------------------------------------------------------
 
 
-def draw(rows: int, columns: int) -> Tensor:
+def draw(rows: int, columns: int, device: str = "cpu") -> Tensor:
     """Numbers that bfloat16 holds: forms made from either type have the same codes."""
-    return (torch.randn(rows, columns) * 0.02).bfloat16().float()
+    return (torch.randn(rows, columns, device=device) * 0.02).bfloat16().float()
 
 
 def shape(weight: Tensor) -> str:
@@ -295,21 +401,24 @@ def no_grad(runs: dict[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Ten
 
 
 def run(device: str, quick: bool) -> Iterator[list[Row]]:
-    if device == "cuda":
-        peers.left_out("codebook", "its cases for GPUs are not written yet")
-        return
     warnings.filterwarnings("ignore", module="bitsandbytes|torchao")
-    size = QUICK_SIZE if quick else SIZE
-    weight = draw(size, size)
-    yield dequantize_out(weight, 1)
-    with threads(1):
-        rows, columns = IN_L2
-        yield dequantize_out(draw(rows, columns), 100, ", in L2, one thread")
-    for dtype in (torch.bfloat16, torch.float32):
-        yield dequantize_fresh(weight, dtype)
-    yield dequantize_8bit(weight)
+    rows, columns = (QUICK_SIZE, QUICK_SIZE) if quick else SHAPES[device]
+    weight = draw(rows, columns, device)
+    yield dequantize_out(weight)
+    if device == "cpu":
+        yield calls()
+        with threads(1):
+            yield dequantize_out(draw(*IN_L2), 100, ", in L2, one thread")
+        for dtype in (torch.bfloat16, torch.float32):
+            yield dequantize_fresh(weight, dtype)
+        yield dequantize_8bit(weight)
+        yield quantize_8bit(weight)
+    else:
+        yield dequantize_out(weight, note=", double quantisation", nested=True)
     yield quantize(weight)
-    yield quantize_8bit(weight)
-    for tokens, dtype, one_thread in LINEAR:
+    for tokens, dtype, one_thread in LINEAR[device]:
         with threads(1 if one_thread else None):
             yield linear(weight, tokens, dtype, one_thread)
+    for tokens in (1, 16, 512):
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        yield linear_backward(weight, tokens, dtype)

@@ -220,16 +220,18 @@ def compare_outputs(
     calls: int = 1,
     read: Callable[[Any], Tensor] = lambda out: out,
 ) -> list[Row]:
-    """A case on a CPU whose candidates hold their own forms of the inputs: times, memory, errors of outputs.
+    """A case whose candidates hold their own forms of the inputs: times, memory, errors of outputs.
 
     Each run makes `calls` calls of a candidate; `read` makes of its output what is compared with `truth`.
     """
+    device = truth.device.type
     rows = [Row(case, name, moved=moved) for name in runs]
     repeats = [repeated(call, calls) for call in runs.values()]
-    interleaved(rows, repeats, timer("cpu"), 9, 20.0, lambda: None)
+    rounds, budget = (30, 5.0) if device == "cuda" else (9, 20.0)
+    interleaved(rows, repeats, timer(device), rounds, budget, lambda: None)
     for row, call in zip(rows, runs.values(), strict=True):
         row.times = [t / calls for t in row.times]
-        row.extra = peak_extra("cpu", call)
+        row.extra = peak_extra(device, call)
         row.error = float((read(call()).double() - truth).abs().max() / truth.abs().max())
     return rows
 
