@@ -61,6 +61,15 @@ BELOW = {
 SHARED = {"._matmul", "._codebook_tensor", "._codebooks"}
 
 
+# Above all stems: modules, and what each of their files builds on.
+MODULES = {
+    "_layers": {"._codebook_tensor", ".codebook", ".lora"},
+    "_adapters": {"._layers", ".codebook"},
+    "_adapter_files": {"._layers", "._adapters"},
+    "nn": {"._layers", "._adapters", "._adapter_files"},
+}
+
+
 def test_imports_run_downhill():
     for path in (ROOT / "python/finefuse/reference").glob("*.py"):
         assert imports(path) <= {"__future__", "itertools", "numpy", "numpy.typing", "typing"}, path
@@ -73,6 +82,12 @@ def test_imports_run_downhill():
             if path not in MISSING:
                 local = {i for i in imports(ROOT / path) if i.startswith(".")}
                 assert local <= allowed | BELOW[stem], path
+    for name, below in MODULES.items():
+        local = {i for i in imports(ROOT / f"python/finefuse/{name}.py") if i.startswith(".")}
+        assert local <= below | {"._args"}, name
+    for path in (ROOT / "python/finefuse").glob("**/*.py"):
+        if path.stem not in MODULES:
+            assert not {i.split(".")[-1] for i in imports(path)} & set(MODULES), path
     for path in (ROOT / "csrc/ops").iterdir():
         for header in re.findall(r'#include "([^"]+)"', path.read_text()):
             stem = path.stem.removesuffix("_table")
