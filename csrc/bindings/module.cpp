@@ -59,7 +59,8 @@ struct Cpu {
   static void run(const Dequantize& a) { FF_KERNELS(codebook_kernels).dequantize(a); }
   static void run(CodebookLinear a) {
     thread_local std::vector<float> workspace;  // calls are concurrent
-    const auto size = static_cast<size_t>(codebook_workspace(a.tokens, a.columns));
+    const auto size =
+        static_cast<size_t>(codebook_workspace(a.tokens, a.columns)) * (a.transposed ? 2 : 1);
     if (workspace.size() < size) workspace.resize(size);
     a.workspace = workspace.data();
     FF_KERNELS(codebook_kernels).codebook_linear(a);
