@@ -58,8 +58,16 @@ struct Cpu {
   static void run(const Quantize& a) { FF_KERNELS(codebook_kernels).quantize(a); }
   static void run(const Dequantize& a) { FF_KERNELS(codebook_kernels).dequantize(a); }
   static void run(CodebookLinear a) {
+<<<<<<< HEAD
     a.workspace = static_cast<float*>(
         workspace(codebook_workspace(a.tokens, a.columns) * static_cast<int64_t>(sizeof(float))));
+=======
+    thread_local std::vector<float> workspace;  // calls are concurrent
+    const auto size =
+        static_cast<size_t>(codebook_workspace(a.tokens, a.columns)) * (a.transposed ? 2 : 1);
+    if (workspace.size() < size) workspace.resize(size);
+    a.workspace = workspace.data();
+>>>>>>> main
     FF_KERNELS(codebook_kernels).codebook_linear(a);
   }
   static void run(LoraShrink a) {

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import _backend, _matmul
-from ._args import overlaps, require
+from ._args import check_dropout, check_lora_shapes, dropout_numbers
 from ._codebook_tensor import CodebookTensor, check_fields, fields
 from ._op import (
     DTYPES,
@@ -45,7 +45,7 @@ def _dropout(p: float, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
     """(seed, threshold, scale) as kernels take them."""
     if seed is None:
         return _NO_DROPOUT
-    return seed, round(p * 2**32), 0.0 if p == 1 else 1 / (1 - p)
+    return seed, *dropout_numbers(p)
 
 
 def _factor(factor: Tensor) -> tuple[Tensor, int, int, int]:
@@ -142,15 +142,11 @@ def _check(
             raise ValueError(f"seed: {seed.dtype} {tuple(seed.shape)}; allowed: int64, one number")
 
 
-def _check_dropout(p: Any) -> None:
-    require(0.0 <= p <= 1.0, "dropout", p, "0 to 1")
-
-
 def _forward(x: Tensor, weight: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
     """y (…, out) and h (tokens, rank)."""
     values, (lora_a, lora_b, bias, seed, scale, p) = args[:8], args[8:]
     _check(x, x.shape[-1], weight, values, lora_a, lora_b, bias, seed)
-    _check_dropout(p)
+    check_dropout(p)
     rows, columns = lora_b.shape[0], x.shape[-1]
     shape = (*x.shape[:-1], rows)
     x = x.reshape(math.prod(x.shape[:-1]), columns).contiguous()
@@ -180,7 +176,7 @@ def _backward(
     """dx, dA, dB and dW; what `needs` does not ask for is empty. Without dA or dW x is not read."""
     values, (lora_a, lora_b, seed, scale, p, needs) = args[:8], args[8:]
     _check_backward(dy, x, h, weight, values, lora_a, lora_b, seed, needs)
-    _check_dropout(p)
+    check_dropout(p)
     rows, columns = lora_b.shape[0], lora_a.shape[1]
     shape = (*dy.shape[:-1], columns)
     dy = dy.reshape(h.shape[0], rows).contiguous()
@@ -390,7 +386,7 @@ def lora_linear(
         plain = dequantize(weight, x.dtype) if packed else weight
         _check(x, x.shape[-1], plain, None, lora_a, lora_b, bias, seed)
         if not is_compiling():
-            _check_dropout(dropout)
+            check_dropout(dropout)
         return _eager.lora_linear(x, plain, lora_a, lora_b, scale, bias, dropout, seed)
     if wants_gradient(x, *args[:4]):
         return _LoraLinear.apply(x, *args)
@@ -399,19 +395,9 @@ def lora_linear(
 
 def _check_factors(weight: Tensor, lora_a: Any, lora_b: Any) -> None:
     for name, value in (("lora_a", lora_a), ("lora_b", lora_b)):
-        if float_tensor(name, value).ndim != 2 or isinstance(value, CodebookTensor):
-            raise ValueError(f"{name}: shape {tuple(value.shape)}; allowed: two dimensions")
-    if weight.ndim != 2:
-        raise ValueError(f"weight: shape {tuple(weight.shape)}; allowed: (out, in)")
-    rank = lora_a.shape[0]
-    if rank == 0:
-        raise ValueError(f"lora_a: shape {tuple(lora_a.shape)}; the rank is at least 1")
-    if lora_a.shape[1] != weight.shape[1]:
-        raise ValueError(f"lora_a: shape {tuple(lora_a.shape)}; allowed: (r, {weight.shape[1]})")
-    if lora_b.shape != (weight.shape[0], rank):
-        raise ValueError(
-            f"lora_b: shape {tuple(lora_b.shape)}; allowed: ({weight.shape[0]}, {rank})"
-        )
+        if isinstance(float_tensor(name, value), CodebookTensor):
+            raise TypeError(f"{name}: a tensor of numbers, not a CodebookTensor")
+    check_lora_shapes(weight.shape, lora_a.shape, lora_b.shape)
 
 
 def _seed(seed: int | Tensor | None, x: Tensor) -> Tensor:
