@@ -121,6 +121,8 @@ def _check(
     for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b)):
         float_tensor(name, tensor)
         same_device(name, tensor, "x", x)
+        if tensor.dtype is torch.float64 and x.dtype is not torch.float64:
+            raise TypeError(f"{name}: dtype torch.float64; x has {x.dtype}")
     if weight is not None:
         same_device("weight", weight, "x", x)
         if weight.dtype is not x.dtype:
@@ -182,16 +184,14 @@ def _backward(
     dy = dy.reshape(h.shape[0], rows).contiguous()
     dropout = _dropout(p, seed)
     dx, da, db, dw = (dy.new_empty(0) for _ in range(4))
-    g, outer = _shrink(
-        dy,
-        lora_b.t() if needs & (_NEEDS_X | _NEEDS_A) else None,
-        scale,
-        h if needs & _NEEDS_B else None,
-        scale,
-        rank=h.shape[1],
-    )
-    if outer is not None:
-        db = outer.t().to(lora_b.dtype, memory_format=torch.contiguous_format)
+    g = None
+    if needs & (_NEEDS_X | _NEEDS_A | _NEEDS_B):
+        factor = lora_b.t() if needs & (_NEEDS_X | _NEEDS_A) else None
+        g, outer = _shrink(
+            dy, factor, scale, h if needs & _NEEDS_B else None, scale, rank=h.shape[1]
+        )
+        if outer is not None:
+            db = outer.t().contiguous().to(lora_b.dtype)
     if needs & (_NEEDS_A | _NEEDS_WEIGHT):
         x = x.reshape(h.shape[0], columns).contiguous()
     if needs & _NEEDS_A:
@@ -342,8 +342,8 @@ def lora_linear(
             torch.nn.functional.linear casts it.
         weight: W (out, in), a tensor of the type of x (under autocast of any) or a CodebookTensor.
             Differentiated if it is a tensor that requires a gradient.
-        lora_a: A (r, in), r ≥ 1; any float type, also another than that of x, and any strides. It is
-            read as it is: float32 adapters cost no copy of x.
+        lora_a: A (r, in), r ≥ 1; any strides and any float type, also another than that of x (float64
+            only if x is). It is read as it is: float32 adapters cost no copy of x.
         lora_b: B (out, r), likewise.
         scale: s, alpha / r or, for rank-stabilised LoRA, alpha / √r. A number or a 0-d tensor.
         bias: (out,); another type than that of x is cast to it.
@@ -469,10 +469,9 @@ def merge_lora(
     _check_factors(weight, lora_a, lora_b)
     same_device("lora_a", lora_a, "weight", weight)
     same_device("lora_b", lora_b, "weight", weight)
-    if isinstance(scale, Tensor):
-        scale = scale.item()
+    scale = scalar("scale", scale)
     if out is not None and out is not weight:
-        if type(out) is not type(weight) and isinstance(weight, CodebookTensor):
+        if isinstance(weight, CodebookTensor) and not isinstance(out, CodebookTensor):
             raise TypeError("out: a CodebookTensor, as weight is")
         if out.shape != weight.shape or out.dtype is not weight.dtype:
             raise ValueError(
@@ -483,14 +482,20 @@ def merge_lora(
     if isinstance(weight, CodebookTensor):
         merged, exact = _merged_codes(weight, lora_a, lora_b, scale)
         if out is not None:
-            merged = out.copy_(merged)
+            out.copy_(merged)
+            merged = out  # type: ignore[assignment]
     else:
-        merged = weight.contiguous() if out is weight else weight.clone(memory_format=torch.contiguous_format)
-        exact = _sum(weight.to(accumulator(weight.dtype)), lora_a, lora_b, scale) if return_error else None
-        merged = _sum(merged, lora_a, lora_b, scale)
+        exact = None
+        if return_error:
+            wide = accumulator(weight.dtype)
+            exact = _sum(_copy(weight).to(wide), lora_a, lora_b, scale)
+        in_place = out is not None and out.data_ptr() == weight.data_ptr() and out.is_contiguous()
+        merged = _sum(weight if in_place else _copy(weight), lora_a, lora_b, scale)
         if out is not None:
-            merged = out.detach().copy_(merged)
+            if not in_place:
+                out.detach().copy_(merged)
             consumed(out)
+            merged = out
     if not return_error:
         return merged
     assert exact is not None
@@ -509,6 +514,10 @@ def unmerge_lora(
 ) -> Any:
     """`merge_lora` with -s: W - s·B A. What rounding took at the merge does not come back."""
     return merge_lora(weight, lora_a, lora_b, -scale, out=out, return_error=return_error)
+
+
+def _copy(weight: Tensor) -> Tensor:
+    return weight.clone(memory_format=torch.contiguous_format)
 
 
 def _sum(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:

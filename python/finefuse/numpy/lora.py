@@ -49,7 +49,7 @@ def lora_linear(
     Args:
         x: (…, in) float32, bfloat16, float16 or float64, any strides.
         weight: W (out, in), an array of the type of x or a CodebookArray.
-        lora_a: A (r, in), r ≥ 1; any float type and strides.
+        lora_a: A (r, in), r ≥ 1; any strides and float type (float64 only if x is).
         lora_b: B (out, r), likewise.
         scale: s.
         bias: (out,); another type than that of x is cast to it.
@@ -73,6 +73,9 @@ def lora_linear(
         weight = float_array("weight", weight)
         if weight.dtype != x.dtype:
             raise TypeError(f"weight: dtype {weight.dtype}; x has {x.dtype}")
+    for name, value in (("lora_a", lora_a), ("lora_b", lora_b)):
+        if value.dtype == FLOAT64 and x.dtype != FLOAT64:
+            raise TypeError(f"{name}: dtype float64; x has {x.dtype}")
     check_lora_shapes(weight.shape, lora_a.shape, lora_b.shape)
     rows, columns = weight.shape
     if x.ndim == 0 or x.shape[-1] != columns:
