@@ -296,8 +296,9 @@ def test_checkpoint_draws_the_same_mask(reentrant):
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 def test_compile(counter, quantize):
     model = ff.nn.add_lora(
-        tiny(), 4, 8, targets="all-linear", quantize=quantize, dropout=0.1, init_lora_weights=False
-    )
+        tiny(), 4, 8, targets="all-linear", quantize=quantize, dropout=0.1, init_lora_weights=False,
+        modules_to_save=["head"],
+    )  # fmt: skip
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     x = numbers(5, 12)
     results = []
@@ -311,6 +312,33 @@ def test_compile(counter, quantize):
         torch.testing.assert_close(graph, eager)
     model.eval()
     assert torch.equal(compiled(x), model(x))
+
+
+def test_layers_share_a_graph(counter):
+    """What compiles one block and runs all of a model's with it does not compile again."""
+    layers = [ff.nn.LoRALinear(16, 16, 2, 4, init_lora_weights=False) for i in range(12)]
+
+    def f(layer, x):
+        return layer(x)
+
+    compiled = torch.compile(f, fullgraph=True, backend=counter)
+    x = numbers(3, 16)
+    for layer in layers:
+        torch.testing.assert_close(compiled(layer, x), layer(x))
+
+
+def test_autocast():
+    layer = ff.nn.LoRALinear(16, 8, 2, 4, init_lora_weights=False)
+    x = numbers(3, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        layer.disable()
+        assert layer(x).dtype is torch.bfloat16
+    layer.enable()
+    assert y.dtype is torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(x), atol=0.05, rtol=0.05)
+    y.sum().backward()
+    assert layer.lora_A["default"].grad.dtype is torch.float32
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4", "int4"])
@@ -443,6 +471,43 @@ def test_conv1d(peft, tmp_path):
     same_function(merged, theirs)
     packed = ff.nn.add_lora(base, 2, 4, targets=["c_attn"], quantize="nf4")
     assert output(packed).isfinite().all()
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_bitsandbytes_layers(peft, tmp_path, double_quant):
+    """A model quantised by bitsandbytes keeps its bytes, and its adapter is PEFT's."""
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
+    def model():
+        layers = nn.Sequential(
+            bnb.nn.Linear4bit(
+                64,
+                32,
+                compress_statistics=double_quant,
+                quant_type="nf4",
+                compute_dtype=torch.float32,
+            ),
+            nn.Linear(32, 4),
+        )
+        torch.manual_seed(0)
+        for parameter in layers.parameters():
+            nn.init.normal_(parameter.data)
+        return layers.to("cpu")
+
+    theirs = peft.get_peft_model(
+        model(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"], init_lora_weights=False)
+    )
+    theirs.save_pretrained(tmp_path)
+    ours = model()
+    assert ours[0].weight.quant_state is not None
+    codes = ours[0].weight.data.clone()
+    ff.nn.load_adapter(ours, tmp_path)
+    assert torch.equal(ours[0].weight.codes, codes.flatten())
+    assert (ours[0].weight.nested is not None) == double_quant
+    x = numbers(3, 64)
+    dense = x.double() @ ff.dequantize(ours[0].weight).double().T + ours[0].bias.double()
+    a, b = (getattr(ours[0], f"lora_{k}")["default"].double() for k in "AB")
+    check("y", ours[0](x), theirs.base_model.model[0](x), dense + 2 * x.double() @ a.T @ b.T)
 
 
 def test_layers_are_freed_one_by_one(monkeypatch):
@@ -857,7 +922,7 @@ def test_files_that_do_not_fit(peft, tmp_path):
     load(ValueError, r"lora_A.weight: .*\(4, 24\); allowed: floats \(8, 24\)", r=8)
     load(ValueError, "r: missing", r=None)
     load(ValueError, "peft_type: not 'LORA'", peft_type="IA3")
-    load(ValueError, "rank: an int", tensors=whole, rank_pattern={"up": "4"})
+    load(TypeError, "rank: an int", tensors=whole, rank_pattern={"up": "4"})
     for option, value in (
         ("use_dora", True), ("lora_bias", True), ("bias", "all"), ("use_qalora", True),
         ("trainable_token_indices", [1]), ("target_parameters", ["x"]), ("from_2031", {"a": 1}),

@@ -289,6 +289,14 @@ def _planned(
         raise ValueError(f"{key}A.weight: {target} is a {kind_of(module)}; allowed: {LAYERS}")
     rank = from_pattern(config.get("rank_pattern") or {}, target, config["r"])
     alpha = from_pattern(config.get("alpha_pattern") or {}, target, config["lora_alpha"])
+    init = config.get("init_lora_weights", True)
+    adapter = Adapter(
+        rank,
+        alpha,
+        config.get("lora_dropout") or 0.0,
+        bool(config.get("use_rslora")),
+        init if isinstance(init, bool) or init == "gaussian" else True,
+    ).check()
     rows, columns = weight.shape
     for letter, shape in (("A", (rank, columns)), ("B", (rows, rank))):
         if letter not in factors:
@@ -298,14 +306,7 @@ def _planned(
             raise ValueError(
                 f"{key}{letter}.weight: {tensor.dtype} {tuple(tensor.shape)}; allowed: floats {shape}"
             )
-    init = config.get("init_lora_weights", True)
-    return Adapter(
-        rank,
-        alpha,
-        config.get("lora_dropout") or 0.0,
-        bool(config.get("use_rslora")),
-        init if isinstance(init, bool) or init == "gaussian" else True,
-    ).check()
+    return adapter
 
 
 def _check_saved(

@@ -205,8 +205,7 @@ def add_lora(
     name: the layers that have an adapter get another, with memory and base in common.
 
     Args:
-        model: layers of the types torch.nn.Linear, CodebookLinear, LoRALinear and transformers' Conv1D
-            can be targets; a weight (in, out) of a Conv1D is seen transposed.
+        model: targets can be of the types that `LoRALinear.from_linear` takes, and LoRALinear.
         rank, alpha, dropout, rslora, init_lora_weights, name: as for `LoRALinear`.
         targets: as PEFT's target_modules. Names: a layer of this name, or whose name ends in a dot and this.
             A string: a regular expression of the whole name. "all-linear": all linear layers but a

@@ -306,8 +306,8 @@ class LoRALinear(_Linear):
         """The same layer with an adapter; weight and bias share their memory with `linear`.
 
         Args:
-            linear: a torch.nn.Linear, a CodebookLinear or a transformers Conv1D, whose weight (in, out) is
-                seen transposed.
+            linear: a torch.nn.Linear, a CodebookLinear, bitsandbytes' Linear4bit, whose bytes stay as they
+                are, or transformers' Conv1D, whose weight (in, out) is seen transposed.
             quantize: None or a codebook: the weight becomes a CodebookTensor of it (blocksize,
                 double_quant: as for `finefuse.quantize`).
             options: dropout, rslora, init_lora_weights, name: as for the class.
@@ -464,7 +464,9 @@ class LoRALinear(_Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
-LAYERS = "torch.nn.Linear, CodebookLinear, transformers' Conv1D"
+LAYERS = (
+    "torch.nn.Linear, CodebookLinear, transformers' Conv1D, bitsandbytes' Linear4bit (quantised)"
+)
 
 
 def _frozen(tensor: Tensor) -> Any:
@@ -487,6 +489,10 @@ def linear_weight(module: Any) -> Tensor | None:
         return module.weight
     if kind_of(module) == "transformers.pytorch_utils.Conv1D":
         return module.weight.t()
+    if kind_of(module) == "bitsandbytes.nn.modules.Linear4bit":
+        state = module.weight.quant_state
+        if state is not None:
+            return CodebookTensor.from_bitsandbytes(module.weight.data, state.as_dict(packed=True))
     return None
 
 
