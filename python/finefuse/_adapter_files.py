@@ -255,7 +255,8 @@ def load_adapter(model: nn.Module, dir: str | os.PathLike[str], name: str = "def
     _check_saved(path, file.saved, save, modules, name)
     layers = {n: m for n, m in modules.items() if isinstance(m, LoRALinear) and name in m.adapters}
     if name in adapter_names(inner):
-        _check_same(path, layers, plan, [n for n in save if not _has(modules[n], name)], name)
+        saved = [n for n, m in modules.items() if _has(m, name)]
+        _check_same(path, layers, plan, set(saved) ^ set(save), name)
         set_adapter(inner, name)
     else:
         wrap(inner, modules, plan, save, name)
@@ -338,7 +339,7 @@ def _check_same(
     path: Path,
     layers: Mapping[str, LoRALinear],
     plan: Mapping[str, Adapter],
-    lacking: Sequence[str],
+    different: set[str],
     name: str,
 ) -> None:
     """Whether the model's adapter of this name is what the file holds."""
@@ -354,5 +355,7 @@ def _check_same(
             )
         if layers[target].merged is not None:
             raise ValueError(f"name: {name!r} is merged in {target}; unmerge before")
-    if lacking:
-        raise ValueError(f"{path}: name: {name!r} in the model does not save {lacking}")
+    if different:
+        raise ValueError(
+            f"{path}: name: only the file or only {name!r} in the model saves {different}"
+        )

@@ -243,6 +243,9 @@ def add_lora(
             "the end of a module's name",
         )
     save = modules_to_save_of(ends, modules)
+    for outer in save:
+        holds = any(isinstance(m, LoRALinear) for m in modules[outer].modules())
+        require(not holds, "modules_to_save", outer, "modules without LoRALinear in them")
     names = targets_of(model, modules, targets, exclude, save)
     if not names:
         raise ValueError(f"targets: {targets!r} matches no module")
