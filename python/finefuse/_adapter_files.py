@@ -348,10 +348,10 @@ def _check_same(
             where = "file" if target in plan else "model"
             raise ValueError(f"{path}: name: {name!r} has {target} only in the {where}")
         ours, theirs = layers[target].adapters[name], plan[target]
-        if (ours.rank, ours.scale) != (theirs.rank, theirs.scale):
+        if (ours.rank, ours.scale()) != (theirs.rank, theirs.scale()):
             raise ValueError(
-                f"{path}: {target}: rank {theirs.rank}, scale {theirs.scale:g}; {name!r} in the model "
-                f"has {ours.rank}, {ours.scale:g}"
+                f"{path}: {target}: rank {theirs.rank}, scale {theirs.scale():g}; {name!r} in the model "
+                f"has {ours.rank}, {ours.scale():g}"
             )
         if layers[target].merged is not None:
             raise ValueError(f"name: {name!r} is merged in {target}; unmerge before")

@@ -177,7 +177,6 @@ class Adapter(NamedTuple):
     rslora: bool = False
     init_lora_weights: bool | str = True
 
-    @property
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
@@ -232,7 +231,7 @@ class LoRALinear(_Linear):
     Shapes: x (…, in_features), y (…, out_features), in the type of x.
 
     Attributes:
-        adapters: dict of name to (rank, alpha, dropout, rslora, init_lora_weights), with `.scale`.
+        adapters: dict of name to (rank, alpha, dropout, rslora, init_lora_weights). scaling: of name to s.
         active: the active adapter's name or None. merged: the merged adapter's name or None.
         enabled: whether the active adapter counts.
 
@@ -286,6 +285,7 @@ class LoRALinear(_Linear):
         self.bias = None if bias is False else _frozen(first)
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.adapters: dict[str, Adapter] = {}
+        self.scaling: dict[str, float] = {}
         self.active: str | None = None
         self.merged: str | None = None
         self.enabled = True
@@ -356,7 +356,7 @@ class LoRALinear(_Linear):
         if init_lora_weights is False:
             nn.init.kaiming_uniform_(b, a=math.sqrt(5))
         self.lora_A[name], self.lora_B[name] = nn.Parameter(a), nn.Parameter(b)
-        self.adapters[name] = adapter
+        self.adapters[name], self.scaling[name] = adapter, adapter.scale()
         self.set_adapter(name)
 
     def set_adapter(self, name: str | None) -> None:
@@ -414,7 +414,7 @@ class LoRALinear(_Linear):
         return error
 
     def _merge(self, function: Any, name: str) -> float:
-        scale, weight = self.adapters[name].scale, self.weight
+        scale, weight = self.scaling[name], self.weight
         _, error = function(
             weight, self.lora_A[name], self.lora_B[name], scale, out=weight, return_error=True
         )
@@ -437,20 +437,19 @@ class LoRALinear(_Linear):
             if isinstance(self.weight, CodebookTensor):
                 return codebook_linear(x, self.weight, self.bias)
             return nn.functional.linear(x, self.weight, self.bias)
-        adapter = self.adapters[name]
         return lora_linear(
             x,
             self.weight,
             self.lora_A[name],
             self.lora_B[name],
-            scale=adapter.scale,
+            scale=self.scaling[name],
             bias=self.bias,
-            dropout=adapter.dropout if self.training else 0.0,
+            dropout=self.adapters[name].dropout if self.training else 0.0,
         )
 
     def extra_repr(self) -> str:
         adapters = (
-            f"{name}: rank={a.rank}, scale={a.scale:g}, dropout={a.dropout}"
+            f"{name}: rank={a.rank}, scale={a.scale():g}, dropout={a.dropout}"
             for name, a in self.adapters.items()
         )
         return "; ".join((super().extra_repr(), *adapters, f"active={self.active!r}"))
