@@ -172,9 +172,7 @@ def check_reference(
         raise ValueError(f"ref_logprobs: shape {tuple(ref_logprobs)}; allowed: ({logits[0]},)")
 
 
-def check_lora_shapes(
-    weight: Sequence[int], lora_a: Sequence[int], lora_b: Sequence[int]
-) -> None:
+def check_lora_shapes(weight: Sequence[int], lora_a: Sequence[int], lora_b: Sequence[int]) -> None:
     """W (out, in), A (r, in) and B (out, r), r at least 1."""
     if len(weight) != 2:
         raise ValueError(f"weight: shape {tuple(weight)}; allowed: (out, in)")
