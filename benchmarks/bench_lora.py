@@ -50,7 +50,9 @@ class Problem:
             return torch.randn(shape, device=device) / shape[-1] ** 0.5
 
         self.weight = draw(size, size).to(dtype)
-        self.a, self.b = (draw(*shape).to(dtype).requires_grad_() for shape in ((RANK, size), (size, RANK)))
+        self.a, self.b = (
+            draw(*shape).to(dtype).requires_grad_() for shape in ((RANK, size), (size, RANK))
+        )
         self.x = (draw(tokens, size) * size**0.5).to(dtype).requires_grad_()
         self.dy = draw(tokens, size).to(dtype)
         self.scale = ALPHA / RANK
@@ -129,7 +131,9 @@ def layer(device: str, tokens: int, size: int, dtype: torch.dtype, backward: boo
         runs[name] = with_backward(p, function, p.x, *factors) if backward else forward(function)
     x, w, a, b = (t.detach().double() for t in (p.x, p.weight, p.a, p.b))
     dy = p.dy.double()
-    truth = dy @ w + p.scale * (dy @ b) @ a if backward else x @ w.t() + p.scale * (x @ a.t()) @ b.t()
+    truth = (
+        dy @ w + p.scale * (dy @ b) @ a if backward else x @ w.t() + p.scale * (x @ a.t()) @ b.t()
+    )
     what = "forward + backward" if backward else "forward"
     case = f"LoRA {tokens} x {size}x{size} rank {RANK} {str(dtype)[6:]}, {what}"
     rows = compare_outputs(case, runs, truth, p.moved * (2 if backward else 1))
@@ -149,7 +153,10 @@ def packed(tokens: int, size: int, dtype: torch.dtype) -> list[Row]:
 
         base = bnb.nn.Linear4bit(size, size, bias=False, quant_type="nf4", compute_dtype=dtype)
         base.weight = bnb.nn.Params4bit(
-            p.weight.detach().clone(), requires_grad=False, quant_type="nf4", compress_statistics=False
+            p.weight.detach().clone(),
+            requires_grad=False,
+            quant_type="nf4",
+            compress_statistics=False,
         )
         module = p.peft(base.to("cpu"))
         factors = (module.lora_A["default"].weight, module.lora_B["default"].weight)
@@ -207,10 +214,17 @@ def run(device: str, quick: bool) -> Iterator[list[Row]]:
     size = QUICK_SIZE if quick else SIZE
     for tokens, dtype, backward in CASES[device]:
         if device == "cpu" and crawls(dtype, size):
-            peers.left_out("LoRA in bfloat16", "this CPU has no bfloat16 product, and torch's own takes minutes")
+            peers.left_out(
+                "LoRA in bfloat16",
+                "this CPU has no bfloat16 product, and torch's own takes minutes",
+            )
             continue
         yield layer(device, min(tokens, size) if quick else tokens, size, dtype, backward)
     if device == "cpu":
-        dtype = torch.float32 if _matmul.product_dtype(torch.ones(1).bfloat16()) is torch.float32 else torch.bfloat16
+        dtype = (
+            torch.float32
+            if _matmul.product_dtype(torch.ones(1).bfloat16()) is torch.float32
+            else torch.bfloat16
+        )
         yield packed(64 if quick else 512, size, dtype)
         yield half(64 if quick else 512, size)

@@ -25,12 +25,13 @@ namespace {
 constexpr int64_t kSpan = kLoraSpan;      // columns of a block in the first cache
 constexpr int64_t kGroup = kLoraGroup;    // columns of a task
 constexpr int64_t kTokens = kLoraTokens;  // tokens of a task
-constexpr int kBlock = 8;                 // tokens of a block
+constexpr int kBlock = 16;                // tokens of a block
+// Tiles of sums that fit the registers: tokens × ranks of one vector, rows × two vectors.
 constexpr int kTileTokens = 4;
 #if defined(__AVX512F__)
-constexpr int kTileRanks = 4;
+constexpr int kTileRanks = 4, kRows = 8;
 #else
-constexpr int kTileRanks = 2;
+constexpr int kTileRanks = 2, kRows = 4;
 #endif
 
 FF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -124,21 +125,29 @@ FF_INLINE void keep_factors(const Dropout& d, uint64_t first, int64_t n, A* keep
 // ---- operands
 // ------------------------------------------------------------------------------------
 
-// (rank, columns) in the accumulator's type, rows padded with zeros to whole vectors.
+// (rank, columns) in the accumulator's type, rows padded with zeros to whole vectors. Rows must not
+// be a multiple of a page apart: several are read at once and would share the sets of a cache.
 template <class A> struct Rows {
   const A* data;
   int64_t stride;
 };
 
+template <class A, class T> FF_INLINE A element(const T* p) {
+  if constexpr (__is_same(A, T)) return *p;
+  return static_cast<A>(load_scalar(p));
+}
+
 template <class T, class A>
-void pack_columns(const Factor& f, int64_t rank, int64_t begin, int64_t end, int64_t columns,
-                  int64_t stride, A* out) {
+void pack_columns(const Factor& f, int64_t rank, int64_t begin, int64_t end, A* out,
+                  int64_t stride) {
   const T* p = static_cast<const T*>(f.data);
-  for (int64_t c = begin; c < end; ++c) {
+  constexpr int64_t kColumns = 16;  // their lines stay for all ranks
+  for (int64_t c = begin; c < end; c += kColumns) {
+    const int64_t n = smaller(kColumns, end - c);
     for (int64_t j = 0; j < rank; ++j) {
-      out[j * stride + c] =
-          c < columns ? static_cast<A>(load_scalar(p + j * f.rank_stride + c * f.column_stride))
-                      : A(0);
+      const T* from = p + j * f.rank_stride + c * f.column_stride;
+      A* to = out + j * stride + c;
+      for (int64_t i = 0; i < n; ++i) to[i] = element<A>(from + i * f.column_stride);
     }
   }
 }
@@ -146,19 +155,23 @@ void pack_columns(const Factor& f, int64_t rank, int64_t begin, int64_t end, int
 template <class A>
 Rows<A> rows_of(const Factor& f, int64_t rank, int64_t columns, A* workspace, int threads) {
   const DType own = sizeof(A) == 8 ? DType::f64 : DType::f32;
-  if (f.dtype == own && f.column_stride == 1 && columns % kLoraPad == 0) {
+  if (f.dtype == own && f.column_stride == 1 && columns % kLoraPad == 0 &&
+      (f.rank_stride % 256 != 0 || rank == 1)) {
     return {static_cast<const A*>(f.data), f.rank_stride};
   }
   const int64_t stride = lora_padded(columns);
-  parallel_for(ceil_div(stride, 64), 64 * rank * 8, threads, [&](int64_t first, int64_t last) {
-    const int64_t begin = first * 64, end = smaller(last * 64, stride);
+  parallel_for(ceil_div(columns, 64), 64 * rank * 8, threads, [&](int64_t first, int64_t last) {
+    const int64_t begin = first * 64, end = smaller(last * 64, columns);
     switch (f.dtype) {
-      case DType::f32: return pack_columns<float>(f, rank, begin, end, columns, stride, workspace);
-      case DType::bf16: return pack_columns<bf16>(f, rank, begin, end, columns, stride, workspace);
-      case DType::f16: return pack_columns<f16>(f, rank, begin, end, columns, stride, workspace);
-      case DType::f64: return pack_columns<double>(f, rank, begin, end, columns, stride, workspace);
+      case DType::f32: return pack_columns<float>(f, rank, begin, end, workspace, stride);
+      case DType::bf16: return pack_columns<bf16>(f, rank, begin, end, workspace, stride);
+      case DType::f16: return pack_columns<f16>(f, rank, begin, end, workspace, stride);
+      case DType::f64: return pack_columns<double>(f, rank, begin, end, workspace, stride);
     }
   });
+  for (int64_t j = 0; j < rank; ++j) {
+    for (int64_t c = columns; c < stride; ++c) workspace[j * stride + c] = A(0);
+  }
   return {workspace, stride};
 }
 
@@ -218,11 +231,12 @@ void dot_block(const A* x, int64_t x_stride, int64_t tokens, const Rows<A>& p, i
 }
 
 // Sums of R rows and two vectors of columns: sum[i][k] = Σ_t left[t·left_t + i·left_i]·right[t][k].
-template <int R, class A, class Each>
+template <int R, class A>
 FF_INLINE void broadcast_tile(const A* left, int64_t left_t, int64_t left_i, const A* right,
-                              int64_t right_stride, int64_t terms, const Each& each) {
+                              int64_t right_stride, int64_t terms,
+                              typename Simd<A>::V (&sum)[R][2]) {
   using V = typename Simd<A>::V;
-  V sum[R][2] = {};
+  for (int i = 0; i < R; ++i) sum[i][0] = sum[i][1] = V{};
   for (int64_t t = 0; t < terms; ++t) {
     const V w[2] = {load(right + t * right_stride), load(right + t * right_stride + kLanes<A>)};
     for (int i = 0; i < R; ++i) {
@@ -231,25 +245,34 @@ FF_INLINE void broadcast_tile(const A* left, int64_t left_t, int64_t left_i, con
       sum[i][1] = fma(v, w[1], sum[i][1]);
     }
   }
-  for (int i = 0; i < R; ++i) each(i, sum[i]);
+}
+
+template <int R, class A>
+FF_INLINE void outer_tile(const A* x, int64_t x_stride, int64_t tokens, const A* g, int64_t rank,
+                          A* out, int64_t out_stride) {
+  typename Simd<A>::V sum[R][2];
+  broadcast_tile<R>(g, rank, 1, x, x_stride, tokens, sum);
+  for (int i = 0; i < R; ++i) {
+    A* to = out + i * out_stride;
+    store(to, load(to) + sum[i][0]);
+    store(to + kLanes<A>, load(to + kLanes<A>) + sum[i][1]);
+  }
 }
 
 // out (rank, n) += gᵀ·x of a block of tokens.
 template <class A>
 void outer_block(const A* x, int64_t x_stride, int64_t tokens, const A* g, int64_t rank, int64_t n,
                  A* out, int64_t out_stride) {
-  constexpr int64_t kStep = 2 * kLanes<A>;
-  const auto rows = [&]<int R>(int64_t j, int64_t i) {
-    broadcast_tile<R>(g + j, rank, 1, x + i, x_stride, tokens, [&](int r, const auto* sum) {
-      A* to = out + (j + r) * out_stride + i;
-      store(to, load(to) + sum[0]);
-      store(to + kLanes<A>, load(to + kLanes<A>) + sum[1]);
-    });
-  };
-  for (int64_t i = 0; i < n; i += kStep) {
-    int64_t j = 0;
-    for (; j + 4 <= rank; j += 4) rows.template operator()<4>(j, i);
-    for (; j < rank; ++j) rows.template operator()<1>(j, i);
+  int64_t j = 0;
+  for (; j + kRows <= rank; j += kRows) {
+    for (int64_t i = 0; i < n; i += 2 * kLanes<A>) {
+      outer_tile<kRows>(x + i, x_stride, tokens, g + j, rank, out + j * out_stride + i, out_stride);
+    }
+  }
+  for (; j < rank; ++j) {
+    for (int64_t i = 0; i < n; i += 2 * kLanes<A>) {
+      outer_tile<1>(x + i, x_stride, tokens, g + j, rank, out + j * out_stride + i, out_stride);
+    }
   }
 }
 
@@ -268,7 +291,7 @@ template <class T> void shrink_t(const LoraShrink& a) {
   A* const sums = packed + rank * padded;                        // (groups, tokens, rank)
   A* const partial = sums + (h ? groups * a.tokens * rank : 0);  // (chunks, rank, padded)
   const Rows<A> p = h ? rows_of(a.factor, rank, columns, packed, a.place.threads) : Rows<A>{};
-  const bool whole = __is_same(T, A) && a.dropout.seed == nullptr;
+  const bool whole = __is_same(T, A) && a.dropout.seed == nullptr && outer == nullptr;
 
   parallel_for(
       chunks * groups, kTokens * kGroup * sizeof(T), a.place.threads,
@@ -283,15 +306,16 @@ template <class T> void shrink_t(const LoraShrink& a) {
           }
           const int64_t group_end = smaller((group + 1) * kGroup, columns);
           for (int64_t c = group * kGroup; c < group_end; c += kSpan) {
-            const int64_t n = smaller(kSpan, group_end - c), wide = lora_padded(n);
+            const int64_t n = smaller(kSpan, group_end - c),
+                          wide = ceil_div(n, kLoraPad) * kLoraPad;
             for (int64_t j = 0; outer && j < rank; ++j) {
               __builtin_memset(out + j * padded + c, 0, static_cast<size_t>(wide) * sizeof(A));
             }
             for (int64_t t = token; t < token_end; t += kBlock) {
               const int64_t tokens = smaller(kBlock, token_end - t);
-              alignas(64) A block[kBlock][kSpan];
+              alignas(64) A block[kBlock][kSpan + kLoraPad];
               const A* from = &block[0][0];
-              int64_t stride = kSpan;
+              int64_t stride = kSpan + kLoraPad;
               if (whole && n == wide) {
                 from = reinterpret_cast<const A*>(x + t * columns + c);
                 stride = columns;
@@ -360,60 +384,74 @@ void shrink(const LoraShrink& a) {
 // ---- expand
 // --------------------------------------------------------------------------------------
 
-template <class T> void expand_t(const LoraExpand& a) {
+// R tokens and n columns of y, from (token, column) on.
+template <int R, class T>
+FF_INLINE void expand_rows(const LoraExpand& a, const Rows<Accumulator<T>>& p, int64_t token,
+                           int64_t column, int64_t n) {
   using A = Accumulator<T>;
   using V = Vec<T>;
-  constexpr int64_t kStep = 2 * kLanes<T>;
-  const int64_t rank = a.rank, columns = a.columns;
-  const int64_t chunks = ceil_div(a.tokens, kTokens), groups = ceil_div(columns, kGroup);
-  const A* const h = static_cast<const A*>(a.h.data);
-  const T* const bias = static_cast<const T*>(a.bias);
-  T* const y = static_cast<T*>(a.y);
-  const Rows<A> p = rows_of(a.factor, rank, columns, static_cast<A*>(a.workspace), a.place.threads);
+  constexpr int N = kLanes<T>;
+  const A* h = static_cast<const A*>(a.h.data) + token * a.rank;
+  const T* bias = a.bias == nullptr ? nullptr : static_cast<const T*>(a.bias) + column;
+  T* y = static_cast<T*>(a.y) + token * a.columns + column;
   const V scale = V{} + static_cast<A>(a.scale);
-  parallel_for(
-      chunks * groups, kTokens * kGroup * sizeof(T), a.place.threads,
-      [&](int64_t first, int64_t last) {
-        for (int64_t task = first; task < last; ++task) {
-          const int64_t chunk = task / groups, group = task % groups;
-          const int64_t token_end = smaller((chunk + 1) * kTokens, a.tokens);
-          const int64_t group_end = smaller((group + 1) * kGroup, columns);
-          for (int64_t c = group * kGroup; c < group_end; c += kSpan) {
-            const int64_t n = smaller(kSpan, group_end - c);
-            const auto rows = [&]<int R>(int64_t token) {
-              A keep[R][kSpan];
-              for (int t = 0; a.dropout.seed != nullptr && t < R; ++t) {
-                keep_factors(a.dropout, static_cast<uint64_t>((token + t) * columns + c), n,
-                             keep[t]);
-              }
-              for (int64_t k = 0; k < n; k += kStep) {
-                const auto each = [&](int t, const V* sum) {
-                  T* to = y + (token + t) * columns + c + k;
-                  for (int half = 0; half < 2; ++half) {
-                    const int64_t at = k + half * kLanes<T>;
-                    const int left = static_cast<int>(smaller(kLanes<T>, n - at));
-                    if (left <= 0) break;
-                    V v = sum[half] * scale;
-                    T* const place = to + half * kLanes<T>;
-                    if (a.dropout.seed != nullptr) v *= load_partial(keep[t] + at, left, 0.0);
-                    if (bias != nullptr) v += load_partial(bias + c + at, left, 0.0);
-                    if (left == kLanes<T>) {
-                      store(place, a.accumulate ? load(place) + v : v);
-                    } else {
-                      store_partial(place, a.accumulate ? load_partial(place, left, 0.0) + v : v,
-                                    left);
-                    }
-                  }
-                };
-                broadcast_tile<R>(h + token * rank, 1, rank, p.data + c + k, p.stride, rank, each);
-              }
-            };
-            int64_t t = chunk * kTokens;
-            for (; t + 4 <= token_end; t += 4) rows.template operator()<4>(t);
-            for (; t < token_end; ++t) rows.template operator()<1>(t);
-          }
-        }
-      });
+  alignas(64) A keep[R][kSpan];
+  const bool drops = a.dropout.seed != nullptr;
+  for (int t = 0; drops && t < R; ++t) {
+    const auto first = static_cast<uint64_t>((token + t) * a.columns + column);
+    keep_factors(a.dropout, first, n, keep[t]);
+  }
+  V sum[R][2];
+  int64_t k = 0;
+  for (; k + 2 * N <= n; k += 2 * N) {
+    broadcast_tile<R>(h, 1, a.rank, p.data + column + k, p.stride, a.rank, sum);
+    for (int t = 0; t < R; ++t) {
+      T* to = y + t * a.columns + k;
+      for (int half = 0; half < 2; ++half, to += N) {
+        V v = sum[t][half] * scale;
+        if (__builtin_expect(drops, 0)) v *= load(keep[t] + k + half * N);
+        if (__builtin_expect(bias != nullptr, 0)) v += load(bias + k + half * N);
+        if (a.accumulate) v += load(to);
+        store(to, v);
+      }
+    }
+  }
+  if (k == n) return;
+  broadcast_tile<R>(h, 1, a.rank, p.data + column + k, p.stride, a.rank, sum);
+  for (int t = 0; t < R; ++t) {
+    for (int half = 0; half < 2 && k + half * N < n; ++half) {
+      const int64_t at = k + half * N;
+      const int left = static_cast<int>(smaller(N, n - at));
+      T* to = y + t * a.columns + at;
+      V v = sum[t][half] * scale;
+      if (drops) v *= load_partial(keep[t] + at, left, 0.0);
+      if (bias != nullptr) v += load_partial(bias + at, left, 0.0);
+      if (a.accumulate) v += load_partial(to, left, 0.0);
+      store_partial(to, v, left);
+    }
+  }
+}
+
+template <class T> void expand_t(const LoraExpand& a) {
+  using A = Accumulator<T>;
+  const int64_t chunks = ceil_div(a.tokens, kTokens), groups = ceil_div(a.columns, kGroup);
+  const Rows<A> p =
+      rows_of(a.factor, a.rank, a.columns, static_cast<A*>(a.workspace), a.place.threads);
+  parallel_for(chunks * groups, kTokens * kGroup * static_cast<int64_t>(sizeof(T)), a.place.threads,
+               [&](int64_t first, int64_t last) {
+                 for (int64_t task = first; task < last; ++task) {
+                   const int64_t chunk = task / groups, group = task % groups;
+                   const int64_t token_end = smaller((chunk + 1) * kTokens, a.tokens);
+                   const int64_t group_end = smaller((group + 1) * kGroup, a.columns);
+                   for (int64_t c = group * kGroup; c < group_end; c += kSpan) {
+                     const int64_t n = smaller(kSpan, group_end - c);
+                     int64_t t = chunk * kTokens;
+                     for (; t + kRows <= token_end; t += kRows)
+                       expand_rows<kRows, T>(a, p, t, c, n);
+                     for (; t < token_end; ++t) expand_rows<1, T>(a, p, t, c, n);
+                   }
+                 }
+               });
 }
 
 void expand(const LoraExpand& a) {

@@ -54,10 +54,11 @@ struct LoraExpand {
   Place place;
 };
 
-// On the CPU: tokens and columns of a task, columns of a block, columns that rows are padded to.
+// On the CPU: tokens and columns of a task, columns of a block, whole vectors.
 inline constexpr int64_t kLoraTokens = 256, kLoraGroup = 1024, kLoraSpan = 512, kLoraPad = 32;
+// To an odd multiple: rows must not be a multiple of a page apart.
 constexpr int64_t lora_padded(int64_t columns) {
-  return (columns + kLoraPad - 1) / kLoraPad * kLoraPad;
+  return (columns / kLoraPad + 1) * kLoraPad | kLoraPad;
 }
 inline int64_t lora_workspace(const LoraShrink& a) {
   const int64_t chunks = (a.tokens + kLoraTokens - 1) / kLoraTokens;

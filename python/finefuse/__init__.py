@@ -58,8 +58,8 @@ if _find_spec("torch") is not None:
         learn_codebook,
         quantize,
     )
-    from .lora import lora_linear, merge_lora, unmerge_lora
     from .logprobs import cross_entropy, sequence_logprobs, token_logprobs
+    from .lora import lora_linear, merge_lora, unmerge_lora
     from .preference import PreferenceOutput, preference_loss, preference_loss_from_logits
 else:
     from ._backend import info

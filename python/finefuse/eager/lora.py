@@ -28,7 +28,10 @@ def keep_mask(like: Tensor, p: float, seed: Tensor) -> Tensor:
     c = [counter & _LOW, counter >> 32, zero, zero]
     key = [seed.to(like.device) & _LOW, seed.to(like.device) >> 32 & _LOW]
     for _ in range(10):
-        (a_high, a_low), (b_high, b_low) = _product(c[0], _MULTIPLIERS[0]), _product(c[2], _MULTIPLIERS[1])
+        (a_high, a_low), (b_high, b_low) = (
+            _product(c[0], _MULTIPLIERS[0]),
+            _product(c[2], _MULTIPLIERS[1]),
+        )
         c = [b_high ^ c[1] ^ key[0], b_low, a_high ^ c[3] ^ key[1], a_low]
         key = [k + step & _LOW for k, step in zip(key, _KEY_STEPS, strict=True)]
     words = torch.stack(c, -1).flatten()[:count].view(like.shape)

@@ -20,8 +20,8 @@ from .codebook import (
     learn_codebook,
     quantize,
 )
-from .lora import lora_linear
 from .logprobs import cross_entropy, sequence_logprobs, token_logprobs
+from .lora import lora_linear
 from .preference import PreferenceOutput, preference_loss, preference_loss_from_logits
 
 __all__ = [

@@ -54,8 +54,8 @@ def lora_linear(
         scale: s.
         bias: (out,); another type than that of x is cast to it.
         dropout: p in [0, 1]; 1 leaves the base product alone.
-        seed: of the mask: the same seed draws the same mask, that of finefuse.lora_linear too. None: from
-            np.random's global generator.
+        seed: of the mask, needed with dropout: the same seed draws the same mask, that of
+            finefuse.lora_linear too.
         return_grad: also return the gradients of Σ dy·y.
         upstream: dy (…, out), None for ones.
 
@@ -67,7 +67,8 @@ def lora_linear(
         TypeError, ValueError: naming the argument.
     """
     x, lora_a, lora_b = (
-        float_array(name, value) for name, value in (("x", x), ("lora_a", lora_a), ("lora_b", lora_b))
+        float_array(name, value)
+        for name, value in (("x", x), ("lora_a", lora_a), ("lora_b", lora_b))
     )
     if not isinstance(weight, CodebookArray):
         weight = float_array("weight", weight)
@@ -97,8 +98,9 @@ def lora_linear(
     check_dropout(p)
     drops: Any = _NO_DROPOUT
     if p:
-        drawn = np.random.randint(2**63 - 1) if seed is None else integer("seed", seed)
-        drops = (np.array([drawn], np.int64), *dropout_numbers(p))
+        if seed is None:
+            raise ValueError("seed: None; with dropout the mask is a function of it, give an int")
+        drops = (np.array([integer("seed", seed)], np.int64), *dropout_numbers(p))
     tokens = math.prod(x.shape[:-1])
     flat = contiguous(x.reshape(tokens, columns))
     h, _ = _shrink(flat, lora_a, 1.0, dropout=drops)
@@ -172,7 +174,12 @@ def _shrink(
 
 
 def _onto(
-    y: Array, h: Array, factor: Array, scale: float, dtype: np.dtype[Any], dropout: Any = _NO_DROPOUT
+    y: Array,
+    h: Array,
+    factor: Array,
+    scale: float,
+    dtype: np.dtype[Any],
+    dropout: Any = _NO_DROPOUT,
 ) -> Array:
     """y + D(scale·h·factor), over the memory of y, as `dtype`."""
     y = contiguous(y)
