@@ -924,6 +924,7 @@ def test_files_that_do_not_fit(peft, tmp_path):
     load(ValueError, r"lora_A.weight: .*\(4, 24\); allowed: floats \(8, 24\)", r=8)
     load(ValueError, "r: missing", r=None)
     load(ValueError, "peft_type: not 'LORA'", peft_type="IA3")
+    load(ValueError, r"alpha_pattern: '\(': ", alpha_pattern={"(": 4})
     load(TypeError, "rank: an int", tensors=whole, rank_pattern={"up": "4"})
     for option, value in (
         ("use_dora", True), ("lora_bias", True), ("bias", "all"), ("use_qalora", True),

@@ -130,7 +130,11 @@ def modules_to_save_of(names: Iterable[str], modules: Mapping[str, nn.Module]) -
 def from_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     """PEFT's rule: the first pattern that is the name or, after a dot, its end."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        try:
+            matches = re.match(rf"(.*\.)?({pattern})$", name)
+        except re.error as error:
+            raise ValueError(f"rank_pattern, alpha_pattern: {pattern!r}: {error}") from error
+        if matches:
             return value
     return default
 
@@ -252,10 +256,7 @@ def add_lora(
     ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})
     for what, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
         for pattern in patterns:
-            try:
-                used = any(from_pattern({pattern: True}, n, False) for n in names)
-            except re.error as error:
-                raise ValueError(f"{what}: {pattern!r}: {error}") from error
+            used = any(from_pattern({pattern: True}, n, False) for n in names)
             require(used, what, pattern, "what matches a target")
     Adapter(rank, alpha, dropout, rslora, init_lora_weights).check()
     plan = {}
