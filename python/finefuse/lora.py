@@ -37,8 +37,9 @@ _EXPAND = kernel("lora", "lora_expand")
 _NO_DROPOUT = (None, 0, 1.0)
 
 # From this rank on a library's product is faster on CPUs, where it does: without dropout, all of one type.
-# 4096 columns, 2048 rows, float32, one thread of an AVX2 machine, ms of ours and the library's: h 5.9 and 6.2 at
-# rank 16, 18.5 and 14.8 at 64; g and dB in one visit 13 and 16, 59 and 40; onto y 8.2 and 7.1, 26 and 17.
+# 4096 columns, 2048 rows, float32, one thread of an AVX2 machine, ms of ours and the library's: h 5.9 and
+# 6.2 at rank 16, 18.5 and 14.8 at 64; g and dB in one visit 13 and 16, 59 and 40; onto y 8.2 and 7.1, 26
+# and 17.
 LIBRARY_RANK = 48
 _NEEDS_X, _NEEDS_A, _NEEDS_B, _NEEDS_WEIGHT = 1, 2, 4, 8
 
