@@ -16,6 +16,7 @@
 // order.
 #include "ops/lora.h"
 
+#include "core/memory.h"
 #include "core/parallel.h"
 #include "core/vec.h"
 
@@ -435,6 +436,9 @@ FF_INLINE void expand_rows(const LoraExpand& a, const Rows<Accumulator<T>>& p, i
 template <class T> void expand_t(const LoraExpand& a) {
   using A = Accumulator<T>;
   const int64_t chunks = ceil_div(a.tokens, kTokens), groups = ceil_div(a.columns, kGroup);
+  if (!a.accumulate) {  // y may be fresh memory, and what comes onto it does not touch it first
+    advise_huge_pages(a.y, static_cast<size_t>(a.tokens * a.columns) * sizeof(T));
+  }
   const Rows<A> p =
       rows_of(a.factor, a.rank, a.columns, static_cast<A*>(a.workspace), a.place.threads);
   parallel_for(chunks * groups, kTokens * kGroup * static_cast<int64_t>(sizeof(T)), a.place.threads,
