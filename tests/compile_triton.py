@@ -28,16 +28,17 @@ import torch
 import triton
 from cuda_resources import cuobjdump
 from finefuse._args import DTYPES, PREFERENCE_LOSSES, REDUCTIONS
-from finefuse.kernels import codebook, logprobs, preference
+from finefuse.kernels import codebook, logprobs, lora, preference
 
 ARCHITECTURES = (80, 90)
 # Memory-bound over the logits or the weight: a spill there costs what the fusion saves.
 HOT = (
     "token_logprobs_kernel", "token_logprobs_backward_kernel", "cross_entropy_kernel",
     "quantize_kernel", "dequantize_kernel", "codebook_linear_kernel",
-    "codebook_linear_transposed_kernel",
+    "codebook_linear_transposed_kernel", "shrink_kernel", "outer_kernel", "expand_kernel",
+    "product_kernel",
 )  # fmt: skip
-MODULES = (codebook, logprobs, preference)
+MODULES = (codebook, logprobs, lora, preference)
 
 _NAMES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
@@ -54,6 +55,7 @@ class Variant:
     constants: dict[str, Any]
     num_warps: int
     fuse: bool
+    num_stages: int
 
     @cached_property
     def specialised(self) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
@@ -113,7 +115,11 @@ class Variant:
         compiled = triton.compile(
             source,
             target=triton.backends.compiler.GPUTarget("cuda", architecture, 32),
-            options={"num_warps": self.num_warps, "enable_fp_fusion": self.fuse},
+            options={
+                "num_warps": self.num_warps,
+                "num_stages": self.num_stages,
+                "enable_fp_fusion": self.fuse,
+            },
         )
         return resource_usage(compiled.asm["cubin"])
 
@@ -161,11 +167,13 @@ def recording(into: Callable[[Variant], None], call: bool) -> Any:
     real = logprobs.launch
 
     def launch(
-        kernel: Any, programs: int, *args: Any, num_warps: int, fuse: bool = True, **constants: Any
-    ) -> None:
-        into(Variant(kernel, args, constants, num_warps, fuse))
+        kernel: Any, programs: int, *args: Any, num_warps: int, fuse: bool = True, num_stages: int = 3,
+        **constants: Any,
+    ) -> None:  # fmt: skip
+        into(Variant(kernel, args, constants, num_warps, fuse, num_stages))
         if call:
-            real(kernel, programs, *args, num_warps=num_warps, fuse=fuse, **constants)
+            options = {"num_warps": num_warps, "fuse": fuse, "num_stages": num_stages}
+            real(kernel, programs, *args, **options, **constants)
 
     return launch
 
