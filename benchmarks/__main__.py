@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-FAMILIES = ("codebook", "logprobs", "preference")
+FAMILIES = ("codebook", "logprobs", "lora", "preference")
 RESULTS = Path(__file__).parent / "results"
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 

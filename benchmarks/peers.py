@@ -117,6 +117,7 @@ OURS = "finefuse"  # runs once under each backend of a GPU
 TRL = "trl"
 LIGER = "liger_kernel"
 BITSANDBYTES = "bitsandbytes"
+PEFT = "peft"
 TORCHAO = "torchao"
 LIGER_TRITON = "liger_kernel on a GPU"
 

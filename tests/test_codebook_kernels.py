@@ -356,6 +356,15 @@ def test_linear_with_a_bad_block(isa, tokens, columns, bad):
     np.testing.assert_array_equal(np.isinf(y), np.isinf(truth))
 
 
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_linear_of_many_rows(isa, tokens):
+    """dx is a sum over the rows, of which no chain of float32 additions may be that long."""
+    weight = np.random.default_rng(4).standard_normal((4099, 66)).astype(np.float32)
+    codes, absmax = reference.quantize(weight, reference.NF4, 64)
+    x = np.random.default_rng(5).standard_normal((tokens, 66)).astype(np.float32)
+    assert_linear(x, codes, reference.NF4, absmax, 64, (4099, 66), None, absmax)
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 3, 8])
 def test_linear_of_large_numbers(isa, tokens):
     """x·code overflows before absmax makes it small, or cancels as inf - inf; the product is finite."""

@@ -53,6 +53,7 @@ def imports(path: Path) -> set[str]:
 BELOW = {
     "codebook": set(),
     "logprobs": set(),
+    "lora": {".codebook"},
     "preference": {".logprobs"},
 }  # the stems that a stem may build on
 

@@ -45,6 +45,15 @@ struct Cpu {
     }
   }
 
+  // Kept by each thread, since calls are concurrent: fresh memory costs more than what is done in
+  // it.
+  static void* workspace(int64_t bytes) {
+    thread_local std::vector<double> memory;
+    const auto size = static_cast<size_t>((bytes + 7) / 8);
+    if (memory.size() < size) memory.resize(size);
+    return memory.data();
+  }
+
   static void run(const TokenLogprobs& a) { FF_KERNELS(logprobs_kernels).token_logprobs(a); }
   static void run(const TokenLogprobsBackward& a) {
     FF_KERNELS(logprobs_kernels).token_logprobs_backward(a);
@@ -58,8 +67,8 @@ struct Cpu {
   static void run(const Quantize& a) { FF_KERNELS(codebook_kernels).quantize(a); }
   static void run(const Dequantize& a) { FF_KERNELS(codebook_kernels).dequantize(a); }
   static void run(CodebookLinear a) {
-    a.workspace = static_cast<float*>(
-        workspace(codebook_workspace(a.tokens, a.columns) * static_cast<int64_t>(sizeof(float))));
+    const int64_t count = codebook_workspace(a.tokens, a.columns) * (a.transposed ? 2 : 1);
+    a.workspace = static_cast<float*>(workspace(count * static_cast<int64_t>(sizeof(float))));
     FF_KERNELS(codebook_kernels).codebook_linear(a);
   }
   static void run(LoraShrink a) {
@@ -70,15 +79,6 @@ struct Cpu {
     a.workspace = workspace(lora_workspace(a) * (a.dtype == DType::f64 ? 8 : 4));
     FF_KERNELS(lora_kernels).expand(a);
   }
-  // Kept by each thread, since calls are concurrent: fresh memory costs more than what is done in
-  // it.
-  static void* workspace(int64_t bytes) {
-    thread_local std::vector<double> memory;
-    const auto size = static_cast<size_t>((bytes + 7) / 8);
-    if (memory.size() < size) memory.resize(size);
-    return memory.data();
-  }
-
   static void run(const Preference& a) { FF_KERNELS(preference_kernels).preference(a); }
 };
 

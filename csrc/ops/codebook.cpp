@@ -1093,9 +1093,10 @@ template <class T> void linear_t(const CodebookLinear& a) {
                });
 }
 
-// dx = dy·W by spans of columns, each summed over the rows in order.
+// dx = dy·W by spans of columns, each summed over the rows in order, kBlockRows at a time: one
+// chain over thousands of rows would lose a digit.
 template <class T> void linear_transposed_t(const CodebookLinear& a) {
-  constexpr int64_t kSpan = 512, kRows = 4;
+  constexpr int64_t kSpan = 512, kRows = 4, kBlockRows = 128;
   const Code16 code16(a.weight.code, a.weight.entries);
   const T* dy = static_cast<const T*>(a.x);
   T* dx = static_cast<T*>(a.y);
@@ -1104,9 +1105,21 @@ template <class T> void linear_transposed_t(const CodebookLinear& a) {
                  for (int64_t span = first; span < last; ++span) {
                    const int64_t column = span * kSpan, n = smaller(kSpan, a.columns - column);
                    const int64_t padded = (n + kN - 1) / kN * kN;
-                   float* sums = a.workspace + column * a.tokens;  // (tokens, padded)
-                   __builtin_memset(sums, 0, static_cast<size_t>(a.tokens * padded) * sizeof *sums);
+                   float* totals = a.workspace + column * a.tokens;  // (tokens, padded)
+                   float* sums = totals + codebook_workspace(a.tokens, a.columns);
+                   const auto size = static_cast<size_t>(a.tokens * padded) * sizeof *sums;
+                   const auto add = [&] {
+                     for (int64_t i = 0; i < a.tokens * padded; i += kN) {
+                       store(totals + i, load(totals + i) + load(sums + i));
+                     }
+                   };
+                   __builtin_memset(totals, 0, size);
+                   __builtin_memset(sums, 0, size);
                    for (int64_t r = 0; r < a.rows; r += kRows) {
+                     if (r > 0 && r % kBlockRows == 0) {
+                       add();
+                       __builtin_memset(sums, 0, size);
+                     }
                      const int64_t rows = smaller(kRows, a.rows - r);
                      alignas(64) float w[kRows][kSpan];
                      if (rows < kRows || n < padded) __builtin_memset(w, 0, sizeof w);
@@ -1126,9 +1139,10 @@ template <class T> void linear_transposed_t(const CodebookLinear& a) {
                        }
                      }
                    }
+                   add();
                    for (int64_t t = 0; t < a.tokens; ++t) {
                      for (int64_t i = 0; i < n; i += kN) {
-                       store_partial(dx + t * a.columns + column + i, load(sums + t * padded + i),
+                       store_partial(dx + t * a.columns + column + i, load(totals + t * padded + i),
                                      static_cast<int>(smaller(kN, n - i)));
                      }
                    }

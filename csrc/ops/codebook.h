@@ -75,7 +75,7 @@ struct CodebookLinear {
   bool transposed;
   const void* bias;  // (rows,), may be absent
   void* y;           // (tokens, rows), or dx (tokens, columns)
-  float* workspace;  // CPU: (codebook_workspace(tokens, columns),)
+  float* workspace;  // CPU: (codebook_workspace(tokens, columns),), twice that if transposed
   Place place;
 };
 

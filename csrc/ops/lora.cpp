@@ -165,22 +165,33 @@ Rows<A> rows_of(const Factor& f, int64_t rank, int64_t columns, A* workspace, in
 // ---- tiles
 // ---------------------------------------------------------------------------------------
 
-// sums[t·ld + j] += x[t]·p[j] over n columns, a multiple of the lanes.
+// sums[t·ld + j] += x[t]·p[j] over n columns, a multiple of the lanes. Small tiles have several
+// sums each: they would wait for one another, and long chains lose accuracy.
 template <int T, int J, class A>
 FF_INLINE void dot_tile(const A* x, int64_t x_stride, const A* p, int64_t p_stride, int64_t n,
                         A* sums, int64_t ld) {
   using V = typename Simd<A>::V;
-  V sum[T][J] = {};
-  for (int64_t i = 0; i < n; i += kLanes<A>) {
+  constexpr int kSets = T * J < 8 ? 8 / (T * J) : 1;
+  V sum[kSets][T][J] = {};
+  const auto add = [&](int set, int64_t i) __attribute__((always_inline)) {
     V w[J];
     for (int j = 0; j < J; ++j) w[j] = load(p + j * p_stride + i);
     for (int t = 0; t < T; ++t) {
       const V v = load(x + t * x_stride + i);
-      for (int j = 0; j < J; ++j) sum[t][j] = fma(v, w[j], sum[t][j]);
+      for (int j = 0; j < J; ++j) sum[set][t][j] = fma(v, w[j], sum[set][t][j]);
     }
+  };
+  int64_t i = 0;
+  for (; i + kSets * kLanes<A> <= n; i += kSets * kLanes<A>) {
+#pragma GCC unroll 8
+    for (int set = 0; set < kSets; ++set) add(set, i + set * kLanes<A>);
   }
+  for (; i < n; i += kLanes<A>) add(0, i);
   for (int t = 0; t < T; ++t) {
-    for (int j = 0; j < J; ++j) sums[t * ld + j] += lane_sum(sum[t][j]);
+    for (int j = 0; j < J; ++j) {
+      for (int set = 1; set < kSets; ++set) sum[0][t][j] += sum[set][t][j];
+      sums[t * ld + j] += lane_sum(sum[0][t][j]);
+    }
   }
 }
 

@@ -324,14 +324,17 @@ def _check_memory(out: Tensor, q: CodebookTensor) -> None:
         raise ValueError("out: its elements share memory")
 
     def span(t: Tensor) -> tuple[int, int]:
+        if t.is_contiguous():
+            return t.data_ptr(), t.data_ptr() + t.nbytes
         last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
         return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
 
     if out.numel() == 0 or out.is_meta:
         return
     begin, end = span(out)
-    for name, part in q._parts().items():
-        if part.numel() and part.device == out.device:
+    for name in ("codes", "absmax", "code", "nested_code", "nested_absmax"):
+        part = getattr(q, name)
+        if part is not None:
             first, last = span(part)
             if first < end and begin < last:
                 raise ValueError(f"out: shares memory with q.{name}")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import _backend, _matmul
-from ._args import overlaps, require
+from ._args import check_dropout, check_lora_shapes, dropout_numbers
 from ._codebook_tensor import CodebookTensor, check_fields, fields
 from ._op import (
     DTYPES,
@@ -45,7 +45,7 @@ def _dropout(p: float, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
     """(seed, threshold, scale) as kernels take them."""
     if seed is None:
         return _NO_DROPOUT
-    return seed, round(p * 2**32), 0.0 if p == 1 else 1 / (1 - p)
+    return seed, *dropout_numbers(p)
 
 
 def _factor(factor: Tensor) -> tuple[Tensor, int, int, int]:
@@ -121,6 +121,8 @@ def _check(
     for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b)):
         float_tensor(name, tensor)
         same_device(name, tensor, "x", x)
+        if tensor.dtype is torch.float64 and x.dtype is not torch.float64:
+            raise TypeError(f"{name}: dtype torch.float64; x has {x.dtype}")
     if weight is not None:
         same_device("weight", weight, "x", x)
         if weight.dtype is not x.dtype:
@@ -142,15 +144,11 @@ def _check(
             raise ValueError(f"seed: {seed.dtype} {tuple(seed.shape)}; allowed: int64, one number")
 
 
-def _check_dropout(p: Any) -> None:
-    require(0.0 <= p <= 1.0, "dropout", p, "0 to 1")
-
-
 def _forward(x: Tensor, weight: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
     """y (…, out) and h (tokens, rank)."""
     values, (lora_a, lora_b, bias, seed, scale, p) = args[:8], args[8:]
     _check(x, x.shape[-1], weight, values, lora_a, lora_b, bias, seed)
-    _check_dropout(p)
+    check_dropout(p)
     rows, columns = lora_b.shape[0], x.shape[-1]
     shape = (*x.shape[:-1], rows)
     x = x.reshape(math.prod(x.shape[:-1]), columns).contiguous()
@@ -180,22 +178,20 @@ def _backward(
     """dx, dA, dB and dW; what `needs` does not ask for is empty. Without dA or dW x is not read."""
     values, (lora_a, lora_b, seed, scale, p, needs) = args[:8], args[8:]
     _check_backward(dy, x, h, weight, values, lora_a, lora_b, seed, needs)
-    _check_dropout(p)
+    check_dropout(p)
     rows, columns = lora_b.shape[0], lora_a.shape[1]
     shape = (*dy.shape[:-1], columns)
     dy = dy.reshape(h.shape[0], rows).contiguous()
     dropout = _dropout(p, seed)
     dx, da, db, dw = (dy.new_empty(0) for _ in range(4))
-    g, outer = _shrink(
-        dy,
-        lora_b.t() if needs & (_NEEDS_X | _NEEDS_A) else None,
-        scale,
-        h if needs & _NEEDS_B else None,
-        scale,
-        rank=h.shape[1],
-    )
-    if outer is not None:
-        db = outer.t().to(lora_b.dtype, memory_format=torch.contiguous_format)
+    g = None
+    if needs & (_NEEDS_X | _NEEDS_A | _NEEDS_B):
+        factor = lora_b.t() if needs & (_NEEDS_X | _NEEDS_A) else None
+        g, outer = _shrink(
+            dy, factor, scale, h if needs & _NEEDS_B else None, scale, rank=h.shape[1]
+        )
+        if outer is not None:
+            db = outer.t().contiguous().to(lora_b.dtype)
     if needs & (_NEEDS_A | _NEEDS_WEIGHT):
         x = x.reshape(h.shape[0], columns).contiguous()
     if needs & _NEEDS_A:
@@ -346,8 +342,8 @@ def lora_linear(
             torch.nn.functional.linear casts it.
         weight: W (out, in), a tensor of the type of x (under autocast of any) or a CodebookTensor.
             Differentiated if it is a tensor that requires a gradient.
-        lora_a: A (r, in), r ≥ 1; any float type, also another than that of x, and any strides. It is
-            read as it is: float32 adapters cost no copy of x.
+        lora_a: A (r, in), r ≥ 1; any strides and any float type, also another than that of x (float64
+            only if x is). It is read as it is: float32 adapters cost no copy of x.
         lora_b: B (out, r), likewise.
         scale: s, alpha / r or, for rank-stabilised LoRA, alpha / √r. A number or a 0-d tensor.
         bias: (out,); another type than that of x is cast to it.
@@ -390,7 +386,7 @@ def lora_linear(
         plain = dequantize(weight, x.dtype) if packed else weight
         _check(x, x.shape[-1], plain, None, lora_a, lora_b, bias, seed)
         if not is_compiling():
-            _check_dropout(dropout)
+            check_dropout(dropout)
         return _eager.lora_linear(x, plain, lora_a, lora_b, scale, bias, dropout, seed)
     if wants_gradient(x, *args[:4]):
         return _LoraLinear.apply(x, *args)
@@ -399,19 +395,9 @@ def lora_linear(
 
 def _check_factors(weight: Tensor, lora_a: Any, lora_b: Any) -> None:
     for name, value in (("lora_a", lora_a), ("lora_b", lora_b)):
-        if float_tensor(name, value).ndim != 2 or isinstance(value, CodebookTensor):
-            raise ValueError(f"{name}: shape {tuple(value.shape)}; allowed: two dimensions")
-    if weight.ndim != 2:
-        raise ValueError(f"weight: shape {tuple(weight.shape)}; allowed: (out, in)")
-    rank = lora_a.shape[0]
-    if rank == 0:
-        raise ValueError(f"lora_a: shape {tuple(lora_a.shape)}; the rank is at least 1")
-    if lora_a.shape[1] != weight.shape[1]:
-        raise ValueError(f"lora_a: shape {tuple(lora_a.shape)}; allowed: (r, {weight.shape[1]})")
-    if lora_b.shape != (weight.shape[0], rank):
-        raise ValueError(
-            f"lora_b: shape {tuple(lora_b.shape)}; allowed: ({weight.shape[0]}, {rank})"
-        )
+        if isinstance(float_tensor(name, value), CodebookTensor):
+            raise TypeError(f"{name}: a tensor of numbers, not a CodebookTensor")
+    check_lora_shapes(weight.shape, lora_a.shape, lora_b.shape)
 
 
 def _seed(seed: int | Tensor | None, x: Tensor) -> Tensor:
@@ -483,10 +469,9 @@ def merge_lora(
     _check_factors(weight, lora_a, lora_b)
     same_device("lora_a", lora_a, "weight", weight)
     same_device("lora_b", lora_b, "weight", weight)
-    if isinstance(scale, Tensor):
-        scale = scale.item()
+    scale = scalar("scale", scale)
     if out is not None and out is not weight:
-        if type(out) is not type(weight) and isinstance(weight, CodebookTensor):
+        if isinstance(weight, CodebookTensor) and not isinstance(out, CodebookTensor):
             raise TypeError("out: a CodebookTensor, as weight is")
         if out.shape != weight.shape or out.dtype is not weight.dtype:
             raise ValueError(
@@ -497,14 +482,20 @@ def merge_lora(
     if isinstance(weight, CodebookTensor):
         merged, exact = _merged_codes(weight, lora_a, lora_b, scale)
         if out is not None:
-            merged = out.copy_(merged)
+            out.copy_(merged)
+            merged = out  # type: ignore[assignment]
     else:
-        merged = weight.contiguous() if out is weight else weight.clone(memory_format=torch.contiguous_format)
-        exact = _sum(weight.to(accumulator(weight.dtype)), lora_a, lora_b, scale) if return_error else None
-        merged = _sum(merged, lora_a, lora_b, scale)
+        exact = None
+        if return_error:
+            wide = accumulator(weight.dtype)
+            exact = _sum(_copy(weight).to(wide), lora_a, lora_b, scale)
+        in_place = out is not None and out.data_ptr() == weight.data_ptr() and out.is_contiguous()
+        merged = _sum(weight if in_place else _copy(weight), lora_a, lora_b, scale)
         if out is not None:
-            merged = out.detach().copy_(merged)
+            if not in_place:
+                out.detach().copy_(merged)
             consumed(out)
+            merged = out
     if not return_error:
         return merged
     assert exact is not None
@@ -523,6 +514,10 @@ def unmerge_lora(
 ) -> Any:
     """`merge_lora` with -s: W - s·B A. What rounding took at the merge does not come back."""
     return merge_lora(weight, lora_a, lora_b, -scale, out=out, return_error=return_error)
+
+
+def _copy(weight: Tensor) -> Tensor:
+    return weight.clone(memory_format=torch.contiguous_format)
 
 
 def _sum(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:

@@ -20,6 +20,7 @@ from .codebook import (
     learn_codebook,
     quantize,
 )
+from .lora import lora_linear
 from .logprobs import cross_entropy, sequence_logprobs, token_logprobs
 from .preference import PreferenceOutput, preference_loss, preference_loss_from_logits
 
@@ -31,6 +32,7 @@ __all__ = [
     "dequantize",
     "get_num_threads",
     "learn_codebook",
+    "lora_linear",
     "preference_loss",
     "preference_loss_from_logits",
     "quantize",

@@ -387,11 +387,11 @@ def codebook_linear(
         if upstream.shape != shape:
             raise ValueError(f"upstream: shape {upstream.shape}; allowed: {shape}")
     check_fields(_fields(q), rows * columns, _check_array)
-    y = _product(x, q, bias, False)
+    y = packed_product(x, q, bias, False)
     if not return_grad:
         return y
     dy = np.ones(shape, x.dtype) if upstream is None else _cast(upstream, x.dtype)
-    return y, _product(dy, q, None, True)
+    return y, packed_product(dy, q, None, True)
 
 
 def _cast(value: Array, dtype: np.dtype[Any]) -> Array:
@@ -399,7 +399,7 @@ def _cast(value: Array, dtype: np.dtype[Any]) -> Array:
         return contiguous(value if value.dtype == dtype else value.astype(dtype))
 
 
-def _product(x: Array, q: CodebookArray, bias: Array | None, transposed: bool) -> Array:
+def packed_product(x: Array, q: CodebookArray, bias: Array | None, transposed: bool) -> Array:
     """x Wᵀ + bias (…, rows) or, transposed, x W (…, columns)."""
     rows, columns = q.shape
     shape = (*x.shape[:-1], columns if transposed else rows)

@@ -1,0 +1,623 @@
+"""lora_linear, merge_lora and unmerge_lora on CPU tensors: the error rule, dropout, autograd, compile, arguments."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the torch door needs torch")
+
+import finefuse as ff
+from finefuse import lora as module
+from finefuse.eager.lora import keep_mask
+from finefuse.reference import lora as reference
+from tolerances import check
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+RAW = torch.ops.finefuse
+
+
+def numbers(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def problem(tokens, rows, columns, rank, dtype=torch.float32, adapters=None, seed=0):
+    """x, W, A, B, bias, dy, of a size at which base and update weigh alike."""
+    adapters = adapters or dtype
+    seed *= 10
+    return (
+        numbers(tokens, columns, dtype=dtype, seed=seed + 1),
+        numbers(rows, columns, dtype=dtype, seed=seed + 2) / columns**0.5,
+        numbers(rank, columns, dtype=adapters, seed=seed + 3) / columns**0.5,
+        numbers(rows, rank, dtype=adapters, seed=seed + 4) / rank**0.5,
+        numbers(rows, dtype=dtype, seed=seed + 5),
+        numbers(tokens, rows, dtype=dtype, seed=seed + 6),
+    )
+
+
+def grads(function, *tensors, upstream):
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
+
+
+def eager(x, w, a, b, bias, scale, mask=1.0):
+    """As PEFT computes it: x to the adapters' type, the update to the base's."""
+    h = functional.linear((x * mask).to(a.dtype), a)
+    return functional.linear(x, w, bias) + (functional.linear(h, b) * scale).to(x.dtype)
+
+
+def compare(x, w, a, b, bias, dy, scale=0.7, mask=None, weight=None, **options):
+    """(ours, eager, float64) of y, dx, dA, dB, db; `weight` is what our function gets in place of W."""
+    weight = w if weight is None else weight
+    ours = grads(
+        lambda x, a, b, bias: ff.lora_linear(x, weight, a, b, scale=scale, bias=bias, **options),
+        x, a, b, bias, upstream=dy,
+    )  # fmt: skip
+    mask = torch.ones(()) if mask is None else mask
+    plain = grads(
+        lambda x, a, b, bias: eager(x, w.to(x.dtype), a, b, bias, scale, mask.to(x.dtype)),
+        x, a, b, bias, upstream=dy,
+    )  # fmt: skip
+    truth = grads(
+        lambda x, a, b, bias: eager(x, w.double(), a, b, bias, scale, mask.double()),
+        *(t.double() for t in (x, a, b, bias)), upstream=dy.double(),
+    )  # fmt: skip
+    return ours, plain, truth
+
+
+def check_all(*problems, **options):
+    """The error rule; over several problems of one shape together where sums are few."""
+    results = [compare(*p, **options) for p in problems]
+    ours, plain, truth = (
+        [torch.stack(parts) for parts in zip(*side, strict=True)]
+        for side in zip(*results, strict=True)
+    )
+    for what, o, e, t in zip(("y", "dx", "dA", "dB", "db"), ours, plain, truth, strict=True):
+        assert o.dtype is e.dtype, what
+        check(what, o, e, t)
+
+
+# ---- the error rule ----------------------------------------------------------------------------
+
+# tokens: none, one, a rest of a tile, blocks and a rest, more than a task of 256, and than eight.
+# ranks: less than a tile, a rest, whole tiles, many. Sizes: odd, less than a vector; more than a span of 512 and
+# a group of 1024 columns, once with a rest.
+@pytest.mark.parametrize("rank", [1, 3, 8, 64])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 17, 257, 2049])
+def test_shapes(isa, tokens, rank):
+    for rows, columns in ((19, 75), (1, 5)) if tokens > 300 else ((19, 75), (1100, 32), (40, 1637)):
+        seeds = range(8 if 0 < tokens * rank < 64 else 1)
+        check_all(*(problem(tokens, rows, columns, rank, seed=seed) for seed in seeds))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("adapters", DTYPES, ids=str)
+def test_types(isa, dtype, adapters):
+    if adapters is torch.float64 and dtype is not torch.float64:
+        with pytest.raises(TypeError, match="lora_a: dtype torch.float64; x has"):
+            ff.lora_linear(*problem(5, 40, 96, 3, dtype, adapters)[:4])
+        return
+    for tokens, rank in ((5, 3), (33, 8)):
+        check_all(*(problem(tokens, 40, 96, rank, dtype, adapters, seed) for seed in range(4)))
+
+
+def test_against_the_reference():
+    x, w, a, b, bias, dy = problem(7, 19, 75, 3)
+    p, seed, scale = 0.3, -12345, 1.7
+    ours = grads(
+        lambda x, a, b: ff.lora_linear(x, w, a, b, scale=scale, bias=bias, dropout=p, seed=seed),
+        x, a, b, upstream=dy,
+    )  # fmt: skip
+    arrays = [t.numpy() for t in (x, w, a, b)]
+    want = reference.lora_linear(*arrays, scale, bias.numpy(), p, seed)
+    truth = [want, *reference.gradients(dy.numpy(), *arrays, scale, p, seed)]
+    for o, t in zip(ours, truth, strict=True):
+        check("reference", o, t, t)
+
+
+@pytest.mark.parametrize("engine", ["torch", "oneDNN"])
+def test_engines(monkeypatch, engine):
+    monkeypatch.setattr(module._matmul, "_onednn_is_faster", lambda: engine == "oneDNN")
+    for dtype in DTYPES:
+        check_all(problem(33, 40, 96, 8, dtype))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("tokens", [1, 16, 17, 33, 70])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_weight(dtype, tokens, double_quant):
+    """From the bytes, and decoded, on both sides of both crossovers."""
+    x, w, a, b, bias, dy = problem(tokens, 40, 96, 5, dtype)
+    q = ff.quantize(w, "nf4", 64, double_quant)
+    check_all((x, ff.dequantize(q, torch.float32), a, b, bias, dy), weight=q)
+
+
+def test_strides():
+    x, w, a, b, bias, dy = problem(6, 24, 40, 4)
+
+    def turned(t):
+        return t.t().contiguous().t()
+
+    def spaced(t):
+        return torch.stack([t, t], -1)[..., 0]
+
+    want = grads(lambda *t: ff.lora_linear(t[0], w, *t[1:]), x, a, b, upstream=dy)
+    for change in (turned, spaced):
+        got = grads(
+            lambda *t, change=change: ff.lora_linear(
+                change(t[0]), change(w), *map(change, t[1:])
+            ),
+            x, a, b, upstream=change(dy),
+        )  # fmt: skip
+        for g, v in zip(got, want, strict=True):
+            torch.testing.assert_close(g, v, rtol=1e-5, atol=1e-5)
+
+
+def test_leading_shapes():
+    x, w, a, b, bias, _ = problem(24, 24, 40, 4)
+    want = ff.lora_linear(x, w, a, b, bias=bias)
+    assert torch.equal(ff.lora_linear(x.view(2, 3, 4, 40), w, a, b, bias=bias), want.view(2, 3, 4, 24))
+    torch.testing.assert_close(ff.lora_linear(x[0], w, a, b, bias=bias), want[0])
+    leaves = [t.clone().requires_grad_() for t in (x[:0].view(0, 7, 40)[:, :7], a, b, bias)]
+    y = ff.lora_linear(leaves[0], w, leaves[1], leaves[2], bias=leaves[3])
+    assert y.shape == (0, 7, 24)
+    y.sum().backward()
+    for leaf in leaves:
+        assert (leaf.grad == 0).all()
+        assert leaf.grad.shape == leaf.shape
+
+
+def test_nothing_in_nothing_out():
+    for rows, columns in ((0, 5), (5, 0)):
+        x, a, b = torch.ones(3, columns), torch.ones(2, columns), torch.ones(rows, 2)
+        leaves = [t.requires_grad_() for t in (x, a, b)]
+        y = ff.lora_linear(x, torch.ones(rows, columns), a, b, bias=torch.arange(float(rows)))
+        assert torch.equal(y, torch.arange(float(rows)).expand(3, rows))
+        y.sum().backward()
+        assert all((t.grad == 0).all() for t in leaves)
+
+
+# ---- dropout -----------------------------------------------------------------------------------
+
+
+def test_philox_known_answers():
+    """The test vectors of Random123."""
+    assert [f"{w:08x}" for w in reference.philox(0, 0)] == [
+        "6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(3, 75), (5, 96), (1, 3), (9, 1637)])
+def test_mask(isa, shape, p):
+    """Bit for bit the reference's: read off dx with W = 0, A = 1; and the eager form's."""
+    for seed in (0, 2**63 - 1, -3):
+        want = reference.keep_mask(shape, p, seed).astype(np.float32)
+        x = torch.ones(shape, requires_grad=True)
+        zero = torch.zeros(1, shape[1])
+        y = ff.lora_linear(x, zero, torch.ones_like(zero), torch.ones(1, 1), dropout=p, seed=seed)
+        y.sum().backward()
+        np.testing.assert_array_equal(x.grad.numpy(), want)
+        torch.testing.assert_close(y, torch.from_numpy(want).sum(1, keepdim=True))
+        eager_mask = keep_mask(x, p, torch.tensor([seed]))
+        np.testing.assert_array_equal(eager_mask.numpy(), want)
+
+
+def test_mask_beyond_32_bits():
+    """A counter has 64."""
+    words = reference.philox(np.array([2**32 + 5, 5], np.uint64), 7)
+    assert (words[0] != words[1]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_with_an_explicit_mask(isa, dtype):
+    for tokens, p in ((5, 0.25), (300, 0.5), (4, 1.0)):
+        x, w, a, b, bias, dy = problem(tokens, 19, 75, 3, dtype)
+        mask = torch.from_numpy(reference.keep_mask(x.shape, p, 11))
+        check_all((x, w, a, b, bias, dy), mask=mask, dropout=p, seed=11)
+        q = ff.quantize(w)
+        plain = ff.dequantize(q, torch.float32)
+        check_all((x, plain, a, b, bias, dy), mask=mask, weight=q, dropout=p, seed=11)
+
+
+def test_statistics_of_the_mask():
+    """Shares, means and correlations of neighbours, rows and seeds, each within five deviations."""
+    n, p = 1 << 20, 0.3
+    masks = [reference.keep_mask((1024, 1024), p, seed) > 0 for seed in (1, 2)]
+    for mask in masks:
+        assert abs(mask.mean() - (1 - p)) < 5 * (p * (1 - p) / n) ** 0.5
+    centred = [m - (1 - p) for m in masks]
+    for a, b in (
+        (centred[0][:, 1:], centred[0][:, :-1]),
+        (centred[0][1:], centred[0][:-1]),
+        (centred[0], centred[1]),
+        (centred[0][:, 4:], centred[0][:, :-4]),
+    ):
+        assert abs((a * b).mean()) < 5 * p * (1 - p) / a.size**0.5
+
+
+def test_seeds_are_drawn():
+    """A mask of its own for each call, the same after the same torch.manual_seed; p = 0 and p = 1."""
+    x, w, a, b, *_ = problem(6, 24, 40, 4)
+    torch.manual_seed(3)
+    first, second = (ff.lora_linear(x, w, a, b, dropout=0.5) for _ in range(2))
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    assert torch.equal(ff.lora_linear(x, w, a, b, dropout=0.5), first)
+    state = torch.get_rng_state()
+    assert torch.equal(ff.lora_linear(x, w, a, b, dropout=0.0), ff.lora_linear(x, w, a, b))
+    assert torch.equal(torch.get_rng_state(), state)  # nothing drawn
+    torch.testing.assert_close(ff.lora_linear(x, w, a, b, dropout=1.0), functional.linear(x, w))
+    leaves = [t.clone().requires_grad_() for t in (a, b)]
+    ff.lora_linear(x, w, *leaves, dropout=1.0).sum().backward()
+    assert all((t.grad == 0).all() for t in leaves)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint(use_reentrant):
+    """A recomputation draws the same masks, one for each of two layers."""
+    x, w, *_ = problem(9, 40, 40, 4)
+    results = []
+    for recompute in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (x, *problem(9, 40, 40, 4)[2:4])]
+
+        def two(x, a, b):
+            y = ff.lora_linear(x * 1.0, w, a, b, dropout=0.4)
+            return ff.lora_linear(y, w, a, b, dropout=0.4)
+
+        torch.manual_seed(5)
+        y = checkpoint(two, *leaves, use_reentrant=use_reentrant) if recompute else two(*leaves)
+        y.square().sum().backward()
+        results.append([t.grad for t in leaves])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+# ---- autograd ----------------------------------------------------------------------------------
+
+
+def test_gradcheck(isa):
+    x, w, a, b, bias, _ = problem(5, 6, 7, 2, torch.float64)
+    leaves = [t.requires_grad_() for t in (x, w, a, b, bias)]
+    for p in (0.0, 0.4):
+        assert torch.autograd.gradcheck(
+            lambda x, w, a, b, bias, p=p: ff.lora_linear(
+                x, w, a, b, scale=0.5, bias=bias, dropout=p, seed=1
+            ),
+            leaves,
+        )
+
+
+def test_only_what_is_asked_for(monkeypatch):
+    """Each subset of x, W, bias, A, B: the gradients of the whole set, and no work for the others."""
+    x, w, a, b, bias, dy = problem(5, 24, 40, 4)
+    names = ("x", "w", "bias", "a", "b")
+    tensors = dict(zip(names, (x, w, bias, a, b), strict=True))
+
+    def run(asked):
+        leaves = {n: t.clone().requires_grad_(n in asked) for n, t in tensors.items()}
+        y = ff.lora_linear(leaves["x"], leaves["w"], leaves["a"], leaves["b"], bias=leaves["bias"])
+        if asked:
+            y.backward(dy)
+        return {n: leaves[n].grad for n in names}
+
+    whole = run(names)
+    calls = []
+    shrink, expand = module._SHRINK, module._EXPAND
+    monkeypatch.setattr(module, "_SHRINK", lambda *s: (calls.append("shrink"), shrink(*s)))
+    monkeypatch.setattr(module, "_EXPAND", lambda *s: (calls.append("expand"), expand(*s)))
+    for count in range(len(names) + 1):
+        for asked in itertools.combinations(names, count):
+            calls.clear()
+            got = run(asked)
+            for n in names:
+                assert (got[n] is None) == (n not in asked)
+                if n in asked:
+                    torch.testing.assert_close(got[n], whole[n])
+            back = calls[2:]
+            assert back.count("expand") == ("x" in asked)
+            assert back.count("shrink") == (bool({"x", "a", "b"} & set(asked)) + ("a" in asked))
+
+
+def test_what_is_kept():
+    """x, A, B, h and the weight itself; without dA or dW not x."""
+    x, w, a, b, _, _ = problem(64, 128, 256, 4)
+    q = ff.quantize(w)
+
+    def kept(weight, *train):
+        saved = []
+        leaves = [t.clone().requires_grad_(name in train) for name, t in zip("xab", (x, a, b), strict=True)]
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+            ff.lora_linear(leaves[0], weight, leaves[1], leaves[2])
+        theirs = {t.data_ptr() for t in (weight if weight is w else q.codes, q.absmax, q.code)}
+        return sum(t.numel() * t.element_size() for t in saved if t.data_ptr() not in theirs)
+
+    adapters, h = a.nbytes + b.nbytes, 64 * 4 * 4
+    for weight in (w, q):
+        assert kept(weight, "x", "a", "b") == x.nbytes + adapters + h
+        assert kept(weight, "x", "b") == adapters + h
+
+
+def test_second_derivatives_and_forward_mode_raise():
+    x, w, a, b, *_ = problem(3, 8, 16, 2)
+    a.requires_grad_()
+    (g,) = torch.autograd.grad(ff.lora_linear(x, w, a, b).square().sum(), a, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.sum().backward()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            ff.lora_linear(dual, w, a.detach(), b)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_autocast(packed):
+    x, w, a, b, bias, dy = problem(5, 24, 64, 4)
+    weight = ff.quantize(w) if packed else w
+    leaves = [t.clone().requires_grad_() for t in (x, a, b)]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ff.lora_linear(leaves[0], weight, leaves[1], leaves[2], bias=bias)
+    assert y.dtype is torch.bfloat16
+    y.backward(dy.bfloat16())
+    assert all(t.grad.dtype is torch.float32 for t in leaves)
+    low = weight if packed else w.bfloat16()
+    want = ff.lora_linear(x.bfloat16(), low, a, b, bias=bias.bfloat16())
+    assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 600])
+def test_same_bits_for_any_thread_count(tokens):
+    """Of the narrow products; the base product is a library's."""
+    x, _, a, b, _, dy = problem(tokens, 1100, 1300, 5)
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        h, _ = module._shrink(x, a, 1.0)
+        y = torch.zeros(tokens, 1100)
+        module._expand(h, b.t(), 0.5, y, accumulate=True)
+        results.append([h, y, *module._shrink(dy, b.t(), 0.5, h, 0.5)])
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_concurrent_python_threads():
+    cases = [problem(20 + i, 30, 40 + i, 3) for i in range(6)]
+    want = [ff.lora_linear(*c[:4]) for c in cases]
+    wrong = []
+
+    def work(i):
+        wrong.extend(i for _ in range(30) if not torch.equal(ff.lora_linear(*cases[i][:4]), want[i]))
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert wrong == []
+
+
+# ---- torch's own checks, compile, eager --------------------------------------------------------
+
+
+def raw_calls(grad=False):
+    x, w, a, b, bias, dy = problem(3, 8, 16, 2)
+    for t in (x, a, b, dy):
+        t.requires_grad_(grad)
+    q = ff.quantize(w.detach(), double_quant=True)
+    seed, h = torch.tensor([5]), torch.randn(3, 2)
+    for weight, values in ((w, module._NO_FIELDS), (None, module.fields(q))):
+        yield RAW.lora_linear_forward.default, (x, weight, *values, a, b, bias, seed, 0.5, 0.3)
+        yield RAW.lora_linear_forward.default, (x, weight, *values, a, b, None, None, 0.5, 0.0)
+        for needs in (15, 4):
+            yield (
+                RAW.lora_linear_backward.default,
+                (dy, x, h, weight, *values, a, b, seed, 0.5, 0.3, needs),
+            )
+
+
+@pytest.mark.parametrize("case", range(8))
+def test_opcheck_raw(case):
+    op, args = list(raw_calls())[case]
+    torch.library.opcheck(op, args)
+
+
+def test_opcheck_public():
+    x, w, a, b, bias, _ = problem(3, 8, 16, 2)
+    for t in (x, a, b):
+        t.requires_grad_()
+    torch.library.opcheck(
+        RAW.lora_linear.default, (x, w, a, b), {"bias": bias, "seed": torch.tensor([1]), "dropout": 0.2}
+    )
+
+
+def test_backward_through_a_raw_op_raises():
+    for op, args in itertools.islice(raw_calls(grad=True), 2):
+        y = op(*args)[0]
+        with pytest.raises(RuntimeError, match="raw op and has no gradient"):
+            y.sum().backward()
+
+
+@pytest.fixture
+def counter():
+    torch._dynamo.reset()
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counted = CompileCounterWithBackend("inductor")
+    yield counted
+    assert counted.frame_count > 0, "nothing was compiled"
+
+
+def test_compile(counter):
+    """No graph break, at most two graphs over twelve scales, gradients equal."""
+    x, w, a, b, bias, dy = problem(9, 24, 40, 4)
+
+    def function(x, a, b, scale):
+        return ff.lora_linear(x, w, a, b, scale=scale, bias=bias) * 2
+
+    compiled = torch.compile(function, backend=counter, fullgraph=True)
+    for i in range(12):
+        scale = 0.1 + i
+        got = grads(lambda *t, s=scale: compiled(*t, s), x, a, b, upstream=dy)
+        want = grads(lambda *t, s=scale: function(*t, s), x, a, b, upstream=dy)
+        for g, v in zip(got, want, strict=True):
+            torch.testing.assert_close(g, v)
+    assert counter.frame_count <= 2
+
+
+def test_compile_dropout_and_packed(counter):
+    x, w, a, b, *_ = problem(9, 24, 64, 4)
+    q = ff.quantize(w)
+
+    def function(x, a, b):
+        return ff.lora_linear(x, q, a, b, dropout=0.5, seed=3)
+
+    compiled = torch.compile(function, backend=counter, fullgraph=True)
+    dy = numbers(9, 24)
+    for g, v in zip(
+        grads(compiled, x, a, b, upstream=dy), grads(function, x, a, b, upstream=dy), strict=True
+    ):
+        torch.testing.assert_close(g, v)
+    drawing = torch.compile(
+        lambda x: ff.lora_linear(x, q, a, b, dropout=0.5), backend=counter, fullgraph=True
+    )
+    assert not torch.equal(drawing(x), drawing(x))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_eager_backend(packed):
+    x, w, a, b, bias, dy = problem(5, 24, 64, 4, torch.float32)
+    weight = ff.quantize(w) if packed else w
+    options = {"scale": 0.3, "bias": bias, "dropout": 0.4, "seed": 9}
+    ours = grads(lambda *t: ff.lora_linear(t[0], weight, *t[1:], **options), x, a, b, upstream=dy)
+    with ff.backend("eager"):
+        plain = grads(lambda *t: ff.lora_linear(t[0], weight, *t[1:], **options), x, a, b, upstream=dy)
+    for o, e in zip(ours, plain, strict=True):
+        check("eager", o, e, e)
+
+
+# ---- merging -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_merge(isa, dtype):
+    """Within half a unit of the last place of W + s·BA, in place too; back, what rounding took is gone."""
+    _, w, a, b, *_ = problem(1, 19, 75, 3, dtype)
+    truth = reference.merge_lora(*(t.double().numpy() for t in (w, a, b)), 0.7)
+    merged, error = ff.merge_lora(w, a, b, 0.7, return_error=True)
+    plain = (w.double() + 0.7 * b.double() @ a.double()).to(dtype)
+    check("merged", merged, plain, truth)
+    if dtype in (torch.bfloat16, torch.float16):  # float32 sums of three terms hardly ever round elsewhere
+        assert (merged == plain).double().mean() > 0.99
+    assert abs(error - np.abs(merged.double().numpy() - truth).max()) <= 1e-6 * np.abs(truth).max()
+    again = w.clone()
+    assert ff.merge_lora(again, a, b, 0.7, out=again) is again
+    assert torch.equal(again, merged)
+    back = ff.unmerge_lora(merged, a, b, 0.7)
+    limit = torch.finfo(dtype).eps * float(merged.abs().max()) * 2
+    assert (back.double() - w.double()).abs().max() <= limit
+    strided = w.t().contiguous().t()
+    assert torch.equal(ff.merge_lora(strided, a, b, 0.7), merged)
+    assert ff.merge_lora(strided, a, b, 0.7, out=strided) is strided
+    assert torch.equal(strided, merged)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_merge_packed(double_quant):
+    _, w, a, b, *_ = problem(1, 40, 96, 3)
+    q = ff.quantize(w.bfloat16(), "nf4", 64, double_quant)
+    merged, error = ff.merge_lora(q, a, b, 0.7, return_error=True)
+    exact = ff.dequantize(q, torch.float32).double() + 0.7 * b.double() @ a.double()
+    assert isinstance(merged, ff.CodebookTensor)
+    assert merged.dtype is torch.bfloat16
+    assert (merged.nested is not None) == double_quant
+    assert merged.quant_type == "nf4"
+    want = ff.quantize(exact.float(), "nf4", 64, double_quant)
+    torch.testing.assert_close(
+        ff.dequantize(merged, torch.float32), ff.dequantize(want, torch.float32)
+    )
+    difference = (ff.dequantize(merged, torch.float64) - exact).abs().max()
+    assert abs(error - difference) < 1e-5
+    assert ff.merge_lora(q, a, b, 0.7, out=q) is q
+    assert torch.equal(ff.dequantize(q), ff.dequantize(merged))
+
+
+# ---- wrong arguments ---------------------------------------------------------------------------
+
+
+def test_wrong_arguments():
+    x, w, a, b, bias, _ = problem(3, 8, 16, 2)
+    q = ff.quantize(w)
+    cases = [
+        (TypeError, "x: a tensor, not list", ([1.0], w, a, b), {}),
+        (TypeError, "x: dtype torch.int64; allowed", (x.long(), w, a, b), {}),
+        (TypeError, "x: a tensor of numbers, not a CodebookTensor", (q, w, a, b), {}),
+        (TypeError, "weight: a tensor, not NoneType", (x, None, a, b), {}),
+        (TypeError, "weight: dtype torch.bfloat16; x has torch.float32", (x, w.bfloat16(), a, b), {}),
+        (TypeError, "lora_a: a tensor of numbers, not a CodebookTensor", (x, w, ff.quantize(a), b), {}),
+        (TypeError, "lora_b: dtype torch.int64", (x, w, a, b.long()), {}),
+        (ValueError, r"weight: shape \(16,\); allowed: \(out, in\)", (x, w[0], a, b), {}),
+        (ValueError, r"x: shape \(3, 15\); a weight of \(8, 16\)", (x[:, :15], w, a, b), {}),
+        (ValueError, r"x: shape \(\); a weight", (x[0, 0], w, a, b), {}),
+        (ValueError, r"lora_a: shape \(2, 15\); allowed: \(r, 16\)", (x, w, a[:, :15], b), {}),
+        (ValueError, r"lora_a: shape \(16,\); allowed: two", (x, w, a[0], b), {}),
+        (ValueError, r"lora_a: shape \(0, 16\); the rank", (x, w, a[:0], b[:, :0]), {}),
+        (ValueError, r"lora_b: shape \(8, 1\); allowed: \(8, 2\)", (x, w, a, b[:, :1]), {}),
+        (ValueError, r"lora_b: shape \(7, 2\); allowed: \(8, 2\)", (x, w, a, b[:7]), {}),
+        (ValueError, r"bias: shape \(7,\); allowed: \(8,\)", (x, w, a, b), {"bias": bias[:7]}),
+        (TypeError, "bias: dtype torch.int64", (x, w, a, b), {"bias": bias.long()}),
+        (ValueError, "dropout: 1.5; allowed: 0 to 1", (x, w, a, b), {"dropout": 1.5}),
+        (ValueError, "dropout: nan; allowed: 0 to 1", (x, w, a, b), {"dropout": float("nan")}),
+        (TypeError, "dropout: a number", (x, w, a, b), {"dropout": "1"}),
+        (TypeError, "scale: a number", (x, w, a, b), {"scale": None}),
+        (TypeError, "seed: a 64-bit int, not 1.5", (x, w, a, b), {"dropout": 0.5, "seed": 1.5}),
+        (TypeError, "seed: a 64-bit int", (x, w, a, b), {"dropout": 0.5, "seed": 2**63}),
+        (ValueError, "seed: torch.int32", (x, w, a, b),
+         {"dropout": 0.5, "seed": torch.zeros(1, dtype=torch.int32)}),
+        (ValueError, "lora_a: on meta; x is on cpu", (x, w, a.to("meta"), b), {}),
+        (ValueError, "weight: on meta; x is on cpu", (x, w.to("meta"), a, b), {}),
+        (ValueError, "bias: on meta; x is on cpu", (x, w, a, b), {"bias": bias.to("meta")}),
+        (ValueError, "(codes|weight): on meta; x is on cpu", (x, q.to("meta"), a, b), {}),
+    ]  # fmt: skip
+    for error, message, args, options in cases:
+        for name in ("auto", "eager"):
+            with ff.backend(name), pytest.raises(error, match=message):
+                ff.lora_linear(*args, **options)
+    for error, message, args, options in (
+        (TypeError, "weight: a tensor, not list", ([1], a, b), {}),
+        (ValueError, r"lora_b: shape \(8, 1\)", (w, a, b[:, :1]), {}),
+        (ValueError, "lora_a: on meta; weight is on cpu", (w, a.to("meta"), b), {}),
+        (ValueError, "out: torch.float32", (w, a, b), {"out": w[:4].clone()}),
+        (ValueError, "out: torch.bfloat16", (w, a, b), {"out": w.bfloat16()}),
+        (TypeError, "out: a CodebookTensor, as weight is", (q, a, b), {"out": w.clone()}),
+        (TypeError, "scale: a number", (w, a, b, "x"), {}),
+    ):
+        for function in (ff.merge_lora, ff.unmerge_lora):
+            with pytest.raises(error, match=message):
+                function(*args, **options)
+
+
+def test_raw_op_checks_what_kernels_rely_on():
+    x, w, a, b, bias, dy = problem(3, 8, 16, 2)
+    h, none = torch.randn(3, 2), module._NO_FIELDS
+    for message, args in (
+        ("lora_a: shape", (x, w, *none, a[:, :15], b, None, None, 1.0, 0.0)),
+        ("weight: shape", (x, w[:7], *none, a, b, None, None, 1.0, 0.0)),
+        ("bias: shape", (x, w, *none, a, b, bias[:5], None, 1.0, 0.0)),
+        ("seed: torch.float32", (x, w, *none, a, b, None, torch.ones(1), 1.0, 0.5)),
+        ("dropout: -1.0", (x, w, *none, a, b, None, None, 1.0, -1.0)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RAW.lora_linear_forward(*args)
+    for message, args in (
+        ("dy: shape", (dy[:, :7], x, h, w, *none, a, b, None, 1.0, 0.0, 7)),
+        ("h: torch.float32", (dy, x, h[:2], w, *none, a, b, None, 1.0, 0.0, 7)),
+        ("x: torch.float32", (dy, x[:2], h, w, *none, a, b, None, 1.0, 0.0, 7)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RAW.lora_linear_backward(*args)
