@@ -4,14 +4,14 @@
     shrink_kernel    x; the factor from L2              memory
     outer_kernel     x a time for RANKS ranks           memory; few programs
     expand_kernel    y, twice if it accumulates         memory
-    product_kernel   x, the weight, y; h, the factor    the base product's arithmetic: the update is RANKS more
-                                                        columns of its sum
+    product_kernel   x, the weight, y; h, the factor    the base product's arithmetic: the update is a
+                                                        few more columns of its sum
 
 Sums are float32 (float64 where x is), in an order that depends on the shape alone. A program of shrink owns
 tokens over all columns, one of outer columns over all tokens: no workspace, and nothing is added atomically.
 
-Products keep what their factors have: of 16-bit numbers of one type they are exact; a float32 beside bfloat16
-is taken as a sum of three of them; float32 is multiplied as such, or as TF32 where torch's setting for its own
+Products keep what their factors have: of 16-bit numbers of one type they are exact; a float32 beside a
+bfloat16 is taken as a sum of three of these; float32 is multiplied as such, or as TF32 where torch's setting for its own
 products says so. Triton's interpreter, which knows no bfloat16, multiplies float32.
 
 The host functions have the names, arguments and meaning of csrc/bindings/ops.h; `place` is (stream, flags).

@@ -85,6 +85,7 @@ def check_all(*problems, **options):
 
 # ---- the error rule ----------------------------------------------------------------------------
 
+
 # tokens: none, one, a rest of a tile, blocks and a rest, more than a task of 256, and than eight.
 # ranks: less than a tile, a rest, whole tiles, many. Sizes: odd, less than a vector; more than a span of 512 and
 # a group of 1024 columns, once with a rest.
@@ -162,7 +163,9 @@ def test_strides():
 def test_leading_shapes():
     x, w, a, b, bias, _ = problem(24, 24, 40, 4)
     want = ff.lora_linear(x, w, a, b, bias=bias)
-    assert torch.equal(ff.lora_linear(x.view(2, 3, 4, 40), w, a, b, bias=bias), want.view(2, 3, 4, 24))
+    assert torch.equal(
+        ff.lora_linear(x.view(2, 3, 4, 40), w, a, b, bias=bias), want.view(2, 3, 4, 24)
+    )
     torch.testing.assert_close(ff.lora_linear(x[0], w, a, b, bias=bias), want[0])
     leaves = [t.clone().requires_grad_() for t in (x[:0].view(0, 7, 40)[:, :7], a, b, bias)]
     y = ff.lora_linear(leaves[0], w, leaves[1], leaves[2], bias=leaves[3])
@@ -332,8 +335,13 @@ def test_what_is_kept():
 
     def kept(weight, *train):
         saved = []
-        leaves = [t.clone().requires_grad_(name in train) for name, t in zip("xab", (x, a, b), strict=True)]
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        leaves = [
+            t.clone().requires_grad_(name in train)
+            for name, t in zip("xab", (x, a, b), strict=True)
+        ]
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (saved.append(t), t)[1], lambda t: t
+        ):
             ff.lora_linear(leaves[0], weight, leaves[1], leaves[2])
         theirs = {t.data_ptr() for t in (weight if weight is w else q.codes, q.absmax, q.code)}
         return sum(t.numel() * t.element_size() for t in saved if t.data_ptr() not in theirs)
@@ -392,7 +400,9 @@ def test_concurrent_python_threads():
     wrong = []
 
     def work(i):
-        wrong.extend(i for _ in range(30) if not torch.equal(ff.lora_linear(*cases[i][:4]), want[i]))
+        wrong.extend(
+            i for _ in range(30) if not torch.equal(ff.lora_linear(*cases[i][:4]), want[i])
+        )
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(6)]
     for worker in workers:
@@ -432,7 +442,9 @@ def test_opcheck_public():
     for t in (x, a, b):
         t.requires_grad_()
     torch.library.opcheck(
-        RAW.lora_linear.default, (x, w, a, b), {"bias": bias, "seed": torch.tensor([1]), "dropout": 0.2}
+        RAW.lora_linear.default,
+        (x, w, a, b),
+        {"bias": bias, "seed": torch.tensor([1]), "dropout": 0.2},
     )
 
 
@@ -496,7 +508,9 @@ def test_eager_backend(packed):
     options = {"scale": 0.3, "bias": bias, "dropout": 0.4, "seed": 9}
     ours = grads(lambda *t: ff.lora_linear(t[0], weight, *t[1:], **options), x, a, b, upstream=dy)
     with ff.backend("eager"):
-        plain = grads(lambda *t: ff.lora_linear(t[0], weight, *t[1:], **options), x, a, b, upstream=dy)
+        plain = grads(
+            lambda *t: ff.lora_linear(t[0], weight, *t[1:], **options), x, a, b, upstream=dy
+        )
     for o, e in zip(ours, plain, strict=True):
         check("eager", o, e, e)
 
@@ -512,7 +526,10 @@ def test_merge(isa, dtype):
     merged, error = ff.merge_lora(w, a, b, 0.7, return_error=True)
     plain = (w.double() + 0.7 * b.double() @ a.double()).to(dtype)
     check("merged", merged, plain, truth)
-    if dtype in (torch.bfloat16, torch.float16):  # float32 sums of three terms hardly ever round elsewhere
+    if dtype in (
+        torch.bfloat16,
+        torch.float16,
+    ):  # float32 sums of three terms hardly ever round elsewhere
         assert (merged == plain).double().mean() > 0.99
     assert abs(error - np.abs(merged.double().numpy() - truth).max()) <= 1e-6 * np.abs(truth).max()
     again = w.clone()

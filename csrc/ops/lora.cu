@@ -112,26 +112,30 @@ template <class T, int kRanks>
 __device__ __forceinline__ void stage(const Factor& f, int64_t first_rank, int64_t rank,
                                       int64_t first_column, int64_t columns, Staged<kRanks>& to) {
   static_assert(kThreads == kSpan);
-  constexpr int kBatch = 8;                  // loads in flight
+  constexpr int kBatch = 4;                  // loads in flight
   const bool turned = f.column_stride != 1;  // then neighbours are ranks
   const int i = threadIdx.x, j = turned ? i % kRanks : 0, c = turned ? i / kRanks : i;
   const int step_j = turned ? 0 : 1, step_c = turned ? kSpan / kRanks : 0;
+  const int ranks_left = rank - first_rank < kRanks ? static_cast<int>(rank - first_rank) : kRanks;
+  const int columns_left =
+      columns - first_column < kSpan ? static_cast<int>(columns - first_column) : kSpan;
+  const int64_t step = step_j * f.rank_stride + step_c * f.column_stride;
   with_dtype<false>(f.dtype, [&]<class F>(F) {
     const F* p = static_cast<const F*>(f.data) + (first_rank + j) * f.rank_stride +
                  (first_column + c) * f.column_stride;
-    FF_UNROLL for (int first = 0; first < kRanks; first += kBatch) {
-      float value[kBatch];
+#pragma unroll 1
+    for (int first = 0; first < kRanks; first += kBatch) {
+      F value[kBatch];
       FF_UNROLL for (int n = 0; n < kBatch; ++n) {
         const int at = first + n;
-        const bool inside =
-            first_rank + j + at * step_j < rank && first_column + c + at * step_c < columns;
-        value[n] = inside ? to_accumulator(*p) : 0.0f;
-        p += step_j * f.rank_stride + step_c * f.column_stride;
+        const bool inside = j + at * step_j < ranks_left && c + at * step_c < columns_left;
+        value[n] = inside ? *p : F{};
+        p += step;
       }
       FF_UNROLL for (int n = 0; n < kBatch; ++n) {
         const int to_c = c + (first + n) * step_c;
         const int at = Vector<T>::kSize == 4 ? to_c / 4 : to_c % 8 / 4 * 32 + to_c / 8;
-        to[j + (first + n) * step_j][at].x[to_c % 4] = value[n];
+        to[j + (first + n) * step_j][at].x[to_c % 4] = to_accumulator(value[n]);
       }
     }
   });
@@ -158,6 +162,7 @@ __global__ void __launch_bounds__(kThreads, kDrops ? 1 : 2) shrink_kernel(const 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t groups = ceil_div(a.rank, kRanks), first_rank = blockIdx.x % groups * kRanks;
   const int64_t token = (blockIdx.x / groups * kWarps + warp) * kTokens;
+  const int left = a.tokens - token < kTokens ? static_cast<int>(a.tokens - token) : kTokens;
   const T* x = static_cast<const T*>(a.x) + token * a.columns;
   float sum[kTokens][kRanks] = {};
   for (int64_t begin = 0; begin < a.columns; begin += kSpan) {
@@ -165,8 +170,8 @@ __global__ void __launch_bounds__(kThreads, kDrops ? 1 : 2) shrink_kernel(const 
     FF_UNROLL for (int t = 0; t < kTokens; ++t) {
       FF_UNROLL for (int i = 0; i < kLane / N; ++i) {
         const int64_t c = begin + quad_column<T>(i, lane);
-        v[t][i] = token + t < a.tokens && c < a.columns ? load<Access::keep>(x + t * a.columns + c)
-                                                        : Vector<T>{};
+        v[t][i] =
+            t < left && c < a.columns ? load<Access::keep>(x + t * a.columns + c) : Vector<T>{};
       }
     }
     stage<T, kRanks>(a.factor, first_rank, a.rank, begin, a.columns, factor);
@@ -199,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, kDrops ? 1 : 2) shrink_kernel(const 
   FF_UNROLL for (int t = 0; t < kTokens; ++t) {
     FF_UNROLL for (int j = 0; j < kRanks; ++j) {
       const float total = lane_sum(sum[t][j]);
-      if (lane == (t * kRanks + j) % 32 && token + t < a.tokens && first_rank + j < a.rank) {
+      if (lane == (t * kRanks + j) % 32 && t < left && first_rank + j < a.rank) {
         h[t * a.rank + j] = scale * total;
       }
     }
@@ -438,7 +443,12 @@ __global__ void __launch_bounds__(kThreads) expand_any_kernel(const LoraExpand a
 
 // ---- a few tokens ------------------------------------------------------------------------------
 
-constexpr int kLinearThreads = 512, kLinearWarps = kLinearThreads / 32, kLinearRows = 2;
+// Of a block: 32 rows. Many tokens give a warp more sums instead of more warps to a block: they
+// wait for arithmetic rather than for memory.
+constexpr int kLinearBlock = 32;
+template <class T, int kTokens> constexpr int kLinearRows = kTokens * sizeof(T) < 16 ? 2 : 4;
+template <class T, int kTokens>
+constexpr int kLinearThreads = kLinearBlock / kLinearRows<T, kTokens> * 32;
 
 struct LinearCall : LoraLinear {
   bool weight_vectors, factor_vectors;  // rows of x and of the other begin at multiples of 16 bytes
@@ -446,12 +456,12 @@ struct LinearCall : LoraLinear {
 
 // Rows of w (rows, columns) times rows of x (tokens, columns), added over the warp. What is not
 // there gives the sums of row 0 or of the last token.
-template <int kTokens, class T, class F>
+template <int R, int kTokens, class T, class F>
 __device__ __forceinline__ void dots(const T* x, int64_t tokens, int64_t columns, const F* w,
                                      int64_t rows, int64_t row_stride, int64_t column_stride,
-                                     bool vectors, float (&sum)[kLinearRows][kTokens]) {
-  constexpr int R = kLinearRows, N = Vector<T>::kSize, M = Vector<F>::kSize;
-  constexpr int U = kTokens * sizeof(F) < 16 ? 2 : 1;  // more would spill
+                                     bool vectors, float (&sum)[R][kTokens]) {
+  constexpr int N = Vector<T>::kSize, M = Vector<F>::kSize;
+  constexpr int U = R == 2 ? 2 : 1;
   const int64_t lane = threadIdx.x % 32;
   FF_UNROLL for (int r = 0; r < R; ++r) {
     FF_UNROLL for (int t = 0; t < kTokens; ++t) sum[r][t] = 0.0f;
@@ -503,38 +513,34 @@ __device__ __forceinline__ void dots(const T* x, int64_t tokens, int64_t columns
 }
 
 // Sum l of a lane l, in the order of h: rows fastest.
-template <int kTokens>
-__device__ __forceinline__ float own(const float (&sum)[kLinearRows][kTokens], int lane) {
+template <int R, int kTokens>
+__device__ __forceinline__ float own(const float (&sum)[R][kTokens], int lane) {
   float value = 0.0f;
   FF_UNROLL for (int t = 0; t < kTokens; ++t) {
-    FF_UNROLL for (int r = 0; r < kLinearRows; ++r) {
-      if (lane == t * kLinearRows + r) value = sum[r][t];
+    FF_UNROLL for (int r = 0; r < R; ++r) {
+      if (lane == t * R + r) value = sum[r][t];
     }
   }
   return value;
 }
 
 template <class T, int kTokens>
-__global__ void __launch_bounds__(kLinearThreads, 1) lora_linear_kernel(const LinearCall a) {
-  constexpr int R = kLinearRows;
+__global__ void __launch_bounds__(kLinearThreads<T, kTokens>, 1)
+    lora_linear_kernel(const LinearCall a) {
+  constexpr int R = kLinearRows<T, kTokens>;
   float* h = reinterpret_cast<float*>(dynamic_shared());  // (kTokens, rank)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int own_token = lane / R, own_row = lane % R;
-  const int64_t blocks = ceil_div(a.rows, kLinearWarps * R), block = blockIdx.x % blocks;
-  const int64_t row = (block * kLinearWarps + warp) * R, token = blockIdx.x / blocks * kTokens;
+  const int64_t blocks = ceil_div(a.rows, kLinearBlock), block = blockIdx.x % blocks;
+  const int64_t row = block * kLinearBlock + warp * R, token = blockIdx.x / blocks * kTokens;
   const int64_t tokens = a.tokens - token < kTokens ? a.tokens - token : kTokens;
   const T* x = static_cast<const T*>(a.x) + token * a.columns;
   float sum[R][kTokens] = {};
-  if (row < a.rows) {
-    dots<kTokens>(x, tokens, a.columns, static_cast<const T*>(a.weight) + row * a.columns,
-                  a.rows - row, a.columns, 1, a.weight_vectors, sum);
-  }
-  const float base = own(sum, lane);
   with_dtype<false>(a.lora_a.dtype, [&]<class F>(F) {
     const Factor& f = a.lora_a;
-    for (int64_t j = warp * R; j < a.rank; j += kLinearWarps * R) {
-      dots<kTokens>(x, tokens, a.columns, static_cast<const F*>(f.data) + j * f.rank_stride,
-                    a.rank - j, f.rank_stride, f.column_stride, a.factor_vectors, sum);
+    for (int64_t j = warp * R; j < a.rank; j += kLinearBlock) {
+      dots<R, kTokens>(x, tokens, a.columns, static_cast<const F*>(f.data) + j * f.rank_stride,
+                       a.rank - j, f.rank_stride, f.column_stride, a.factor_vectors, sum);
       const float value = own(sum, lane);
       if (own_token < tokens && j + own_row < a.rank) {
         h[own_token * a.rank + j + own_row] = value;
@@ -544,6 +550,11 @@ __global__ void __launch_bounds__(kLinearThreads, 1) lora_linear_kernel(const Li
       }
     }
   });
+  if (row < a.rows) {
+    dots<R, kTokens>(x, tokens, a.columns, static_cast<const T*>(a.weight) + row * a.columns,
+                     a.rows - row, a.columns, 1, a.weight_vectors, sum);
+  }
+  const float base = own(sum, lane);
   __syncthreads();
   if (own_token >= tokens || row + own_row >= a.rows) return;
   float update = 0.0f;
@@ -615,7 +626,7 @@ template <class T> void expand(const LoraExpand& a) {
 
 template <class T, int kTokens> void linear_tokens(const LinearCall& a) {
   launch(lora_linear_kernel<T, kTokens>,
-         ceil_div(a.rows, kLinearWarps * kLinearRows) * ceil_div(a.tokens, kTokens), kLinearThreads,
+         ceil_div(a.rows, kLinearBlock) * ceil_div(a.tokens, kTokens), kLinearThreads<T, kTokens>,
          static_cast<size_t>(a.rank) * kTokens * sizeof(float), a);
 }
 
