@@ -11,8 +11,9 @@ Sums are float32 (float64 where x is), in an order that depends on the shape alo
 tokens over all columns, one of outer columns over all tokens: no workspace, and nothing is added atomically.
 
 Products keep what their factors have: of 16-bit numbers of one type they are exact; a float32 beside a
-bfloat16 is taken as a sum of three of these; float32 is multiplied as such, or as TF32 where torch's setting for its own
-products says so. Triton's interpreter, which knows no bfloat16, multiplies float32.
+bfloat16 is a sum of three of these, or of two where the result is rounded to 16 bits; other float32 is
+multiplied as such, or as TF32 where torch's setting for its own products says so. Triton's interpreter, which
+has no products of bfloat16, multiplies float32. An infinite float32 that is taken apart gives NaN.
 
 The host functions have the names, arguments and meaning of csrc/bindings/ops.h; `place` is (stream, flags).
 They allocate nothing and wait for nothing. Tiles follow from the shape, the type and the shared memory of a
@@ -27,7 +28,7 @@ import triton.language as tl
 
 from ._common import INTERPRETED, integer, launch, number
 
-_F32, _F64 = 0, 3  # csrc/core/dtype.h, enum DType
+_F32, _BF16, _F16, _F64 = range(4)  # csrc/core/dtype.h, enum DType
 
 
 # ---- dropout -----------------------------------------------------------------------------------
@@ -70,7 +71,7 @@ def _survivors(
 @triton.jit
 def _load(p, mask):
     """A tile, 0 outside of the mask; the interpreter, which has no bfloat16 products, gets float32."""
-    x = tl.load(p, mask=mask, other=0.0)
+    x = tl.load(p) if mask is None else tl.load(p, mask=mask, other=0.0)
     if INTERPRETED and x.dtype != tl.float64:
         x = x.to(tl.float32)
     return x
@@ -95,6 +96,24 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
             a -= part.to(tl.float32)
     else:
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _dot_rounded(a, b, acc):
+    """acc + a·b, a float32, of a result that will have 16 bits: float32 taken as two bfloat16, to 2^-16."""
+    if INTERPRETED:
+        acc = tl.dot(a, b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        a_high = a.to(tl.bfloat16)
+        a_low = (a - a_high.to(tl.float32)).to(tl.bfloat16)
+        if b.dtype == tl.bfloat16:
+            acc = tl.dot(a_low, b, tl.dot(a_high, b, acc))
+        else:
+            w = b.to(tl.float32)
+            b_high = w.to(tl.bfloat16)
+            b_low = (w - b_high.to(tl.float32)).to(tl.bfloat16)
+            acc = tl.dot(a_low, b_high, tl.dot(a_high, b_low, tl.dot(a_high, b_high, acc)))
     return acc
 
 
@@ -167,26 +186,35 @@ def _ranks(rank, most):
     return min(max(triton.next_power_of_2(rank), 16), most)
 
 
+def _narrow_tile(rank, dtype, other):
+    """(tokens, columns, ranks) of a tile of a narrow product: small where it is one of float32 itself."""
+    if (dtype, other) in ((_BF16, _BF16), (_F16, _F16)):
+        return 64, 64, _ranks(rank, 64)
+    if (dtype, other) == (_BF16, _F32):
+        return 64, 64, _ranks(rank, 32)
+    return 32, 32, _ranks(rank, 32)
+
+
 def lora_shrink(
     x, dtype, tokens, columns, rank, factor, factor_dtype, rank_stride, column_stride, h, h_scale,
     g, outer, outer_scale, seed, threshold, keep_scale, place,
 ):  # fmt: skip
-    wide = dtype == _F64
-    constants = {"QUADS": columns % 4 == 0, "PRECISION": _precision()}
+    constants = {"QUADS": columns % 4 == 0, "PRECISION": _precision(), "num_warps": 4}
     if h is not None and tokens > 0:
-        ranks = _ranks(rank, 32 if wide else 64)
-        together = 16 if wide or tokens <= 2048 else 64
+        most, block, ranks = _narrow_tile(rank, dtype, factor_dtype)
+        together = 16 if tokens <= 2048 else most
+        programs = triton.cdiv(tokens, together) * triton.cdiv(rank, ranks)
         launch(
-            shrink_kernel, triton.cdiv(tokens, together) * triton.cdiv(rank, ranks), x, tokens, columns,
-            factor, rank, rank_stride, column_stride, h, float(h_scale * keep_scale), seed, threshold,
-            **constants, TOKENS=together, COLUMNS=32 if wide else 64, RANKS=ranks, num_warps=4,
+            shrink_kernel, programs, x, tokens, columns, factor, rank, rank_stride, column_stride, h,
+            float(h_scale * keep_scale), seed, threshold,
+            **constants, TOKENS=together, COLUMNS=block, RANKS=ranks,
         )  # fmt: skip
     if outer is not None and columns > 0:
-        ranks = _ranks(rank, 32 if wide else 64)
+        together, _, ranks = _narrow_tile(rank, dtype, _F32)
+        programs = triton.cdiv(columns, 32) * triton.cdiv(rank, ranks)
         launch(
-            outer_kernel, triton.cdiv(columns, 32) * triton.cdiv(rank, ranks), x, tokens, columns, g, rank,
-            outer, float(outer_scale * keep_scale), seed, threshold,
-            **constants, TOKENS=32 if wide else 64, COLUMNS=32, RANKS=ranks, num_warps=4,
+            outer_kernel, programs, x, tokens, columns, g, rank, outer, float(outer_scale * keep_scale),
+            seed, threshold, **constants, TOKENS=together, COLUMNS=32, RANKS=ranks,
         )  # fmt: skip
 
 
@@ -196,10 +224,13 @@ def lora_shrink(
 @triton.jit
 def _update(
     h, t, tokens, factor, c, columns, first, rank, rank_stride, column_stride, scale, seed, threshold,
-    QUADS: tl.constexpr, PRECISION: tl.constexpr,
+    ROUNDED: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    """D(scale·h·factor) of tokens t and columns c, in the accumulator's type; scale has D's in it."""
+    """D(scale·h·factor) of tokens t and columns c, in the accumulator's type; scale has D's in it.
+
+    ROUNDED: to 16 bits, at the end.
+    """
     acc = tl.zeros((TOKENS, COLUMNS), h.dtype.element_ty)
     for start in range(0, rank, RANKS):
         r = start + tl.arange(0, RANKS)
@@ -209,7 +240,7 @@ def _update(
             factor + r[:, None] * rank_stride + c[None, :] * column_stride,
             inside[:, None] & (c < columns)[None, :],
         )
-        acc = _dot(v, w, acc, PRECISION)
+        acc = _dot_rounded(v, w, acc) if ROUNDED else _dot(v, w, acc, PRECISION)
     acc *= number(scale).to(acc.dtype)
     return _survivors(acc, seed, threshold, t, columns, first, COLUMNS, QUADS)
 
@@ -229,7 +260,7 @@ def expand_kernel(
     t = program // groups * TOKENS + tl.arange(0, TOKENS)
     value = _update(
         h, t, tokens, factor, c, n, first, integer(rank), rank_stride, column_stride, scale, seed,
-        threshold, QUADS, PRECISION, TOKENS, COLUMNS, RANKS,
+        threshold, y.dtype.element_ty.primitive_bitwidth == 16, QUADS, PRECISION, TOKENS, COLUMNS, RANKS,
     )  # fmt: skip
     if bias is not None:
         value += tl.load(bias + c, mask=c < n, other=0.0).to(value.dtype)[None, :]
@@ -246,12 +277,12 @@ def lora_expand(
 ):  # fmt: skip
     if tokens == 0 or columns == 0:
         return
-    together, block = (16, 32) if dtype == _F64 else (16 if tokens <= 64 else 64, 128)
+    together, block = (16, 32) if dtype == _F64 else (16 if tokens <= 64 else 64, 64)
     launch(
         expand_kernel, triton.cdiv(tokens, together) * triton.cdiv(columns, block), y, tokens, columns, h,
         rank, factor, rank_stride, column_stride, float(scale * keep_scale), bias, seed, threshold,
         ACCUMULATE=accumulate, QUADS=columns % 4 == 0, PRECISION=_precision(), TOKENS=together,
-        COLUMNS=block, RANKS=_ranks(rank, 32), num_warps=4,
+        COLUMNS=block, RANKS=16, num_warps=4,
     )  # fmt: skip
 
 
@@ -280,7 +311,7 @@ def product_kernel(
     c = first + tl.arange(0, COLUMNS)
     acc = _update(
         h, t, tokens, factor, c, n, first, integer(rank), rank_stride, column_stride, scale, seed,
-        threshold, QUADS, PRECISION, TOKENS, COLUMNS, RANKS,
+        threshold, y.dtype.element_ty.primitive_bitwidth == 16, QUADS, PRECISION, TOKENS, COLUMNS, RANKS,
     )  # fmt: skip
     i = tl.arange(0, INNER)
     from_x = x + tl.where(t < tokens, t, 0)[:, None] * k + i[None, :]
@@ -320,7 +351,7 @@ def _tile(tokens, dtype, device):
         return max(triton.next_power_of_2(tokens), 16), 64, 64, 4, 4
     if shared_memory(device) >= 160 << 10:
         return 128, 256, 64, 8, 3
-    return 128, 128, 32, 4, 3
+    return 128, 128, 32, 8, 3
 
 
 def lora_product(

@@ -37,36 +37,46 @@ NO_DROPOUT = (None, 0, 1.0)
 # ---- through the public function -----------------------------------------------------------------
 
 
-def compare(place, p, scale=0.7, mask=None, weight=None, **options):
-    """The error rule for y, dx, dA, dB, db of a problem."""
-    x, w, a, b, bias, dy = p
-    weight, up = place.put(w if weight is None else weight, dy)
-    ours = grads(
-        lambda x, a, b, bias: ff.lora_linear(x, weight, a, b, scale=scale, bias=bias, **options),
-        *place.put(x, a, b, bias), upstream=up,
-    )  # fmt: skip
-    mask = torch.ones(()) if mask is None else mask
-    plain = grads(
-        lambda x, a, b, bias: eager(x, w.to(x.dtype), a, b, bias, scale, mask.to(x.dtype)),
-        x, a, b, bias, upstream=dy,
-    )  # fmt: skip
-    truth = grads(
-        lambda x, a, b, bias: eager(x, w.double(), a, b, bias, scale, mask.double()),
-        *(t.double() for t in (x, a, b, bias)), upstream=dy.double(),
-    )  # fmt: skip
-    for what, o, e, t in zip(("y", "dx", "dA", "dB", "db"), ours, plain, truth, strict=True):
+def compare(place, *problems, scale=0.7, mask=None, weight=None, **options):
+    """The error rule for y, dx, dA, dB, db; over several problems together where sums are few."""
+    mask, results = torch.ones(()) if mask is None else mask, []
+    for x, w, a, b, bias, dy in problems:
+        ours_weight, up = place.put(w if weight is None else weight, dy)
+        ours = grads(
+            lambda x, a, b, bias: ff.lora_linear(
+                x, ours_weight, a, b, scale=scale, bias=bias, **options
+            ),
+            *place.put(x, a, b, bias), upstream=up,
+        )  # fmt: skip
+        plain = grads(
+            lambda x, a, b, bias: eager(x, w.to(x.dtype), a, b, bias, scale, mask.to(x.dtype)),
+            x, a, b, bias, upstream=dy,
+        )  # fmt: skip
+        truth = grads(
+            lambda x, a, b, bias: eager(x, w.double(), a, b, bias, scale, mask.double()),
+            *(t.double() for t in (x, a, b, bias)), upstream=dy.double(),
+        )  # fmt: skip
+        results.append(([t.cpu() for t in ours], plain, truth))
+    for what, *parts in zip(
+        ("y", "dx", "dA", "dB", "db"),
+        *([torch.stack(p) for p in zip(*side, strict=True)] for side in zip(*results, strict=True)),
+        strict=True,
+    ):
+        o, e, t = parts
         assert o.dtype is e.dtype, what
-        check(what, o.cpu(), e, t)
+        check(what, o, e, t)
 
 
 # tokens: none, one, a rest of a tile; a tile and a rest of each kernel; on both sides of CUDA's kernel for a
-# few tokens (16). ranks: less than a tile, a rest, whole ones. 19 × 75: no row is aligned; 264 × 40: more than
-# a span of columns and a rest.
+# few tokens (16). ranks: less than a tile, a rest, whole ones. 19 × 75: no row is aligned; 264 × 40: more
+# than a span of columns and a rest.
 @pytest.mark.parametrize("rank", [1, 3, 8, 64])
 @pytest.mark.parametrize("tokens", [0, 1, 3, 17, 65, 257])
 def test_shapes(place, tokens, rank):
-    for rows, columns in ((19, 75), (264, 40)):
-        compare(place, problem(tokens, rows, columns, rank))
+    seeds = range(6 if 0 < tokens * rank < 9 else 1)
+    compare(place, *(problem(tokens, 19, 75, rank, seed=seed) for seed in seeds))
+    if rank == 3 and tokens in (17, 65):
+        compare(place, problem(tokens, 264, 40, rank))
 
 
 @pytest.mark.parametrize("adapters", [None, torch.float32], ids=str)
@@ -74,27 +84,33 @@ def test_shapes(place, tokens, rank):
 def test_types(place, dtype, adapters):
     if dtype is torch.float64 and adapters is not None:
         adapters = torch.bfloat16
-    for tokens, rows, columns, rank in ((5, 72, 264, 4), (70, 40, 96, 20), (33, 19, 75, 5)):
-        compare(place, problem(tokens, rows, columns, rank, dtype, adapters))
+    for tokens, rows, columns, rank in ((5, 72, 136, 4), (40, 24, 72, 20), (17, 19, 75, 5)):
+        compare(
+            place, *(problem(tokens, rows, columns, rank, dtype, adapters, s) for s in range(2))
+        )
 
 
 def test_many_tokens(place):
     """CUDA's kernels of tiles of tokens: 1029 is no multiple of one."""
+    if place.backend != "cuda":
+        pytest.skip("has the same ones for fewer")
     for rank, dtype in ((8, torch.float32), (17, torch.bfloat16)):
         compare(place, problem(1029, 24, 264, rank, dtype))
 
 
 @pytest.mark.parametrize("p", [0.25, 1.0])
-@pytest.mark.parametrize(("tokens", "columns"), [(5, 75), (70, 264), (1025, 40)])
+@pytest.mark.parametrize(("tokens", "columns"), [(5, 75), (70, 136), (1025, 40)])
 def test_dropout(place, tokens, columns, p):
     """The values and gradients are those of an explicit mask, which is the reference's."""
+    if tokens > 1000 and place.backend != "cuda":
+        pytest.skip("has the same kernels for fewer tokens")
     for dtype in (torch.float32, torch.bfloat16):
         mask = torch.from_numpy(reference.keep_mask((tokens, columns), p, -77))
         compare(place, problem(tokens, 24, columns, 3, dtype), mask=mask, dropout=p, seed=-77)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
-@pytest.mark.parametrize("shape", [(3, 75), (5, 96), (1, 3), (300, 12)])
+@pytest.mark.parametrize("shape", [(3, 75), (5, 96), (1, 3), (40, 12)])
 def test_mask(place, shape, p):
     """Bit for bit the reference's and the CPU's: read off dx with W = 0 and A = B = 1."""
     for seed in (0, 2**63 - 1, -3):
@@ -152,8 +168,8 @@ def test_merge(place):
 
 
 def test_same_bits_every_time(place):
-    x, w, a, b, bias, dy = place.put(*problem(300, 40, 264, 5, torch.bfloat16))
-    for tokens in (300, 4):
+    x, w, a, b, bias, dy = place.put(*problem(40, 40, 136, 5, torch.bfloat16))
+    for tokens in (40, 4):
         first, second = (
             grads(
                 lambda *t: ff.lora_linear(t[0], w, *t[1:], bias=bias, dropout=0.1, seed=3),
@@ -250,7 +266,7 @@ def kernels(request, monkeypatch) -> Kernels:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mixed_types(kernels, dtype, factor_dtype):
     """Every type of the factor beside every other, also float64."""
-    for tokens, columns in ((9, 75), (1030, 40)):
+    for tokens, columns in ((9, 75), (2049, 24)) if dtype is not torch.float64 else ((9, 75),):
         x, f = (
             numbers(tokens, columns, dtype=dtype),
             numbers(5, columns, dtype=factor_dtype, seed=1),
@@ -294,21 +310,21 @@ def test_tiles_of_the_product(monkeypatch):
 
 @pytest.mark.skipif(GPU, reason="guard pages are the CPU's; on a GPU compute-sanitizer looks")
 @pytest.mark.parametrize("at_end", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_nothing_out_of_bounds(kernels, dtype, at_end):
     kernels = kernels._replace(put=lambda t: guarded(t, at_end))
     wide = torch.float64 if dtype is torch.float64 else torch.float32
-    for tokens, columns, rank in ((1, 1, 1), (3, 43, 5), (5, 264, 4), (17, 72, 20), (1027, 24, 9)):
+    shapes = [(1, 1, 1), (3, 43, 5), (5, 264, 4), (17, 72, 20)]
+    if kernels.backend == "cuda" and dtype is not torch.float64:  # its kernels of tiles
+        shapes.append((1027, 24, 9))
+    for tokens, columns, rank in shapes:
         x, f = numbers(tokens, columns, dtype=dtype), numbers(rank, columns, dtype=dtype, seed=1)
         g = numbers(tokens, rank, dtype=wide, seed=2)
-        for seed in (None, 7):
-            for factor in (f, f.t().contiguous().t()):
-                for array in kernels.shrink(x, factor, g, seed, 0.5):
-                    assert torch.isfinite(array).all()
-                for y, bias in ((None, f[0].clone()), (x.clone(), None)):
-                    assert torch.isfinite(
-                        kernels.expand(g, factor, dtype, y, bias, seed, 0.5)
-                    ).all()
+        for seed, factor in ((None, f), (7, f.t().contiguous().t())):
+            for array in kernels.shrink(x, factor, g, seed, 0.5):
+                assert torch.isfinite(array).all()
+            for y, bias in ((None, f[0].clone()), (x.clone(), None)):
+                assert torch.isfinite(kernels.expand(g, factor, dtype, y, bias, seed, 0.5)).all()
         if dtype is not torch.float64 and tokens < 100:
             w, b = numbers(7, columns, dtype=dtype), numbers(7, rank, dtype=dtype)
             y = kernels.linear(x, w, f, b, numbers(7, dtype=dtype))

@@ -151,13 +151,13 @@ __device__ __forceinline__ Vector<float> load_quad(const float* row, int64_t lef
 
 // ---- shrink ------------------------------------------------------------------------------------
 
-// Tokens of a warp: 64 sums a lane at 16 ranks. More numbers of float32 and dropout's spill.
-template <class T, bool kDrops> constexpr int kShrinkTokens = kDrops && sizeof(T) == 4 ? 2 : 4;
+// Tokens of a warp: 64 sums a lane at 16 ranks. As much of float32 spills.
+template <class T> constexpr int kShrinkTokens = sizeof(T) == 4 ? 2 : 4;
 
 // Rows of x begin at multiples of 16 bytes.
 template <class T, int kRanks, bool kDrops>
 __global__ void __launch_bounds__(kThreads, kDrops ? 1 : 2) shrink_kernel(const LoraShrink a) {
-  constexpr int N = Vector<T>::kSize, kTokens = kShrinkTokens<T, kDrops>;
+  constexpr int N = Vector<T>::kSize, kTokens = kShrinkTokens<T>;
   __shared__ Staged<kRanks> factor;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t groups = ceil_div(a.rank, kRanks), first_rank = blockIdx.x % groups * kRanks;
@@ -578,7 +578,7 @@ template <class T> bool has_vector_rows(const void* p, int64_t columns) {
 
 template <class T, bool kDrops> void shrink_tiles(const LoraShrink& a) {
   const auto blocks = [&](int ranks) {
-    return ceil_div(a.tokens, kWarps * kShrinkTokens<T, kDrops>) * ceil_div(a.rank, ranks);
+    return ceil_div(a.tokens, kWarps * kShrinkTokens<T>) * ceil_div(a.rank, ranks);
   };
   if (a.rank <= 8) return launch(shrink_kernel<T, 8, kDrops>, blocks(8), kThreads, 0, a);
   launch(shrink_kernel<T, 16, kDrops>, blocks(16), kThreads, 0, a);
