@@ -217,8 +217,8 @@ def _forward(x: Tensor, weight: Tensor | None, *args: Any) -> tuple[Tensor, Tens
     shape = (*x.shape[:-1], rows)
     x = x.reshape(math.prod(x.shape[:-1]), columns).contiguous()
     if weight is not None and seed is None and _has_linear_kernel(x, weight, lora_a.shape[0]):
-        y, h = _linear_kernel(x, weight, lora_a, lora_b, scale, bias)
-        return y.view(shape), h
+        y, h_of_few = _linear_kernel(x, weight, lora_a, lora_b, scale, bias)
+        return y.view(shape), h_of_few
     h, _ = _shrink(x, lora_a, 1.0, dropout=_dropout(p, seed))
     assert h is not None
     if weight is None:
