@@ -11,8 +11,13 @@ The subset of Triton that compiles alike under 3.6 and later and that its interp
 - no libdevice and no inline assembly: log1p and expm1 are made of tl.log and tl.exp here.
 """
 
+import os
+
 import triton
 import triton.language as tl
+
+# Whether Triton's interpreter runs the kernels, on a CPU.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "") not in ("", "0"))
 
 # Places in the flags: csrc/core/place.h, enum Flag.
 BAD_TARGETS = tl.constexpr(0)
@@ -25,13 +30,15 @@ REDUCE_SUM = tl.constexpr(1)
 REDUCE_MEAN = tl.constexpr(2)
 
 
-def launch(kernel, programs, *args, num_warps, fuse=True, **constants):
+def launch(kernel, programs, *args, num_warps, fuse=True, num_stages=3, **constants):
     """Run `programs` programs of a kernel on torch's current stream.
 
     fuse: a·b + c in one instruction, said here since Triton's default has changed; not where bits are
-    promised.
+    promised. num_stages: loads ahead of a loop of products.
     """
-    kernel[(programs,)](*args, **constants, num_warps=num_warps, enable_fp_fusion=fuse)
+    kernel[(programs,)](
+        *args, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fuse
+    )
 
 
 @triton.jit

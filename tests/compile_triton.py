@@ -28,16 +28,17 @@ import torch
 import triton
 from cuda_resources import cuobjdump
 from finefuse._args import DTYPES, PREFERENCE_LOSSES, REDUCTIONS
-from finefuse.kernels import codebook, logprobs, preference
+from finefuse.kernels import codebook, logprobs, lora, preference
 
 ARCHITECTURES = (80, 90)
 # Memory-bound over the logits or the weight: a spill there costs what the fusion saves.
 HOT = (
     "token_logprobs_kernel", "token_logprobs_backward_kernel", "cross_entropy_kernel",
     "quantize_kernel", "dequantize_kernel", "codebook_linear_kernel",
-    "codebook_linear_transposed_kernel",
+    "codebook_linear_transposed_kernel", "shrink_kernel", "outer_kernel", "expand_kernel",
+    "product_kernel",
 )  # fmt: skip
-MODULES = (codebook, logprobs, preference)
+MODULES = (codebook, logprobs, lora, preference)
 
 _NAMES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
@@ -54,6 +55,7 @@ class Variant:
     constants: dict[str, Any]
     num_warps: int
     fuse: bool
+    num_stages: int
 
     @cached_property
     def specialised(self) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
@@ -105,7 +107,8 @@ class Variant:
     @property
     def hot(self) -> bool:
         """In the types that models are trained in."""
-        return self.name in HOT and self.choices.get("logits") != "fp64"
+        types = {self.choices.get(name) for name in ("logits", "x", "y")}
+        return self.name in HOT and "fp64" not in types
 
     def compile(self, architecture: int) -> dict[str, int]:
         """What the cubin takes: see resource_usage."""
@@ -113,7 +116,11 @@ class Variant:
         compiled = triton.compile(
             source,
             target=triton.backends.compiler.GPUTarget("cuda", architecture, 32),
-            options={"num_warps": self.num_warps, "enable_fp_fusion": self.fuse},
+            options={
+                "num_warps": self.num_warps,
+                "num_stages": self.num_stages,
+                "enable_fp_fusion": self.fuse,
+            },
         )
         return resource_usage(compiled.asm["cubin"])
 
@@ -161,11 +168,13 @@ def recording(into: Callable[[Variant], None], call: bool) -> Any:
     real = logprobs.launch
 
     def launch(
-        kernel: Any, programs: int, *args: Any, num_warps: int, fuse: bool = True, **constants: Any
-    ) -> None:
-        into(Variant(kernel, args, constants, num_warps, fuse))
+        kernel: Any, programs: int, *args: Any, num_warps: int, fuse: bool = True, num_stages: int = 3,
+        **constants: Any,
+    ) -> None:  # fmt: skip
+        into(Variant(kernel, args, constants, num_warps, fuse, num_stages))
         if call:
-            real(kernel, programs, *args, num_warps=num_warps, fuse=fuse, **constants)
+            options = {"num_warps": num_warps, "fuse": fuse, "num_stages": num_stages}
+            real(kernel, programs, *args, **options, **constants)
 
     return launch
 
@@ -222,6 +231,7 @@ def _call_everything() -> None:
                 x, x, x, x, x, x, x is f64, 9, loss, 0.1, 0.0, 2, x, x, x, x, x, x, place
             )
     _call_codebook(tensor, place)
+    _call_lora(tensor, place)
 
 
 def _call_codebook(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> None:
@@ -245,6 +255,34 @@ def _call_codebook(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) ->
                 x, dtype, tokens, u8, f32, entries, *scales, blocksize, 4096, columns, transposed,
                 bias, x, place,
             )  # fmt: skip
+
+
+def _call_lora(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> None:
+    dtypes = [(tensor(getattr(torch, name)), code) for name, code in DTYPES.items()]
+    drops = ((None, 0, 1.0), (tensor(torch.int64), 1 << 30, 2.0))
+    before = lora.shared_memory, torch.get_float32_matmul_precision()
+    for (x, dtype), (factor, other), tokens, columns, rank, dropout, precision in itertools.product(
+        dtypes, dtypes, (4096, 8), (4096, 75), (8, 32, 64), drops, ("highest", "high")
+    ):
+        torch.set_float32_matmul_precision(precision)
+        h = x if x.dtype == torch.float64 else dtypes[0][0]
+        given = (rank, factor, other, columns, 1)
+        lora.lora_shrink(
+            x, dtype, tokens, columns, *given, h, 1.0, h, h, 1.0, *dropout, place,
+        )  # fmt: skip
+        for bias, accumulate in ((None, True), (x, False)):
+            lora.lora_expand(
+                h, tokens, columns, *given, 1.0, bias, accumulate, x, dtype, *dropout, place,
+            )  # fmt: skip
+        for size, bias in itertools.product((96 << 10, 227 << 10), (None, x)):
+            lora.shared_memory = lambda device, size=size: size
+            for few in (8, 32, 64) if tokens == 8 else (tokens,):
+                lora.lora_product(
+                    x, dtype, few, columns, x, columns, 1, columns, h, *given, 1.0, bias, x, *dropout,
+                    place,
+                )  # fmt: skip
+    lora.shared_memory = before[0]
+    torch.set_float32_matmul_precision(before[1])
 
 
 def pairs(variant: Variant) -> set[tuple[str, ...]]:
@@ -318,7 +356,9 @@ def main() -> int:
             f"| {usage['local']}, {usage['in loops']}{' FAILS' if spilled else ''} |"
         )
         name = v.name + (
-            " float64" if "fp64" in (v.choices.get("logits"), v.choices.get("gradient")) else ""
+            " float64"
+            if "fp64" in (v.choices.get(k) for k in ("logits", "gradient", "x", "y"))
+            else ""
         )
         most = largest.setdefault((name, architecture), [0, 0, 0])
         most[:] = map(max, most, (usage["registers"], usage["shared"], usage["local"]))

@@ -37,4 +37,5 @@ PYBIND11_MODULE(_CUDA, m, py::mod_gil_not_used()) {
       },
       "CUDA devices here; 0 without a driver.");
   finefuse::define_ops<Cuda>(m);
+  m.def("lora_linear", finefuse::lora_linear<Cuda>);
 }

@@ -281,6 +281,34 @@ void lora_expand(Array h, int64_t tokens, int64_t columns, int64_t rank, Array f
                           dropout_of(seed, threshold, keep_scale), nullptr, place});
 }
 
+// For a few tokens on a GPU: _CUDA alone has it.
+template <class Backend>
+void lora_linear(Array x, int dtype, int64_t tokens, int64_t columns, int64_t rank, Array weight,
+                 int64_t rows, Array lora_a, int a_dtype, int64_t a_rank_stride,
+                 int64_t a_column_stride, Array lora_b, int b_dtype, int64_t b_rank_stride,
+                 int64_t b_column_stride, double scale, Array bias, Array h, Array y, Place place) {
+  for (const int type : {dtype, a_dtype, b_dtype}) {
+    if (static_cast<DType>(type) == DType::f64) {
+      throw pybind11::type_error("x, lora_a, lora_b: float32, bfloat16 or float16, not float64");
+    }
+  }
+  if (rank > kLoraLinearRank) {
+    throw pybind11::value_error("rank: " + std::to_string(rank) + "; at most " +
+                                std::to_string(kLoraLinearRank));
+  }
+  need("x", x, tokens * columns);
+  need("weight", weight, rows * columns);
+  need("lora_a", lora_a, rank * columns);
+  need("lora_b", lora_b, rank * rows);
+  need("h", h, tokens * rank);
+  need("y", y, tokens * rows);
+  pybind11::gil_scoped_release nogil;
+  Backend::run(LoraLinear{x.data, static_cast<DType>(dtype), tokens, columns, rank, weight.data,
+                          rows, factor_of(lora_a, a_dtype, a_rank_stride, a_column_stride),
+                          factor_of(lora_b, b_dtype, b_rank_stride, b_column_stride), scale,
+                          bias.data, Reals{h.data, false}, y.data, place});
+}
+
 template <class Backend>
 void dequantize(Array codes, int64_t count, Array code, int entries, Array absmax,
                 Array absmax_codes, Array nested_code, Array nested_absmax,

@@ -54,6 +54,27 @@ struct LoraExpand {
   Place place;
 };
 
+// ---- on NVIDIA GPUs alone: a few tokens in one launch ------------------------------------------
+
+inline constexpr int64_t kLoraLinearRank = 256;  // the most it takes
+
+// y = x·weightᵀ + bias + scale·h·lora_b with h = x·lora_aᵀ. Nothing is float64.
+struct LoraLinear {
+  const void* x;  // (tokens, columns)
+  DType dtype;
+  int64_t tokens, columns, rank;
+  const void* weight;  // (rows, columns) of x's type, contiguous
+  int64_t rows;
+  Factor lora_a, lora_b;  // (rank, columns), (rank, rows)
+  double scale;
+  const void* bias;  // (rows,) of x's type, may be absent
+  Reals h;           // (tokens, rank), float32
+  void* y;           // (tokens, rows)
+  Place place;
+};
+
+// ---- workspaces of the CPU ---------------------------------------------------------------------
+
 // On the CPU: tokens and columns of a task, columns of a block, whole vectors.
 inline constexpr int64_t kLoraTokens = 256, kLoraGroup = 1024, kLoraSpan = 512, kLoraPad = 32;
 // To an odd multiple: rows must not be a multiple of a page apart.
@@ -76,6 +97,7 @@ struct LoraKernels {
 namespace cuda {  // lora.cu
 void run(const LoraShrink&);
 void run(const LoraExpand&);
+void run(const LoraLinear&);
 }  // namespace cuda
 
 }  // namespace finefuse

@@ -34,6 +34,10 @@ __all__ = ["lora_linear", "merge_lora", "unmerge_lora"]
 _SHRINK = kernel("lora", "lora_shrink")
 _EXPAND = kernel("lora", "lora_expand")
 
+# Up to so many tokens one CUDA kernel has all of a forward on a dense weight, up to such a rank
+# (csrc/ops/lora.h, kLoraLinearRank). Not measured yet.
+CUDA_LINEAR_TOKENS, CUDA_LINEAR_RANK = 16, 256
+
 _NO_DROPOUT = (None, 0, 1.0)
 
 # From this rank on a library's product is faster on CPUs, where it does: without dropout, all of one type.
@@ -127,6 +131,66 @@ def _expand(
     )  # fmt: skip
 
 
+# ---- with the base product ---------------------------------------------------------------------
+
+
+def _onto_product(
+    x: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    factor: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    dropout: Any = _NO_DROPOUT,
+) -> Tensor:
+    """x·weightᵀ [+ bias] + D(scale·h·factor), x (tokens, K) contiguous, weight (columns, K)."""
+    columns = factor.shape[1]
+    if _fuses(x):
+        y = x.new_empty((x.shape[0], columns))
+        _backend.launch("lora", "lora_product", x, (
+            DTYPES[x.dtype], *x.shape, weight, *weight.stride(), columns, h, h.shape[1],
+            *_factor(factor), scale, None if bias is None else bias.contiguous(), y, *dropout,
+        ))  # fmt: skip
+        return y
+    dtype = _matmul.product_dtype(x)
+    y = x.new_empty((x.shape[0], columns), dtype=dtype)
+    bias = None if bias is None else bias.to(dtype).contiguous()
+    _expand(h, factor, scale, y, False, bias, dropout)
+    return _matmul.linear_onto(y, x, weight).to(x.dtype)
+
+
+def _fuses(x: Tensor) -> bool:
+    """Whether Triton takes the base product too: its own of float32 and float64 are not worth it."""
+    return (
+        x.dtype in (torch.bfloat16, torch.float16)
+        and _backend.resolve("lora", x.device, _backend.in_force()) == "triton"
+    )
+
+
+def _linear_kernel(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """x Wᵀ + bias + scale·h·lora_bᵀ and h = x·lora_aᵀ of a few tokens, in one launch."""
+    (tokens, columns), (rows, rank) = x.shape, lora_b.shape
+    y, h = x.new_empty((tokens, rows)), x.new_empty((tokens, rank), dtype=torch.float32)
+    _backend.launch("lora", "lora_linear", x, (
+        DTYPES[x.dtype], tokens, columns, rank, weight, rows, *_factor(lora_a), *_factor(lora_b.t()),
+        scale, None if bias is None else bias.contiguous(), h, y,
+    ))  # fmt: skip
+    return y, h
+
+
+def _has_linear_kernel(x: Tensor, weight: Tensor, rank: int) -> bool:
+    return (
+        0 < x.shape[0] <= CUDA_LINEAR_TOKENS
+        and rank <= CUDA_LINEAR_RANK
+        and x.dtype is not torch.float64
+        and weight.numel() > 0
+        and weight.is_contiguous()
+        and _backend.resolve("lora", x.device, _backend.in_force()) == "cuda"
+    )
+
+
 # ---- raw ops -----------------------------------------------------------------------------------
 
 _WEIGHT = (
@@ -185,16 +249,16 @@ def _forward(x: Tensor, weight: Tensor | None, *args: Any) -> tuple[Tensor, Tens
     rows, columns = lora_b.shape[0], x.shape[-1]
     shape = (*x.shape[:-1], rows)
     x = x.reshape(math.prod(x.shape[:-1]), columns).contiguous()
+    if weight is not None and seed is None and _has_linear_kernel(x, weight, lora_a.shape[0]):
+        y, h_of_few = _linear_kernel(x, weight, lora_a, lora_b, scale, bias)
+        return y.view(shape), h_of_few
     h, _ = _shrink(x, lora_a, 1.0, dropout=_dropout(p, seed))
     assert h is not None
     if weight is None:
         y = packed_product(x, values, rows, columns, False, bias)
         _expand(h, lora_b.t(), scale, y, accumulate=True)
         return y.view(shape), h
-    dtype = _matmul.product_dtype(x)
-    y = x.new_empty((x.shape[0], rows), dtype=dtype)
-    _expand(h, lora_b.t(), scale, y, False, None if bias is None else bias.to(dtype).contiguous())
-    return _matmul.linear_onto(y, x, weight).to(x.dtype).view(shape), h
+    return _onto_product(x, weight, h, lora_b.t(), scale, bias).view(shape), h
 
 
 def _forward_fake(x: Tensor, weight: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
@@ -239,9 +303,7 @@ def _backward(
             dx = packed_product(dy, values, rows, columns, True, None)
             _expand(g, lora_a, 1.0, dx, accumulate=True, dropout=dropout)
         else:
-            dx = dy.new_empty((dy.shape[0], columns), dtype=_matmul.product_dtype(dy))
-            _expand(g, lora_a, 1.0, dx, False, dropout=dropout)
-            dx = _matmul.linear_onto(dx, dy, weight.t()).to(dy.dtype)
+            dx = _onto_product(dy, weight.t(), g, lora_a, 1.0, dropout=dropout)
         dx = dx.view(shape)
     return dx, da, db, dw
 

@@ -1,0 +1,433 @@
+"""The kernels of `lora` for GPUs, CUDA and Triton, against SPEC section 2: sums of products follow the error
+rule, dropout's mask is the reference's bit for bit.
+
+Without a GPU the CUDA kernels run thread by thread on the CPU and Triton's in its interpreter, which
+truncates when it stores bfloat16.
+"""
+
+from __future__ import annotations
+
+import mmap
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the Triton kernels take torch tensors")
+
+import finefuse as ff
+from conftest import GPU, _is_compiled, unavailable
+from finefuse import lora as module
+from finefuse._args import dropout_numbers
+from finefuse._backend import FLAGS
+from finefuse.reference import lora as reference
+from test_logprobs_backends import between_guards
+from test_lora import DTYPES, eager, grads, numbers, problem
+from tolerances import check
+
+# NumPy's, from Triton's interpreter: the products of Philox overflow
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+DEVICE = "cuda" if GPU else "cpu"
+CODES = {dtype: code for code, dtype in enumerate(DTYPES)}  # csrc/core/dtype.h
+NO_DROPOUT = (None, 0, 1.0)
+
+
+# ---- through the public function -----------------------------------------------------------------
+
+
+def compare(place, *problems, scale=0.7, mask=None, weight=None, **options):
+    """The error rule for y, dx, dA, dB, db; over several problems together where sums are few."""
+    mask, results = torch.ones(()) if mask is None else mask, []
+    for x, w, a, b, bias, dy in problems:
+        ours_weight, up = place.put(w if weight is None else weight, dy)
+        ours = grads(
+            lambda x, a, b, bias: ff.lora_linear(
+                x, ours_weight, a, b, scale=scale, bias=bias, **options
+            ),
+            *place.put(x, a, b, bias), upstream=up,
+        )  # fmt: skip
+        plain = grads(
+            lambda x, a, b, bias: eager(x, w.to(x.dtype), a, b, bias, scale, mask.to(x.dtype)),
+            x, a, b, bias, upstream=dy,
+        )  # fmt: skip
+        truth = grads(
+            lambda x, a, b, bias: eager(x, w.double(), a, b, bias, scale, mask.double()),
+            *(t.double() for t in (x, a, b, bias)), upstream=dy.double(),
+        )  # fmt: skip
+        results.append(([t.cpu() for t in ours], plain, truth))
+    for what, *parts in zip(
+        ("y", "dx", "dA", "dB", "db"),
+        *([torch.stack(p) for p in zip(*side, strict=True)] for side in zip(*results, strict=True)),
+        strict=True,
+    ):
+        o, e, t = parts
+        assert o.dtype is e.dtype, what
+        check(what, o, e, t)
+
+
+# tokens: none, one, a rest of a tile; a tile and a rest of each kernel; on both sides of CUDA's kernel for a
+# few tokens (16). ranks: less than a tile, a rest, whole ones. 19 × 75: no row is aligned; 264 × 40: more
+# than a span of columns and a rest.
+@pytest.mark.parametrize("rank", [1, 3, 8, 64])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 17, 65, 257])
+def test_shapes(place, tokens, rank):
+    seeds = range(6 if 0 < tokens * rank < 9 else 1)
+    compare(place, *(problem(tokens, 19, 75, rank, seed=seed) for seed in seeds))
+    if rank == 3 and tokens in (17, 65):
+        compare(place, problem(tokens, 264, 40, rank))
+
+
+@pytest.mark.parametrize("adapters", [None, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_types(place, dtype, adapters):
+    if dtype is torch.float64 and adapters is not None:
+        adapters = torch.bfloat16
+    for tokens, rows, columns, rank in ((5, 72, 136, 4), (40, 24, 72, 20), (17, 19, 75, 5)):
+        compare(
+            place, *(problem(tokens, rows, columns, rank, dtype, adapters, s) for s in range(2))
+        )
+
+
+def test_many_tokens(place):
+    """CUDA's kernels of tiles of tokens: 1029 is no multiple of one."""
+    if place.backend != "cuda":
+        pytest.skip("has the same ones for fewer")
+    for rank, dtype in ((8, torch.float32), (17, torch.bfloat16)):
+        compare(place, problem(1029, 24, 264, rank, dtype))
+
+
+@pytest.mark.parametrize("p", [0.25, 1.0])
+@pytest.mark.parametrize(("tokens", "columns"), [(5, 75), (70, 136), (1025, 40)])
+def test_dropout(place, tokens, columns, p):
+    """The values and gradients are those of an explicit mask, which is the reference's."""
+    if tokens > 1000 and place.backend != "cuda":
+        pytest.skip("has the same kernels for fewer tokens")
+    for dtype in (torch.float32, torch.bfloat16):
+        mask = torch.from_numpy(reference.keep_mask((tokens, columns), p, -77))
+        compare(place, problem(tokens, 24, columns, 3, dtype), mask=mask, dropout=p, seed=-77)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(3, 75), (5, 96), (1, 3), (40, 12)])
+def test_mask(place, shape, p):
+    """Bit for bit the reference's and the CPU's: read off dx with W = 0 and A = B = 1."""
+    for seed in (0, 2**63 - 1, -3):
+        want = reference.keep_mask(shape, p, seed).astype(np.float32)
+        for backend in ("cpu", place.backend):
+            device = "cpu" if backend == "cpu" else place.device
+            x, w = torch.zeros(shape, device=device), torch.zeros(1, shape[1], device=device)
+            x.requires_grad_()
+            a, b = torch.ones(1, shape[1], device=device), torch.ones(1, 1, device=device)
+            with ff.backend(backend):
+                ff.lora_linear(x, w, a, b, dropout=p, seed=seed).sum().backward()
+            np.testing.assert_array_equal(x.grad.cpu().numpy(), want)
+
+
+def test_strides(place):
+    x, w, a, b, bias, dy = place.put(*problem(20, 24, 40, 4))
+
+    def turned(t):
+        return t.t().contiguous().t()
+
+    def spaced(t):
+        return torch.stack([t, t], -1)[..., 0]
+
+    want = grads(lambda *t: ff.lora_linear(t[0], w, *t[1:], bias=bias), x, a, b, upstream=dy)
+    for change in (turned, spaced):
+        for tokens in (20, 5):
+            got = grads(
+                lambda *t, change=change: ff.lora_linear(
+                    change(t[0]), change(w), *map(change, t[1:]), bias=spaced(bias)
+                ),
+                x[:tokens], a, b, upstream=change(dy[:tokens]),
+            )  # fmt: skip
+            if tokens == 20:
+                for g, v in zip(got, want, strict=True):
+                    torch.testing.assert_close(g, v, rtol=1e-5, atol=1e-5)
+            else:
+                torch.testing.assert_close(got[0], want[0][:5], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_packed_weight(place, tokens, dtype):
+    x, w, a, b, bias, dy = problem(tokens, 40, 96, 5, dtype)
+    q = ff.quantize(w, "nf4", 64)
+    compare(place, (x, ff.dequantize(q, torch.float32), a, b, bias, dy), weight=q)
+
+
+def test_merge(place):
+    for dtype in DTYPES[:3]:
+        _, w, a, b, *_ = problem(1, 40, 75, 5, dtype)
+        merged = ff.merge_lora(*place.put(w, a, b), 0.7)
+        plain = (w.float() + 0.7 * b.float() @ a.float()).to(dtype)
+        truth = reference.merge_lora(*(t.double().numpy() for t in (w, a, b)), 0.7)
+        check("merged", merged.cpu(), plain, truth)
+
+
+def test_same_bits_every_time(place):
+    x, w, a, b, bias, dy = place.put(*problem(40, 40, 136, 5, torch.bfloat16))
+    for tokens in (40, 4):
+        first, second = (
+            grads(
+                lambda *t: ff.lora_linear(t[0], w, *t[1:], bias=bias, dropout=0.1, seed=3),
+                x[:tokens], a, b, upstream=dy[:tokens],
+            )
+            for _ in range(2)
+        )  # fmt: skip
+        for f, s in zip(first, second, strict=True):
+            assert torch.equal(f, s)
+
+
+# ---- the kernels themselves ----------------------------------------------------------------------
+
+
+class Kernels(NamedTuple):
+    """A backend's kernels on CPU tensors; outputs are filled with rubbish before."""
+
+    backend: str
+    module: Any
+    put: Any = lambda t: t.to(DEVICE)
+
+    def place(self) -> tuple[int, Any]:
+        stream = torch.cuda.current_stream().cuda_stream if GPU else 0
+        return stream, torch.zeros(len(FLAGS), dtype=torch.int32, device=DEVICE)
+
+    def rubbish(self, *shape: int, dtype: Any = torch.float32) -> Any:
+        return self.put(torch.full(shape, float("nan"), dtype=dtype))
+
+    def dropout(self, seed: int | None, p: float) -> tuple[Any, int, float]:
+        return NO_DROPOUT if seed is None else (self.put(torch.tensor([seed])), *dropout_numbers(p))
+
+    def shrink(self, x, factor, g, seed=None, p=0.0):
+        wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+        rank = factor.shape[0]
+        h = self.rubbish(x.shape[0], rank, dtype=wide)
+        outer = self.rubbish(rank, x.shape[1], dtype=wide)
+        self.module.lora_shrink(
+            self.put(x), CODES[x.dtype], *x.shape, rank, self.put(factor), CODES[factor.dtype],
+            *factor.stride(), h, 2.0, self.put(g), outer, 0.5, *self.dropout(seed, p), self.place(),
+        )  # fmt: skip
+        return h.cpu(), outer.cpu()
+
+    def expand(self, h, factor, dtype, y=None, bias=None, seed=None, p=0.0):
+        rank, columns = factor.shape
+        out = self.rubbish(h.shape[0], columns, dtype=dtype) if y is None else self.put(y)
+        self.module.lora_expand(
+            self.put(h), h.shape[0], columns, rank, self.put(factor), CODES[factor.dtype],
+            *factor.stride(), 0.5, None if bias is None else self.put(bias), y is not None, out,
+            CODES[dtype], *self.dropout(seed, p), self.place(),
+        )  # fmt: skip
+        return out.cpu()
+
+    def linear(self, x, w, a, b, bias):
+        """CUDA: a few tokens, h included. Triton: the fused product, of h given."""
+        (tokens, columns), (rows, rank) = x.shape, b.shape
+        y, b = self.rubbish(tokens, rows, dtype=x.dtype), b.t()
+        if self.backend == "cuda":
+            h = self.rubbish(tokens, rank)
+            self.module.lora_linear(
+                self.put(x), CODES[x.dtype], tokens, columns, rank, self.put(w), rows, self.put(a),
+                CODES[a.dtype], *a.stride(), self.put(b.t()), CODES[b.dtype], *b.stride(), 0.7,
+                self.put(bias), h, y, self.place(),
+            )  # fmt: skip
+            check("h", h.cpu(), x.float() @ a.float().t(), x.double() @ a.double().t())
+        else:
+            h = self.put(
+                (x.double() @ a.double().t()).to(
+                    y.dtype if y.dtype is torch.float64 else torch.float32
+                )
+            )
+            self.module.lora_product(
+                self.put(x), CODES[x.dtype], tokens, columns, self.put(w), *w.stride(), rows, h, rank,
+                self.put(b.t()), CODES[b.dtype], *b.stride(), 0.7, self.put(bias), y, *NO_DROPOUT,
+                self.place(),
+            )  # fmt: skip
+        return y.cpu()
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def kernels(request, monkeypatch) -> Kernels:
+    why = unavailable(request.param)
+    if why:
+        pytest.skip(why)
+    if request.param == "cuda":
+        return Kernels("cuda", import_module("finefuse._CUDA"))
+    import compile_triton
+
+    kernels = import_module("finefuse.kernels.lora")
+    monkeypatch.setattr(kernels, "launch", compile_triton.recording(_is_compiled, call=True))
+    return Kernels("triton", kernels)
+
+
+@pytest.mark.parametrize("factor_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mixed_types(kernels, dtype, factor_dtype):
+    """Every type of the factor beside every other, also float64."""
+    many = dtype is not torch.float64 and factor_dtype in (dtype, torch.float32)
+    for tokens, columns in ((9, 75), (2049, 24)) if many else ((9, 75),):
+        x, f = (
+            numbers(tokens, columns, dtype=dtype),
+            numbers(5, columns, dtype=factor_dtype, seed=1),
+        )
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        g = numbers(tokens, 5, dtype=wide, seed=2)
+        h, outer = kernels.shrink(x, f, g)
+        check("h", h, 2 * x.to(wide) @ f.to(wide).t(), 2 * x.double() @ f.double().t())
+        check("outer", outer, 0.5 * g.t() @ x.to(wide), 0.5 * g.double().t() @ x.double())
+        y = kernels.expand(g, f, dtype, bias=x[0].contiguous())
+        plain = (0.5 * g @ f.to(wide) + x[0].to(wide)).to(dtype)
+        check("y", y, plain, 0.5 * g.double() @ f.double() + x[0].double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 13, 64])
+def test_linear(kernels, tokens, dtype):
+    for rows, columns, rank, adapters in (
+        (45, 520, 16, dtype),
+        (19, 75, 3, torch.float32),
+        (70, 264, 40, torch.float32),
+    ):
+        x, w, a, b, bias, _ = problem(tokens, rows, columns, rank, dtype, adapters)
+        y = kernels.linear(x, w, a, b, bias)
+        truth = eager(*(t.double() for t in (x, w, a, b, bias)), 0.7)
+        check("y", y, eager(x, w, a, b, bias, 0.7), truth)
+
+
+def test_tiles_of_the_product(monkeypatch):
+    """Triton's largest tile, which the interpreter's machine would not have room for."""
+    if unavailable("triton"):
+        pytest.skip(unavailable("triton"))
+    kernels = import_module("finefuse.kernels.lora")
+    monkeypatch.setattr(kernels, "shared_memory", lambda device: 1 << 18)
+    x, w, a, b, bias, _ = problem(1100, 300, 96, 5, torch.bfloat16)
+    y = Kernels("triton", kernels).linear(x, w, a, b, bias)
+    check(
+        "y", y, eager(x, w, a, b, bias, 0.7), eager(*(t.double() for t in (x, w, a, b, bias)), 0.7)
+    )
+
+
+@pytest.mark.skipif(GPU, reason="guard pages are the CPU's; on a GPU compute-sanitizer looks")
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_nothing_out_of_bounds(kernels, dtype, at_end):
+    kernels = kernels._replace(put=lambda t: guarded(t, at_end))
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    shapes = [(1, 1, 1), (3, 43, 5), (5, 264, 4), (17, 72, 20)]
+    if kernels.backend == "cuda" and dtype is not torch.float64:  # its kernels of tiles
+        shapes.append((1027, 24, 9))
+    for tokens, columns, rank in shapes:
+        x, f = numbers(tokens, columns, dtype=dtype), numbers(rank, columns, dtype=dtype, seed=1)
+        g = numbers(tokens, rank, dtype=wide, seed=2)
+        for seed, factor in ((None, f), (7, f.t().contiguous().t())):
+            for array in kernels.shrink(x, factor, g, seed, 0.5):
+                assert torch.isfinite(array).all()
+            for y, bias in ((None, f[0].clone()), (x.clone(), None)):
+                assert torch.isfinite(kernels.expand(g, factor, dtype, y, bias, seed, 0.5)).all()
+        if dtype is not torch.float64 and tokens < 100:
+            w, b = numbers(7, columns, dtype=dtype), numbers(7, rank, dtype=dtype)
+            y = kernels.linear(x, w, f, b, numbers(7, dtype=dtype))
+            assert torch.isfinite(y).all()
+
+
+def guarded(tensor: torch.Tensor, at_end: bool) -> torch.Tensor:
+    """Between pages that must not be touched, with the strides it has."""
+    if tensor.ndim == 2 and not tensor.is_contiguous():
+        return guarded(tensor.t(), at_end).t()
+    return between_guards(tensor, at_end) if tensor.nbytes < mmap.PAGESIZE * 64 else tensor
+
+
+def test_empty(kernels):
+    """No tokens: outer is zeros, nothing else is written."""
+    for dtype in DTYPES:
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        h, outer = kernels.shrink(
+            torch.zeros(0, 40, dtype=dtype), torch.ones(3, 40), torch.zeros(0, 3, dtype=wide)
+        )
+        assert h.shape == (0, 3)
+        assert (outer == 0).all()
+        h, outer = kernels.shrink(
+            torch.zeros(2, 0, dtype=dtype), torch.ones(3, 0), torch.zeros(2, 3, dtype=wide)
+        )
+        assert (h == 0).all()
+        y = kernels.expand(torch.zeros(0, 3, dtype=wide), torch.ones(3, 40), dtype)
+        assert y.shape == (0, 40)
+
+
+# ---- on a GPU alone ------------------------------------------------------------------------------
+
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("tokens", [8, 2048])
+def test_cuda_graph(place, tokens):
+    """No allocation outside of torch's pool, no synchronisation: forward and backward are captured."""
+    if place.backend == "eager":
+        pytest.skip("plain torch is not ours to promise")
+    x, w, a, b, bias, dy = place.put(*problem(tokens, 512, 768, 16, torch.bfloat16))
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+    seed = torch.tensor([5], device="cuda")
+
+    def step():
+        y = ff.lora_linear(x, w, a, b, bias=bias, dropout=0.1, seed=seed)
+        return y, *torch.autograd.grad(y, leaves, dy)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(numbers(tokens, 768, dtype=torch.bfloat16, seed=9))
+        seed.fill_(6)
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, want in zip(captured, step(), strict=True):
+        assert torch.equal(got, want)
+
+
+@needs_gpu
+def test_current_stream(place):
+    x, w, a, b, *_ = place.put(*problem(300, 512, 768, 16, torch.bfloat16))
+    want = ff.lora_linear(x, w, a, b)
+    late = torch.empty_like(x)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        late.copy_(x)
+        y = ff.lora_linear(late, w, a, b)
+    stream.synchronize()
+    assert torch.equal(y, want)
+
+
+@needs_gpu
+def test_large(place):
+    """The shapes of a model: every tile is whole, sums are long."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for tokens in (1, 16, 4096):
+            compare(place, problem(tokens, 1024, 2048, 16, dtype))
+
+
+@needs_gpu
+def test_more_than_2_to_31_elements(place):
+    """64-bit offsets: the last rows of 2.2 G elements of x and of y."""
+    if place.backend == "eager":
+        pytest.skip("plain torch is not ours to promise")
+    tokens, columns = 270_000, 8192
+    x = torch.zeros(tokens, columns, dtype=torch.bfloat16, device="cuda")
+    x[-1] = numbers(columns, dtype=torch.bfloat16).cuda()
+    a, b = (t.to(torch.bfloat16).cuda() for t in (numbers(8, columns), numbers(columns, 8, seed=1)))
+    h, _ = module._shrink(x, a, 1.0)
+    want = x[-1].float() @ a.float().t()
+    torch.testing.assert_close(h[-1], want, rtol=1e-4, atol=1e-2)
+    module._expand(h, b.t(), 1.0, x, accumulate=True)
+    assert (x[-2] == 0).all()
+    assert (x[-1] != 0).any()
