@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
 from finefuse import lora as module
+from finefuse.eager import lora as eager_form
 from finefuse.eager.lora import keep_mask
 from finefuse.reference import lora as reference
 from tolerances import check
@@ -186,14 +187,32 @@ def test_nothing_in_nothing_out():
         assert all((t.grad == 0).all() for t in leaves)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 40])
+def test_widened_panels(monkeypatch, dtype, tokens):
+    """Types without a product of their own: the weight in panels, of one row and of some and a rest."""
+    monkeypatch.setattr(module._matmul, "_has_bfloat16_product", lambda: False)
+    for size in (1, 7 * 4 * 96):
+        monkeypatch.setattr(module._matmul, "PANEL_BYTES", size)
+        for engine in (False, True):
+            monkeypatch.setattr(module._matmul, "_onednn_is_faster", lambda engine=engine: engine)
+            check_all(*(problem(tokens, 40, 96, 5, dtype, seed=seed) for seed in range(3)))
+
+
 # ---- dropout -----------------------------------------------------------------------------------
 
 
 def test_philox_known_answers():
     """The test vectors of Random123."""
-    assert [f"{w:08x}" for w in reference.philox(0, 0)] == [
-        "6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"
-    ]  # fmt: skip
+    ones = 0xFFFFFFFF
+    for counter, key, words in (
+        ([0, 0, 0, 0], (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ([ones] * 4, (ones, ones), "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], (0xA4093822, 0x299F31D0),
+         "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ):  # fmt: skip
+        got = reference.philox4x32([np.uint64(c) for c in counter], *key)
+        assert " ".join(f"{w:08x}" for w in got) == words
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
@@ -214,8 +233,11 @@ def test_mask(isa, shape, p):
 
 def test_mask_beyond_32_bits():
     """A counter has 64."""
-    words = reference.philox(np.array([2**32 + 5, 5], np.uint64), 7)
+    counters = np.array([2**32 + 5, 5, 2**40 - 1], np.uint64)
+    words = reference.philox(counters, -7)
     assert (words[0] != words[1]).all()
+    ours = eager_form.philox(torch.from_numpy(counters.astype(np.int64)), torch.tensor(-7))
+    np.testing.assert_array_equal(ours.numpy(), words)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -495,10 +517,29 @@ def test_compile_dropout_and_packed(counter):
         grads(compiled, x, a, b, upstream=dy), grads(function, x, a, b, upstream=dy), strict=True
     ):
         torch.testing.assert_close(g, v)
+    with ff.backend("eager"):
+        torch._dynamo.reset()
+        # Inductor takes minutes over ten rounds of integer arithmetic (docs/lora.md)
+        eagerly = torch.compile(function, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(eagerly(x, a, b), function(x, a, b))
+        torch._dynamo.reset()
     drawing = torch.compile(
         lambda x: ff.lora_linear(x, q, a, b, dropout=0.5), backend=counter, fullgraph=True
     )
     assert not torch.equal(drawing(x), drawing(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_eager_backend_takes_factors_as_they_are(dtype):
+    """float32 x with bfloat16 factors: nothing is rounded to them; nor under autocast, while merging."""
+    for factors in DTYPES if dtype is torch.float64 else DTYPES[:3]:
+        problems = [problem(5, 24, 64, 4, dtype, factors, seed) for seed in range(4)]
+        with ff.backend("eager"):
+            check_all(*problems)
+    with ff.backend("eager"), torch.autocast("cpu", torch.bfloat16):
+        _, w, a, b, *_ = problem(1, 24, 64, 4)
+        merged = ff.merge_lora(w, a, b, 0.5)
+    torch.testing.assert_close(merged, ff.merge_lora(w, a, b, 0.5))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -538,6 +579,10 @@ def test_merge(isa, dtype):
     back = ff.unmerge_lora(merged, a, b, 0.7)
     limit = torch.finfo(dtype).eps * float(merged.abs().max()) * 2
     assert (back.double() - w.double()).abs().max() <= limit
+    square = numbers(9, 9, dtype=dtype)  # the same memory, seen otherwise
+    want = ff.merge_lora(square.t().clone(), a[:, :9], b[:9], 0.7)
+    ff.merge_lora(square.t(), a[:, :9], b[:9], 0.7, out=square)
+    assert torch.equal(square, want)
     strided = w.t().contiguous().t()
     assert torch.equal(ff.merge_lora(strided, a, b, 0.7), merged)
     assert ff.merge_lora(strided, a, b, 0.7, out=strided) is strided
@@ -627,6 +672,7 @@ def test_raw_op_checks_what_kernels_rely_on():
         ("weight: shape", (x, w[:7], *none, a, b, None, None, 1.0, 0.0)),
         ("bias: shape", (x, w, *none, a, b, bias[:5], None, 1.0, 0.0)),
         ("seed: torch.float32", (x, w, *none, a, b, None, torch.ones(1), 1.0, 0.5)),
+        ("seed: None with dropout", (x, w, *none, a, b, None, None, 1.0, 0.5)),
         ("dropout: -1.0", (x, w, *none, a, b, None, None, 1.0, -1.0)),
     ):
         with pytest.raises(ValueError, match=message):
@@ -638,3 +684,7 @@ def test_raw_op_checks_what_kernels_rely_on():
     ):
         with pytest.raises(ValueError, match=message):
             RAW.lora_linear_backward(*args)
+    want = RAW.lora_linear_backward(dy, x, h, w, *none, a, b, None, 1.0, 0.0, 7)
+    turned = h.t().contiguous().t()  # of any strides
+    got = RAW.lora_linear_backward(dy, x, turned, w, *none, a, b, None, 1.0, 0.0, 7)
+    assert all(map(torch.equal, got, want))

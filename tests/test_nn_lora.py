@@ -469,8 +469,60 @@ def test_conv1d(peft, tmp_path):
     assert model.transformer.h[0].attn.c_attn.lora_A["default"].grad.any()
     merged = ff.nn.merge_and_unload(copy.deepcopy(model))
     same_function(merged, theirs)
-    packed = ff.nn.add_lora(base, 2, 4, targets=["c_attn"], quantize="nf4")
+    packed = ff.nn.add_lora(copy.deepcopy(base), 2, 4, targets=["c_attn"], quantize="nf4")
     assert output(packed).isfinite().all()
+    # c_proj is square: a weight that is turned by mistake would fit
+    square = fill(ff.nn.add_lora(base, 2, 4, targets=["attn.c_proj"]))
+    key = "transformer.h.0.attn.c_proj.weight"
+    assert torch.equal(square.state_dict()[key], square.get_submodule(key[:-7]).weight.t())
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    safetensors.save({key: square.state_dict()[key]})
+    again = copy.deepcopy(square)
+    again.load_state_dict(square.state_dict())
+    same_function(again, square)
+    plain = ff.nn.merge_and_unload(copy.deepcopy(square))
+    assert type(plain.get_submodule(key[:-7])).__name__ == "Conv1D"
+    plain.save_pretrained(tmp_path / "plain")
+    same_function(transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "plain").eval(), square)
+
+
+def test_hooks_stay():
+    model, calls = tiny(), []
+    handle = model.up.register_forward_hook(lambda *args: calls.append("up"))
+    ff.nn.add_lora(model, 2, 4, targets=["up"])
+    output(model)
+    ff.nn.merge_and_unload(model)
+    output(model)
+    assert calls == ["up", "up"]
+    handle.remove()
+    output(model)
+    assert calls == ["up", "up"]
+    model.up.forward = lambda x: x
+    with pytest.raises(ValueError, match="targets: up has a forward of its own"):
+        ff.nn.add_lora(model, 2, 4, targets=["up"])
+
+
+def test_layers_that_nobody_calls():
+    """torch's encoder layer reads the weights of its children itself in evaluation mode."""
+    layer = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32), nn.Linear(16, 4))
+    for targets in (["linear1"], ["out_proj"]):
+        with pytest.raises((ValueError, TypeError), match="targets: 0"):
+            ff.nn.add_lora(layer, 2, 4, targets=targets)
+    assert list(adapted(ff.nn.add_lora(layer, 2, 4, targets="all-linear"))) == ["1"]
+
+
+def test_a_layer_by_itself_and_compiled_parts(tmp_path):
+    layer = ff.nn.LoRALinear(16, 4, 2, 4)
+    assert type(ff.nn.merge_and_unload(layer)) is nn.Linear
+    model = ff.nn.add_lora(tiny(), 2, 4, targets=["up"])
+    plain = copy.deepcopy(model)
+    model.up = torch.compile(model.up)
+    ff.nn.save_adapter(model, tmp_path / "compiled")
+    ff.nn.save_adapter(plain, tmp_path / "plain")
+    files = [
+        (tmp_path / d / "adapter_model.safetensors").read_bytes() for d in ("compiled", "plain")
+    ]
+    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

@@ -283,7 +283,8 @@ void outer_block(const A* x, int64_t x_stride, int64_t tokens, const A* g, int64
 template <class T> void shrink_t(const LoraShrink& a) {
   using A = Accumulator<T>;
   const int64_t rank = a.rank, columns = a.columns, padded = lora_padded(columns);
-  const int64_t chunks = ceil_div(a.tokens, kTokens), groups = ceil_div(columns, kGroup);
+  const int64_t each = lora_tokens(a.tokens);
+  const int64_t chunks = ceil_div(a.tokens, each), groups = ceil_div(columns, kGroup);
   A* const h = static_cast<A*>(a.h.data);
   A* const outer = static_cast<A*>(a.outer.data);
   const A* const g = static_cast<const A*>(a.g.data);
@@ -295,11 +296,11 @@ template <class T> void shrink_t(const LoraShrink& a) {
   const bool whole = __is_same(T, A) && a.dropout.seed == nullptr && outer == nullptr;
 
   parallel_for(
-      chunks * groups, kTokens * kGroup * sizeof(T), a.place.threads,
+      chunks * groups, each * kGroup * static_cast<int64_t>(sizeof(T)), a.place.threads,
       [&](int64_t first, int64_t last) {
         for (int64_t task = first; task < last; ++task) {
           const int64_t chunk = task / groups, group = task % groups;
-          const int64_t token = chunk * kTokens, token_end = smaller(token + kTokens, a.tokens);
+          const int64_t token = chunk * each, token_end = smaller(token + each, a.tokens);
           A* const sum = sums + (group * a.tokens + token) * rank;
           A* const out = partial + chunk * rank * padded;
           if (h) {

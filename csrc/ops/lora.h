@@ -81,8 +81,15 @@ inline constexpr int64_t kLoraTokens = 256, kLoraGroup = 1024, kLoraSpan = 512, 
 constexpr int64_t lora_padded(int64_t columns) {
   return (columns / kLoraPad + 1) * kLoraPad | kLoraPad;
 }
+// Tokens of a task of shrink: outer products have a partial sum a task, of which there are
+// kLoraChunks at most.
+inline constexpr int64_t kLoraChunks = 16;
+constexpr int64_t lora_tokens(int64_t tokens) {
+  const int64_t least = ((tokens + kLoraChunks - 1) / kLoraChunks + 15) / 16 * 16;
+  return least > kLoraTokens ? least : kLoraTokens;
+}
 inline int64_t lora_workspace(const LoraShrink& a) {
-  const int64_t chunks = (a.tokens + kLoraTokens - 1) / kLoraTokens;
+  const int64_t each = lora_tokens(a.tokens), chunks = (a.tokens + each - 1) / each;
   const int64_t groups = (a.columns + kLoraGroup - 1) / kLoraGroup;
   return a.rank *
          (lora_padded(a.columns) * (1 + (a.outer ? chunks : 0)) + (a.h ? groups * a.tokens : 0));

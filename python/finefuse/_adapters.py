@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ._args import require
-from ._layers import LAYERS, Adapter, LoRALinear, check_name, kind_of, linear_weight
+from ._layers import LAYERS, Adapter, LoRALinear, check_name, keep_hooks, kind_of, linear_weight
 from .codebook import CodebookTensor
 from .codebook import quantize as _quantize
 
@@ -85,6 +85,8 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
 
     def walk(parent: nn.Module, prefix: str) -> None:
         for name, child in parent.named_children():
+            if "_orig_mod" in child._modules:  # torch.compile's wrapper has no name of its own
+                child = child.get_submodule("_orig_mod")
             if child in seen:
                 continue
             seen.add(child)
@@ -114,7 +116,14 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]
         if (linear_weight(module) is not None or isinstance(module, nn.Linear))
         and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
         and module is not head
+        and not _bypassed(model, name)
     ]
+
+
+def _bypassed(model: nn.Module, name: str) -> bool:
+    """Whether a parent reads the layer's weight without calling it, as in torch's fused encoder layers."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    return isinstance(parent, (nn.TransformerEncoderLayer, nn.MultiheadAttention))
 
 
 def modules_to_save_of(names: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str]:
@@ -160,9 +169,17 @@ def targets_of(
         raise ValueError(f"targets: {targets!r}, {exclude!r}: {error}") from error
 
 
-def _check_layer(name: str, module: nn.Module) -> None:
+def _check_layer(model: nn.Module, name: str, module: nn.Module) -> None:
     if linear_weight(module) is None:
         raise TypeError(f"targets: {name} is a {kind_of(module)}; allowed: {LAYERS}")
+    if "forward" in vars(module):
+        raise ValueError(f"targets: {name} has a forward of its own, which would be lost")
+    if _bypassed(model, name):
+        parent = kind_of(model.get_submodule(name.rpartition(".")[0]))
+        raise ValueError(
+            f"targets: {name}: its parent, a {parent}, reads its weight without calling it: the adapter "
+            "would not count"
+        )
 
 
 def _holders(model: nn.Module) -> list[LoRALinear | ModuleToSave]:
@@ -261,7 +278,7 @@ def add_lora(
     Adapter(rank, alpha, dropout, rslora, init_lora_weights).check()
     plan = {}
     for target in names:
-        _check_layer(target, modules[target])
+        _check_layer(model, target, modules[target])
         r, a = from_pattern(ranks, target, rank), from_pattern(alphas, target, alpha)
         plan[target] = Adapter(r, a, dropout, rslora, init_lora_weights).check()
     if quantize is not None:
@@ -304,6 +321,7 @@ def wrap(
             module, rank, alpha, dropout=dropout, rslora=rslora, init_lora_weights=init, name=name,
             quantize=None if packed else code, blocksize=blocksize, double_quant=double_quant,
         )  # fmt: skip
+        keep_hooks(module, layer)
         put(layer, module)
     for target in save:
         module = modules.pop(target)
@@ -363,7 +381,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     A packed weight stays packed (its layer a `CodebookLinear`). Other adapters are dropped.
 
     Returns:
-        The model; nothing in it requires a gradient.
+        The model, or what takes its place where it is a layer itself; nothing in it requires a gradient.
     """
     replacement: dict[nn.Module, nn.Module] = {}
     for holder in _holders(model):
@@ -372,10 +390,12 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
             continue
         if holder.merged is None and holder.active is not None and holder.enabled:
             holder.merge()
-        replacement[holder] = holder.to_linear()
+        replacement[holder] = layer = holder.to_linear()
+        keep_hooks(holder, layer)
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
             if child in replacement:
                 setattr(parent, key, replacement[child])
+    model = replacement.get(model, model)
     model.requires_grad_(False)
     return model

@@ -33,10 +33,6 @@ SORTED, FP4 = 0, 1  # how the nearest entry is found; csrc/ops/codebook.h
 #              T2     0.86|2.00   0.65|1.39   0.86|1.18               0.91|1.14   0.93|1.16
 KERNEL_TOKENS, KERNEL_TOKENS_BACKWARD = 16, 32
 
-# Decoded weights are multiplied in panels of about this size: they stay in a cache, and beyond the caches
-# 4 bits an element are all the traffic.
-PANEL_BYTES = 4 << 20
-
 
 # ---- the named tables ---------------------------------------------------------------------------
 

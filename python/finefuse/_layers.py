@@ -289,6 +289,7 @@ class LoRALinear(_Linear):
         self.active: str | None = None
         self.merged: str | None = None
         self.enabled = True
+        self.turned = False  # a Conv1D's weight, which files have as (in, out)
         self.add_adapter(name, *adapter)
 
     @classmethod
@@ -328,6 +329,7 @@ class LoRALinear(_Linear):
             columns, rows, rank, alpha, weight=weight,
             bias=bias if isinstance(bias, Tensor) else False, **options,
         )  # fmt: skip
+        module.turned = _is_conv1d(linear) and not isinstance(weight, CodebookTensor)
         return module.train(linear.training)
 
     # ---- adapters --------------------------------------------------------------------------
@@ -421,9 +423,18 @@ class LoRALinear(_Linear):
         return error
 
     def to_linear(self) -> nn.Module:
-        """The torch.nn.Linear or CodebookLinear on the weight as it is, merged or not; nothing is copied."""
-        kind = CodebookLinear if isinstance(self.weight, CodebookTensor) else nn.Linear
-        module: Any = kind.__new__(kind)
+        """The torch.nn.Linear, CodebookLinear or Conv1D on the weight as it is, merged or not; nothing is
+        copied."""
+        if self.turned:
+            from transformers.pytorch_utils import Conv1D
+
+            conv = Conv1D.__new__(Conv1D)
+            nn.Module.__init__(conv)
+            conv.nf, conv.nx = self.out_features, self.in_features
+            conv.weight, conv.bias = _frozen(self.weight.t()), self.bias
+            return conv.train(self.training)
+        kind: Any = CodebookLinear if isinstance(self.weight, CodebookTensor) else nn.Linear
+        module = kind.__new__(kind)
         nn.Module.__init__(module)
         module.in_features, module.out_features = self.in_features, self.out_features
         module.weight, module.bias = self.weight, self.bias
@@ -461,6 +472,14 @@ class LoRALinear(_Linear):
                 "layer that to_linear() makes"
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.turned:
+            destination[f"{prefix}weight"] = destination[f"{prefix}weight"].t()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.turned and f"{prefix}weight" in state_dict:
+            state_dict = dict(state_dict)
+            state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"].t()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 LAYERS = (
@@ -479,6 +498,29 @@ def kind_of(module: Any) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
+def _is_conv1d(module: Any) -> bool:
+    return kind_of(module) == "transformers.pytorch_utils.Conv1D"
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def keep_hooks(old: nn.Module, new: nn.Module) -> None:
+    """The hooks of a layer stay on what takes its place; their handles too."""
+    for name in _HOOKS:
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
+
+
 def linear_weight(module: Any) -> Tensor | None:
     """(out, in) of the layers that LoRALinear can stand for; None for others.
 
@@ -486,7 +528,7 @@ def linear_weight(module: Any) -> Tensor | None:
     """
     if type(module) in (nn.Linear, CodebookLinear, LoRALinear):
         return module.weight
-    if kind_of(module) == "transformers.pytorch_utils.Conv1D":
+    if _is_conv1d(module):
         return module.weight.t()
     if kind_of(module) == "bitsandbytes.nn.modules.Linear4bit":
         state = module.weight.quant_state

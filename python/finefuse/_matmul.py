@@ -7,12 +7,14 @@ A fixed table, from what the CPU is and never from a timing, so that results do 
 | float32 on AMD with AVX-512 | oneDNN: MKL, torch's own choice, keeps off AVX-512 there; 2.4× |
 | float32 elsewhere (AMD with AVX2: 0.9 to 1.1×), float64, and any type on a GPU | torch |
 | bfloat16 where oneDNN has a product for it | torch, which calls that |
-| bfloat16 elsewhere, float16 | as float32; a product of torch's own takes 5 times as long and more |
+| bfloat16 elsewhere, float16 | as float32: torch's own product, but for one row, takes 5 times as long |
 """
 
 from __future__ import annotations
 
 import functools
+import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -69,14 +71,66 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y.to(x.dtype)
 
 
+class _Workspace(threading.local):
+    """On a CPU, memory of each type for a decoded or widened weight or panel; a thread has its own.
+
+    Fresh memory would cost more than the decoding: the system clears it page by page.
+    """
+
+    def __init__(self) -> None:
+        self.memory: dict[torch.dtype, Tensor] = {}
+
+    def take(self, like: Tensor, dtype: torch.dtype, count: int) -> Tensor:
+        """At least so many elements; `give_back` when done. A call in between has others."""
+        if not like.is_cpu:  # torch keeps memory there itself, and knows of streams
+            return like.new_empty(count, dtype=dtype)
+        memory = self.memory.pop(dtype, None)
+        if memory is None or memory.numel() < count:
+            with torch.inference_mode(False):
+                memory = torch.empty(count, dtype=dtype, device=like.device)
+        return memory
+
+    def give_back(self, memory: Tensor) -> None:
+        if memory.is_cpu:
+            self.memory[memory.dtype] = memory
+
+
+workspace = _Workspace()
+
+# Weights that are decoded or widened for a product are so in panels of about this size: they stay in a cache,
+# and beyond the caches the bytes that they are made from are all the traffic.
+PANEL_BYTES = 4 << 20
+
+
+def _widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    """(first row, last row, these rows of the weight (N, K) in another type), in memory that is reused."""
+    rows, columns = weight.shape
+    panel = min(rows, max(PANEL_BYTES // (columns * dtype.itemsize), 1))
+    memory = workspace.take(weight, dtype, panel * columns)
+    turned = weight.stride(0) < weight.stride(1)  # rows of the panel as those of the weight lie
+    for first in range(0, rows, panel):
+        last = min(first + panel, rows)
+        part = memory[: (last - first) * columns]
+        part = part.view(columns, -1).t() if turned else part.view(-1, columns)
+        yield first, last, part.copy_(weight[first:last])
+    workspace.give_back(memory)
+
+
 def linear_onto(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """y + x·weightᵀ, over the memory of y where the engine can; y has the type `product_dtype(x)`."""
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return linear_onto(y, x, weight)
-    a, w = x.to(y.dtype), weight.to(y.dtype)
-    if y.numel() == 0 or a.numel() == 0:
+    if y.numel() == 0 or x.numel() == 0:
         return y
+    if weight.dtype is not y.dtype and y.is_cpu:
+        if len(x) == 1 and weight.stride(1) == 1:  # torch's own matrix-vector product is fast
+            return y.add_(torch.mm(x, weight.t()))
+        a = x.to(y.dtype)
+        for first, last, part in _widened(weight, y.dtype):
+            y[:, first:last] += _turned_product(a, part).t()
+        return y
+    a, w = x.to(y.dtype), weight.to(y.dtype)
     if _takes_onednn(a, w):
         return torch.ops.mkldnn._linear_pointwise.binary(a, y, w, None, "add")
     return y.addmm_(a, w.t())
@@ -92,16 +146,18 @@ def columns_into(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = Non
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return columns_into(y, x, weight, bias)
+    y.copy_(_turned_product(x, weight, bias).t())
+
+
+def _turned_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """weight · xᵀ (R, M), plus bias (R,)."""
     column = None if bias is None else bias.to(x.dtype)[:, None]
     if _takes_onednn(weight, x):
         product = torch.ops.mkldnn._linear_pointwise(weight, x, None, "none", [], "")
-        if column is not None:
-            product += column
-    elif column is None:
-        product = torch.mm(weight, x.t())
-    else:
-        product = torch.addmm(column, weight, x.t())
-    y.copy_(product.t())
+        return product if column is None else product.add_(column)
+    if column is None:
+        return torch.mm(weight, x.t())
+    return torch.addmm(column, weight, x.t())
 
 
 def _takes_onednn(a: Tensor, b: Tensor) -> bool:

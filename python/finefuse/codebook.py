@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from ._codebooks import (
     FP4,
     KERNEL_TOKENS,
     KERNEL_TOKENS_BACKWARD,
-    PANEL_BYTES,
     SORTED,
     Fields,
     Nested,
@@ -26,6 +24,7 @@ from ._codebooks import (
     codebook,
     packed_bytes,
 )
+from ._matmul import PANEL_BYTES
 from ._op import (
     DTYPES,
     composite,
@@ -388,31 +387,7 @@ composite(
 # ---- codebook_linear: raw ops ------------------------------------------------------------------
 
 
-class _Workspace(threading.local):
-    """On a CPU, memory for a decoded weight or panel of each type, kept for the next; a thread has its own.
-
-    Fresh memory would cost more than the decoding: the system clears it page by page.
-    """
-
-    def __init__(self) -> None:
-        self.memory: dict[torch.dtype, Tensor] = {}
-
-    def take(self, like: Tensor, dtype: torch.dtype, count: int) -> Tensor:
-        """At least so many elements; `give_back` when done. A call in between has others."""
-        if not like.is_cpu:  # torch keeps memory there itself, and knows of streams
-            return like.new_empty(count, dtype=dtype)
-        memory = self.memory.pop(dtype, None)
-        if memory is None or memory.numel() < count:
-            with torch.inference_mode(False):
-                memory = torch.empty(count, dtype=dtype, device=like.device)
-        return memory
-
-    def give_back(self, memory: Tensor) -> None:
-        if memory.is_cpu:
-            self.memory[memory.dtype] = memory
-
-
-_workspace = _Workspace()
+_workspace = _matmul.workspace
 
 
 def packed_product(

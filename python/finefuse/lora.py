@@ -36,7 +36,7 @@ _EXPAND = kernel("lora", "lora_expand")
 
 # Up to so many tokens one CUDA kernel has all of a forward on a dense weight, up to such a rank
 # (csrc/ops/lora.h, kLoraLinearRank). Not measured yet.
-CUDA_LINEAR_TOKENS, CUDA_LINEAR_RANK = 16, 256
+CUDA_LINEAR_TOKENS, CUDA_LINEAR_RANK = 64, 256
 
 _NO_DROPOUT = (None, 0, 1.0)
 
@@ -246,6 +246,8 @@ def _forward(x: Tensor, weight: Tensor | None, *args: Any) -> tuple[Tensor, Tens
     values, (lora_a, lora_b, bias, seed, scale, p) = args[:8], args[8:]
     _check(x, x.shape[-1], weight, values, lora_a, lora_b, bias, seed)
     check_dropout(p)
+    if seed is None and p != 0:
+        raise ValueError("seed: None with dropout; allowed: int64, one number")
     rows, columns = lora_b.shape[0], x.shape[-1]
     shape = (*x.shape[:-1], rows)
     x = x.reshape(math.prod(x.shape[:-1]), columns).contiguous()
@@ -279,6 +281,7 @@ def _backward(
     rows, columns = lora_b.shape[0], lora_a.shape[1]
     shape = (*dy.shape[:-1], columns)
     dy = dy.reshape(h.shape[0], rows).contiguous()
+    h = h.contiguous()
     dropout = _dropout(p, seed)
     dx, da, db, dw = (dy.new_empty(0) for _ in range(4))
     g = None
@@ -614,7 +617,8 @@ def _sum(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor
     if weight.numel() == 0:
         return weight
     if runs_eagerly("lora", weight):
-        update = scale * (lora_b.to(dtype) @ lora_a.to(dtype))
+        with _eager.no_autocast(weight):
+            update = scale * (lora_b.to(dtype) @ lora_a.to(dtype))
         return weight.copy_(weight.to(dtype) + update)
     _expand(lora_b.to(dtype).contiguous(), lora_a, scale, weight, accumulate=True)
     return weight
@@ -631,10 +635,11 @@ def _merged(
     """(the rounded sum, in `out` if that is given, and the sum itself where it is asked for)."""
     exact = None
     if return_error:
-        exact = _sum(_copy(weight).to(accumulator(weight.dtype)), lora_a, lora_b, scale)
+        exact = _sum(_copy(weight).to(torch.float64), lora_a, lora_b, scale)
     if out is None:
         return _sum(_copy(weight), lora_a, lora_b, scale), exact
-    if out.data_ptr() == weight.data_ptr() and out.is_contiguous():
+    same = out.data_ptr() == weight.data_ptr() and out.stride() == weight.stride()
+    if same and out.is_contiguous():
         _sum(weight, lora_a, lora_b, scale)
     else:
         out.detach().copy_(_sum(_copy(weight), lora_a, lora_b, scale))

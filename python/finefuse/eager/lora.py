@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,23 +22,37 @@ def _product(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
     return middle >> 16, ((middle & 0xFFFF) << 16) | (lower & 0xFFFF)
 
 
-def keep_mask(like: Tensor, p: float, seed: Tensor) -> Tensor:
+def philox(counter: Tensor, seed: Tensor) -> Tensor:
+    """The four 32-bit words (…, 4) of 64-bit counters."""
+    zero = torch.zeros_like(counter)
+    c = [counter & _LOW, counter >> 32 & _LOW, zero, zero]
+    key = [seed & _LOW, seed >> 32 & _LOW]
+    for _ in range(10):
+        a_high, a_low = _product(c[0], _MULTIPLIERS[0])
+        b_high, b_low = _product(c[2], _MULTIPLIERS[1])
+        c = [b_high ^ c[1] ^ key[0], b_low, a_high ^ c[3] ^ key[1], a_low]
+        key = [k + step & _LOW for k, step in zip(key, _KEY_STEPS, strict=True)]
+    return torch.stack(c, -1)
+
+
+def keep_mask(like: Tensor, p: Any, seed: Tensor) -> Tensor:
     """What dropout multiplies by, of the shape of `like`: csrc/ops/lora.h has the rule."""
     count = like.numel()
     counter = torch.arange((count + 3) // 4, device=like.device)
-    zero = torch.zeros_like(counter)
-    c = [counter & _LOW, counter >> 32, zero, zero]
-    key = [seed.to(like.device) & _LOW, seed.to(like.device) >> 32 & _LOW]
-    for _ in range(10):
-        (a_high, a_low), (b_high, b_low) = (
-            _product(c[0], _MULTIPLIERS[0]),
-            _product(c[2], _MULTIPLIERS[1]),
-        )
-        c = [b_high ^ c[1] ^ key[0], b_low, a_high ^ c[3] ^ key[1], a_low]
-        key = [k + step & _LOW for k, step in zip(key, _KEY_STEPS, strict=True)]
-    words = torch.stack(c, -1).flatten()[:count].view(like.shape)
-    scale = 0.0 if p == 1 else 1 / (1 - p)
-    return torch.where(words >= round(p * 2**32), scale, 0.0).to(like.dtype)
+    words = philox(counter, seed.to(like.device)).flatten()[:count].view(like.shape)
+    p = torch.as_tensor(p, dtype=torch.float32 if like.device.type == "mps" else torch.float64)
+    threshold = (p * 2**32).round().to(like.device, torch.int64)
+    scale = torch.where(p == 1, 0.0, 1 / (1 - p)).to(like.device, like.dtype)
+    return torch.where(words >= threshold, scale, torch.zeros_like(scale))
+
+
+@contextlib.contextmanager
+def no_autocast(x: Tensor) -> Iterator[None]:
+    if not torch.amp.is_autocast_available(x.device.type):
+        yield
+        return
+    with torch.autocast(x.device.type, enabled=False):
+        yield
 
 
 def lora_linear(
@@ -46,10 +62,15 @@ def lora_linear(
     lora_b: Tensor,
     scale: Any,
     bias: Tensor | None,
-    p: float,
+    p: Any,
     seed: Tensor | None,
 ) -> Tensor:
-    dropped = x if seed is None else x * keep_mask(x, p, seed)
-    h = functional.linear(dropped.to(lora_a.dtype), lora_a)
-    update = functional.linear(h.to(lora_b.dtype), lora_b) * scale
-    return functional.linear(x, weight, bias) + update.to(x.dtype)
+    """The update in float32 (float64 for float64), whatever types the factors have."""
+    with no_autocast(x):
+        wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+        dropped = x.to(wide)
+        if seed is not None:
+            dropped = dropped * keep_mask(dropped, p, seed)
+        h = functional.linear(dropped, lora_a.to(wide))
+        update = functional.linear(h, lora_b.to(wide)) * scale
+        return functional.linear(x, weight, bias) + update.to(x.dtype)

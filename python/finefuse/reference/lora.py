@@ -15,20 +15,25 @@ _LOW = np.uint64(0xFFFFFFFF)
 
 
 def philox(counter: Array, seed: int) -> Array:
-    """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words (…, 4) of each 64-bit counter."""
+    """Four 32-bit words (…, 4) of each 64-bit counter, under a 64-bit key."""
     counter = np.asarray(counter, np.uint64)
     zero = np.zeros_like(counter)
-    c = [counter & _LOW, counter >> np.uint64(32), zero, zero]
-    key = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]
+    words = [counter & _LOW, counter >> np.uint64(32), zero, zero]
+    return philox4x32(words, seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)
+
+
+def philox4x32(counter: list[Array], *key: int) -> Array:
+    """Philox4x32-10 (Salmon et al., SC 2011): 32-bit words (…, 4) of four counter words, two of the key."""
+    c, k = list(counter), list(key)
     for _ in range(10):
         a, b = (c[i] * np.uint64(m) for i, m in zip((0, 2), _MULTIPLIERS, strict=True))
         c = [
-            (b >> np.uint64(32)) ^ c[1] ^ np.uint64(key[0]),
+            (b >> np.uint64(32)) ^ c[1] ^ np.uint64(k[0]),
             b & _LOW,
-            (a >> np.uint64(32)) ^ c[3] ^ np.uint64(key[1]),
+            (a >> np.uint64(32)) ^ c[3] ^ np.uint64(k[1]),
             a & _LOW,
         ]
-        key = [k + step & 0xFFFFFFFF for k, step in zip(key, _KEY_STEPS, strict=True)]
+        k = [word + step & 0xFFFFFFFF for word, step in zip(k, _KEY_STEPS, strict=True)]
     return np.stack(c, -1).astype(np.uint32)
 
 
