@@ -11,10 +11,12 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
+from finefuse import _C, _args
 from finefuse import lora as module
 from finefuse.eager import lora as eager_form
 from finefuse.eager.lora import keep_mask
 from finefuse.reference import lora as reference
+from test_codebook_kernels import between_guards
 from tolerances import check
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -688,3 +690,44 @@ def test_raw_op_checks_what_kernels_rely_on():
     turned = h.t().contiguous().t()  # of any strides
     got = RAW.lora_linear_backward(dy, x, turned, w, *none, a, b, None, 1.0, 0.0, 7)
     assert all(map(torch.equal, got, want))
+
+
+# ---- bounds ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64], ids=str)
+def test_nothing_out_of_bounds(isa, dtype, at_end):
+    """Every array lies against a page that may not be touched. Widths: less than a vector, a vector and one,
+    a span of 512 and a rest, two groups of 1024."""
+    wide = np.float64 if dtype is np.float64 else np.float32
+    code, random = _args.DTYPES[np.dtype(dtype).name], np.random.default_rng(0)
+
+    def guarded(*shape, dtype=dtype):
+        return between_guards(random.standard_normal(shape).astype(dtype), at_end)
+
+    for tokens, columns, rank in ((1, 1, 1), (3, 9, 2), (17, 545, 5), (2, 1057, 9), (258, 40, 3)):
+        x, y, bias = guarded(tokens, columns), guarded(tokens, columns), guarded(columns)
+        for turned in (False, True):
+            factor = guarded(columns, rank).T if turned else guarded(rank, columns)
+            strides = [s // factor.itemsize for s in factor.strides]
+            h, g = guarded(tokens, rank, dtype=wide), guarded(tokens, rank, dtype=wide)
+            outer = guarded(rank, columns, dtype=wide)
+            seed = between_guards(np.array([5]), at_end)
+            for drops in ((None, 0, 1.0), (seed, 2**31, 2.0)):
+                _C.lora_shrink(
+                    x, code, tokens, columns, rank, factor, code, *strides, h, 1.0, g, outer, 1.0, *drops, 2
+                )  # fmt: skip
+                mask = reference.keep_mask(x.shape, 0.5, 5) if drops[0] is not None else 1.0
+                dropped = x.astype(np.float64) * mask
+                narrow, exact = dropped.astype(wide), factor.astype(np.float64)
+                check("h", h, narrow @ factor.astype(wide).T, dropped @ exact.T)
+                check("outer", outer, g.T @ narrow, g.T.astype(np.float64) @ dropped)
+                for accumulate in (False, True):
+                    before = y.astype(np.float64) if accumulate else 0.0
+                    _C.lora_expand(
+                        g, tokens, columns, rank, factor, code, *strides, 0.5, bias, accumulate, y, code,
+                        *drops, 2,
+                    )  # fmt: skip
+                    want = before + bias + mask * 0.5 * (g.astype(np.float64) @ exact)
+                    check("y", y, want.astype(dtype), want)
