@@ -18,7 +18,6 @@ from typing import Any
 
 import finefuse as ff
 import torch
-from finefuse import _C
 from torch import Tensor
 from torch.nn import functional
 
@@ -271,8 +270,8 @@ def linear(weight: Tensor, tokens: int, dtype: torch.dtype, one_thread: bool) ->
     q = ff.quantize(weight, blocksize=BLOCKSIZE)
     x = torch.randn(tokens, weight.shape[1], device=weight.device).to(dtype)
     runs: Candidates = {"finefuse": (OURS, lambda: ff.codebook_linear(x, q))}
-    if crawls(dtype, weight):
-        peers.left_out("products in bfloat16 (F.linear, bitsandbytes)", CRAWLS)
+    if peers.crawls(weight.device.type, dtype, len(weight)):
+        peers.left_out("products in bfloat16 (F.linear, bitsandbytes)", peers.CRAWLS)
     else:
         runs |= torch_products(weight, ff.dequantize(q, dtype), x)
     if weight.is_cpu and dtype is torch.bfloat16:
@@ -287,14 +286,6 @@ def linear(weight: Tensor, tokens: int, dtype: torch.dtype, one_thread: bool) ->
     for row in rows:
         row.error = None if row.name.startswith("aten") else row.error
     return rows
-
-
-CRAWLS = "this CPU has no bfloat16 product, and torch's own takes minutes"
-
-
-def crawls(dtype: torch.dtype, weight: Tensor) -> bool:
-    slow = weight.is_cpu and _C.machine_isa() != "avx512bf16"
-    return slow and dtype is torch.bfloat16 and weight.shape[0] > QUICK_SIZE
 
 
 def int4(weight: Tensor, x: Tensor) -> Callable[[], Tensor]:
@@ -341,7 +332,7 @@ def linear_backward(weight: Tensor, tokens: int, dtype: torch.dtype) -> list[Row
 
     runs = peers.load({"finefuse": (OURS, lambda: ff.codebook_linear(x, q))}, weight.device.type)
     candidates: Candidates = {name: (TORCH, gradient(run)) for name, run in runs.items()}
-    if not crawls(dtype, weight):
+    if not peers.crawls(weight.device.type, dtype, len(weight)):
         candidates["F.linear, not quantised"] = (
             TORCH,
             gradient(lambda: functional.linear(x, plain)),

@@ -13,7 +13,6 @@ from typing import Any
 
 import finefuse as ff
 import torch
-from finefuse import _C, _matmul
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -89,10 +88,6 @@ def with_backward(
 ) -> Callable[[], Tensor]:
     """Forward, then the gradients of the leaves; dx, the first, is what is compared."""
     return lambda: torch.autograd.grad(function(), leaves, p.dy)[0]
-
-
-def crawls(dtype: torch.dtype, size: int) -> bool:
-    return dtype is torch.bfloat16 and _C.machine_isa() != "avx512bf16" and size > QUICK_SIZE
 
 
 def layer(device: str, tokens: int, size: int, dtype: torch.dtype, backward: bool) -> list[Row]:
@@ -213,18 +208,12 @@ def run(device: str, quick: bool) -> Iterator[list[Row]]:
     warnings.filterwarnings("ignore", module="bitsandbytes|peft")
     size = QUICK_SIZE if quick else SIZE
     for tokens, dtype, backward in CASES[device]:
-        if device == "cpu" and crawls(dtype, size):
-            peers.left_out(
-                "LoRA in bfloat16",
-                "this CPU has no bfloat16 product, and torch's own takes minutes",
-            )
+        if peers.crawls(device, dtype, size):
+            peers.left_out("LoRA in bfloat16", peers.CRAWLS)
             continue
         yield layer(device, min(tokens, size) if quick else tokens, size, dtype, backward)
     if device == "cpu":
-        dtype = (
-            torch.float32
-            if _matmul.product_dtype(torch.ones(1).bfloat16()) is torch.float32
-            else torch.bfloat16
-        )
+        slow = peers.crawls("cpu", torch.bfloat16, SIZE)
+        dtype = torch.float32 if slow else torch.bfloat16
         yield packed(64 if quick else 512, size, dtype)
         yield half(64 if quick else 512, size)

@@ -15,6 +15,7 @@ from typing import Any
 
 import finefuse as ff
 import torch
+from finefuse import _C
 from torch import Tensor
 from torch.nn import functional
 
@@ -108,6 +109,15 @@ def compiled(function: Loss) -> Loss:
     """torch.compile at its best: fixed shapes, one graph."""
     torch._dynamo.reset()  # no limit on recompilations carried over from the case before
     return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+CRAWLS = "this CPU has no bfloat16 product, and torch's own takes minutes"
+
+
+def crawls(device: str, dtype: torch.dtype, size: int) -> bool:
+    """Whether a product of this type, with a weight of so many rows, is one to leave out."""
+    slow = device == "cpu" and _C.machine_isa() != "avx512bf16"
+    return slow and dtype is torch.bfloat16 and size > 512
 
 
 # ---- who takes part ----------------------------------------------------------------------------

@@ -229,7 +229,7 @@ def test_default_device():
     q = ff.quantize(numbers(32, 64), double_quant=True)
     codes, state = q.to_bitsandbytes()
     want = ff.codebook_linear(x, q)
-    module._workspace.memory.clear()
+    module.workspace.memory.clear()
     with torch.device("meta"):
         assert torch.equal(ff.codebook_linear(x, q), want)
         again = ff.CodebookTensor.from_bitsandbytes(codes, state)
@@ -389,9 +389,9 @@ def test_nothing_of_the_weights_size_is_kept(tokens):
     assert q.codes.data_ptr() in [t.data_ptr() for t in saved]
     y.sum().backward()
     if tokens > module.KERNEL_TOKENS:
-        before = module._workspace.memory[torch.float32].data_ptr()
+        before = module.workspace.memory[torch.float32].data_ptr()
         ff.codebook_linear(numbers(tokens, 64), layer(64, 64))
-        assert module._workspace.memory[torch.float32].data_ptr() == before
+        assert module.workspace.memory[torch.float32].data_ptr() == before
 
 
 def test_weight_changed_in_place_before_the_backward():

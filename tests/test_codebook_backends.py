@@ -19,7 +19,8 @@ torch = pytest.importorskip("torch", reason="the Triton kernels take torch tenso
 from conftest import GPU, _is_compiled, unavailable
 from finefuse._backend import FLAGS
 from finefuse.reference import codebook as reference
-from test_codebook_kernels import BF16, CODES, DTYPES, EDGES, Nested, between_guards, bits
+from guards import between_guards
+from test_codebook_kernels import BF16, CODES, DTYPES, EDGES, Nested, bits
 from tolerances import check
 
 # NumPy's, from Triton's interpreter, at what a GPU does silently: 1/0, 0·inf

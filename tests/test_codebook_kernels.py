@@ -6,15 +6,14 @@ elements) must equal the reference exactly; sums of products follow the error ru
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import mmap
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from finefuse import _C
 from finefuse.reference import codebook as reference
+from guards import between_guards
 from tolerances import check
 
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 arrays need ml_dtypes")
@@ -390,20 +389,6 @@ def test_linear_of_nothing(isa):
 
 
 # ---- bounds and arguments ------------------------------------------------------------------------
-
-
-def between_guards(array: np.ndarray, at_end: bool) -> np.ndarray:
-    """A copy that begins or ends at a page that must not be touched: one byte too far crashes."""
-    pages = -(-max(array.nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = mmap.mmap(-1, pages + 2 * mmap.PAGESIZE)
-    start = np.frombuffer(memory, np.uint8).ctypes.data
-    libc = ctypes.CDLL(None, use_errno=True)
-    for guard in (start, start + mmap.PAGESIZE + pages):
-        assert libc.mprotect(ctypes.c_void_p(guard), mmap.PAGESIZE, 0) == 0
-    offset = mmap.PAGESIZE + (pages - array.nbytes if at_end else 0)
-    raw = np.frombuffer(memory, np.uint8, array.nbytes, offset)
-    raw[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return raw.view(array.dtype).reshape(array.shape)
 
 
 @pytest.mark.parametrize("at_end", [False, True])

@@ -16,7 +16,7 @@ from finefuse import lora as module
 from finefuse.eager import lora as eager_form
 from finefuse.eager.lora import keep_mask
 from finefuse.reference import lora as reference
-from test_codebook_kernels import between_guards
+from guards import between_guards
 from tolerances import check
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -129,7 +129,8 @@ def test_against_the_reference():
 def test_engines(monkeypatch, engine):
     monkeypatch.setattr(module._matmul, "_onednn_is_faster", lambda: engine == "oneDNN")
     for dtype in DTYPES:
-        check_all(problem(33, 40, 96, 8, dtype))
+        for rank in (8, 64):
+            check_all(problem(33, 40, 96, rank, dtype))
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

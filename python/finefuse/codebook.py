@@ -24,7 +24,7 @@ from ._codebooks import (
     codebook,
     packed_bytes,
 )
-from ._matmul import PANEL_BYTES
+from ._matmul import PANEL_BYTES, workspace
 from ._op import (
     DTYPES,
     composite,
@@ -387,9 +387,6 @@ composite(
 # ---- codebook_linear: raw ops ------------------------------------------------------------------
 
 
-_workspace = _matmul.workspace
-
-
 def packed_product(
     x: Tensor, values: Fields, rows: int, columns: int, transposed: bool, bias: Tensor | None
 ) -> Tensor:
@@ -411,12 +408,12 @@ def packed_product(
     panel = rows
     if x.is_cpu and not transposed:
         panel = _panel_rows(values, rows, columns, decoded)
-    memory = _workspace.take(x, decoded, panel * columns)
+    memory = workspace.take(x, decoded, panel * columns)
     weight = memory[: panel * columns].view(panel, columns)
     if panel == rows:
         _decode(values, weight)
         y = _matmul.linear(x, weight.t() if transposed else weight, bias)
-        _workspace.give_back(memory)
+        workspace.give_back(memory)
         return y.view(shape)
     y, x = x.new_empty((tokens, rows)), x.to(dtype)
     for first in range(0, rows, panel):
@@ -425,7 +422,7 @@ def packed_product(
         _decode(_rows(values, first * columns, last * columns), part)
         b = None if bias is None else bias[first:last]
         _matmul.columns_into(y[:, first:last], x, part.to(dtype), b)
-    _workspace.give_back(memory)
+    workspace.give_back(memory)
     return y.view(shape)
 
 

@@ -118,12 +118,13 @@ def _expand(
     """y = [y +] [bias +] D(scale·h·factor), y (tokens, columns) contiguous."""
     tokens, columns = y.shape
     if tokens and columns and _library_serves(y, h.shape[1], dropout, factor):
-        if accumulate:
-            y.addmm_(h, factor, alpha=scale)
-        elif bias is None:
-            torch.mm(h * scale, factor, out=y)
-        else:
-            torch.addmm(bias, h, factor, alpha=scale, out=y)
+        if not accumulate:
+            y.zero_()
+        if bias is not None:
+            y += bias
+        total = _matmul.linear_onto(y, h * scale, factor.t())
+        if total is not y:
+            y.copy_(total)
         return
     _EXPAND(
         h, tokens, columns, h.shape[1], *_factor(factor), scale, bias, accumulate, y, DTYPES[y.dtype],
@@ -340,9 +341,8 @@ def _backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     values, (lora_a, lora_b, seed, _, _, needs) = args[:8], args[8:]
     _check_backward(dy, x, h, weight, values, lora_a, lora_b, seed, needs)
-    empty = dy.new_empty(0)
     return (
-        dy.new_empty((*dy.shape[:-1], lora_a.shape[1])) if needs & _NEEDS_X else empty,
+        dy.new_empty((*dy.shape[:-1], lora_a.shape[1])) if needs & _NEEDS_X else dy.new_empty(0),
         lora_a.new_empty(lora_a.shape) if needs & _NEEDS_A else dy.new_empty(0),
         lora_b.new_empty(lora_b.shape) if needs & _NEEDS_B else dy.new_empty(0),
         dy.new_empty((lora_b.shape[0], lora_a.shape[1]))
