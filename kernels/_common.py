@@ -23,6 +23,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "") not in ("", "0
 BAD_TARGETS = tl.constexpr(0)
 BAD_CU_SEQLENS = tl.constexpr(1)
 BAD_LENGTHS = tl.constexpr(2)
+BAD_ADAPTER = tl.constexpr(3)
 
 # csrc/core/dtype.h, enum Reduction.
 REDUCE_NONE = tl.constexpr(0)

@@ -71,16 +71,55 @@ struct Cpu {
     a.workspace = static_cast<float*>(workspace(count * static_cast<int64_t>(sizeof(float))));
     FF_KERNELS(codebook_kernels).codebook_linear(a);
   }
-  static void run(LoraShrink a) {
-    a.workspace = workspace(lora_workspace(a) * (a.dtype == DType::f64 ? 8 : 4));
-    FF_KERNELS(lora_kernels).shrink(a);
+  // A part of it for each member, whose sizes are in numbers of `size` bytes.
+  static void run(LoraShrinkGroup group) {
+    const int64_t size = group.members[0].dtype == DType::f64 ? 8 : 4;
+    int64_t count = 0;
+    for (int m = 0; m < group.count; ++m) count += lora_workspace(group.members[m]);
+    char* memory = static_cast<char*>(workspace(count * size));
+    for (int m = 0; m < group.count; ++m) {
+      group.members[m].workspace = memory;
+      memory += lora_workspace(group.members[m]) * size;
+    }
+    FF_KERNELS(lora_kernels).shrink(group.members, group.count);
   }
+  static void run(const LoraShrink& a) { run(LoraShrinkGroup{{a}, 1}); }
   static void run(LoraExpand a) {
     a.workspace = workspace(lora_workspace(a) * (a.dtype == DType::f64 ? 8 : 4));
     FF_KERNELS(lora_kernels).expand(a);
   }
+  static void run(const LoraDropout& a) { FF_KERNELS(lora_kernels).dropout(a); }
+  static void run(const SegmentedShrink& a) { FF_KERNELS(segmented_kernels).shrink(a); }
+  static void run(const SegmentedExpand& a) { FF_KERNELS(segmented_kernels).expand(a); }
+  static void run(DoraNorm a) {
+    a.workspace = workspace(dora_workspace(a) * (a.dtype == DType::f64 ? 8 : 4));
+    FF_KERNELS(dora_kernels).norm(a);
+  }
+  static void run(const DoraScale& a) { FF_KERNELS(dora_kernels).scale(a); }
+  static void run(DoraScaleBackward a) {
+    a.workspace = workspace(dora_workspace(a) * (a.dtype == DType::f64 ? 8 : 4));
+    FF_KERNELS(dora_kernels).scale_backward(a);
+  }
   static void run(const Preference& a) { FF_KERNELS(preference_kernels).preference(a); }
 };
+
+// The rows of each adapter, which the other segmented kernels take; on a GPU torch sorts them.
+void segment_rows(Array adapter, bool int32, int64_t tokens, int64_t adapters, Array order,
+                  Array begins) {
+  need("adapter", adapter, tokens);
+  need("order", order, tokens);
+  need("begins", begins, 1);
+  const SegmentRows a{indices(adapter, int32), tokens, adapters, static_cast<int64_t*>(order.data),
+                      static_cast<int64_t*>(begins.data)};
+  py::gil_scoped_release nogil;
+  const int64_t bad = FF_KERNELS(segmented_kernels).first_bad_adapter(a);
+  if (bad >= 0) {
+    throw py::value_error("adapter: element " + std::to_string(bad) + " is " +
+                          std::to_string(a.adapter[bad]) + "; allowed are 0 to " +
+                          std::to_string(adapters - 1) + " and -1 for none");
+  }
+  FF_KERNELS(segmented_kernels).rows(a);
+}
 
 std::string set_isa_by_name(const std::string& name) {
   Isa isa;
@@ -103,4 +142,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("machine_isa", [] { return isa_name(machine_isa()); }, "The highest level here.");
   m.def("_set_isa", set_isa_by_name, "Set the level (tests); returns the one before.");
   define_ops<Cpu>(m);
+  m.def("segment_rows", segment_rows);
 }

@@ -7,14 +7,18 @@
 // check_targets, check_offsets, check_lengths.
 #pragma once
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
+#include <vector>
 
 #include "bindings/array.h"
 #include "ops/codebook.h"
+#include "ops/dora.h"
 #include "ops/logprobs.h"
 #include "ops/lora.h"
 #include "ops/preference.h"
+#include "ops/segmented.h"
 
 namespace finefuse {
 
@@ -281,6 +285,157 @@ void lora_expand(Array h, int64_t tokens, int64_t columns, int64_t rank, Array f
                           dropout_of(seed, threshold, keep_scale), nullptr, place});
 }
 
+// One member of a group: what lora_shrink takes beside x, as a tuple in the same order.
+inline LoraShrink shrink_member(const Array& x, int dtype, int64_t tokens, int64_t columns,
+                                const pybind11::tuple& m, Place place) {
+  const bool wide = static_cast<DType>(dtype) == DType::f64;
+  const auto array = [&m](size_t i) { return m[i].cast<Array>(); };
+  const auto rank = m[0].cast<int64_t>();
+  const Array factor = array(1), h = array(5), g = array(7), outer = array(8);
+  if (h.data != nullptr) need("factor", factor, rank * columns);
+  if (outer.data != nullptr) need("g", g, tokens * rank);
+  return {x.data,
+          static_cast<DType>(dtype),
+          tokens,
+          columns,
+          rank,
+          factor_of(factor, m[2].cast<int>(), m[3].cast<int64_t>(), m[4].cast<int64_t>()),
+          Reals{h.data, wide},
+          m[6].cast<double>(),
+          Reals{g.data, wide},
+          Reals{outer.data, wide},
+          m[9].cast<double>(),
+          dropout_of(array(10), m[11].cast<int64_t>(), m[12].cast<double>()),
+          nullptr,
+          place};
+}
+
+template <class Backend>
+void lora_shrink_group(Array x, int dtype, int64_t tokens, int64_t columns,
+                       const std::vector<pybind11::tuple>& members, Place place) {
+  if (members.empty() || members.size() > kLoraMembers) {
+    throw pybind11::value_error("members: " + std::to_string(members.size()) + "; allowed: 1 to " +
+                                std::to_string(kLoraMembers));
+  }
+  need("x", x, tokens * columns);
+  LoraShrinkGroup group{};
+  for (const pybind11::tuple& member : members) {
+    group.members[group.count++] = shrink_member(x, dtype, tokens, columns, member, place);
+  }
+  pybind11::gil_scoped_release nogil;
+  Backend::run(group);
+}
+
+template <class Backend>
+void lora_dropout(Array x, int dtype, int64_t count, bool accumulate, Array y, Array seed,
+                  int64_t threshold, double keep_scale, Place place) {
+  pybind11::gil_scoped_release nogil;
+  need("x", x, count);
+  need("y", y, count);
+  need("seed", seed, count);
+  Backend::run(LoraDropout{x.data, static_cast<DType>(dtype), count, accumulate, y.data,
+                           dropout_of(seed, threshold, keep_scale), place});
+}
+
+template <class Backend>
+void segmented_shrink(Array x, int dtype, int64_t tokens, int64_t columns, int64_t rank,
+                      Array order, Array begins, int64_t adapters, Array factor, int factor_dtype,
+                      int64_t adapter_stride, int64_t rank_stride, int64_t column_stride, Array h,
+                      Array h_scale, Array g, Array outer, Array outer_scale, Array seed,
+                      int64_t threshold, double keep_scale, Place place) {
+  const bool wide = static_cast<DType>(dtype) == DType::f64;
+  pybind11::gil_scoped_release nogil;
+  need("x", x, tokens * columns);
+  need("order", order, tokens);
+  need("begins", begins, 1);
+  if (h.data != nullptr) need("factor", factor, adapters * rank * columns);
+  if (outer.data != nullptr) need("g", g, tokens * rank);
+  Backend::run(SegmentedShrink{
+      x.data,
+      static_cast<DType>(dtype),
+      tokens,
+      columns,
+      rank,
+      {static_cast<int64_t*>(order.data), static_cast<int64_t*>(begins.data), adapters},
+      {factor_of(factor, factor_dtype, rank_stride, column_stride), adapter_stride},
+      {h.data, wide},
+      {h_scale.data, wide},
+      {g.data, wide},
+      {outer.data, wide},
+      {outer_scale.data, wide},
+      dropout_of(seed, threshold, keep_scale),
+      place});
+}
+
+template <class Backend>
+void segmented_expand(Array h, int64_t tokens, int64_t columns, int64_t rank, Array order,
+                      Array begins, int64_t adapters, Array factor, int factor_dtype,
+                      int64_t adapter_stride, int64_t rank_stride, int64_t column_stride,
+                      Array scale, Array y, int dtype, Array seed, int64_t threshold,
+                      double keep_scale, Place place) {
+  const bool wide = static_cast<DType>(dtype) == DType::f64;
+  pybind11::gil_scoped_release nogil;
+  need("h", h, tokens * rank);
+  need("order", order, tokens);
+  need("begins", begins, 1);
+  need("factor", factor, adapters * rank * columns);
+  need("y", y, tokens * columns);
+  Backend::run(SegmentedExpand{
+      {h.data, wide},
+      tokens,
+      columns,
+      rank,
+      {static_cast<int64_t*>(order.data), static_cast<int64_t*>(begins.data), adapters},
+      {factor_of(factor, factor_dtype, rank_stride, column_stride), adapter_stride},
+      {scale.data, wide},
+      y.data,
+      static_cast<DType>(dtype),
+      dropout_of(seed, threshold, keep_scale),
+      place});
+}
+
+template <class Backend>
+void dora_norm(Array weight, int dtype, int64_t rows, int64_t columns, int64_t rank, Array lora_b,
+               int b_dtype, int64_t b_rank_stride, int64_t b_column_stride, Array lora_a,
+               int a_dtype, int64_t a_rank_stride, int64_t a_column_stride, double scale,
+               Array norm, Place place) {
+  const bool wide = static_cast<DType>(dtype) == DType::f64;
+  pybind11::gil_scoped_release nogil;
+  need("weight", weight, rows * columns);
+  need("lora_b", lora_b, rank * rows);
+  need("lora_a", lora_a, rank * columns);
+  need("norm", norm, rows);
+  Backend::run(DoraNorm{weight.data, static_cast<DType>(dtype), rows, columns, rank,
+                        factor_of(lora_b, b_dtype, b_rank_stride, b_column_stride),
+                        factor_of(lora_a, a_dtype, a_rank_stride, a_column_stride), scale,
+                        Reals{norm.data, wide}, nullptr, place});
+}
+
+template <class Backend>
+void dora_scale(Array z, int dtype, int64_t tokens, int64_t columns, Array factor, Array bias,
+                bool accumulate, Array y, Place place) {
+  const bool wide = static_cast<DType>(dtype) == DType::f64;
+  pybind11::gil_scoped_release nogil;
+  need("z", z, tokens * columns);
+  need("factor", factor, columns);
+  need("y", y, tokens * columns);
+  Backend::run(DoraScale{z.data, static_cast<DType>(dtype), tokens, columns,
+                         Reals{factor.data, wide}, bias.data, accumulate, y.data, place});
+}
+
+template <class Backend>
+void dora_scale_backward(Array dy, Array z, int dtype, int64_t tokens, int64_t columns,
+                         Array factor, Array dz, Array sum, Place place) {
+  const bool wide = static_cast<DType>(dtype) == DType::f64;
+  pybind11::gil_scoped_release nogil;
+  need("dy", dy, tokens * columns);
+  if (sum.data != nullptr) need("z", z, tokens * columns);
+  if (dz.data != nullptr) need("factor", factor, columns);
+  Backend::run(DoraScaleBackward{dy.data, z.data, static_cast<DType>(dtype), tokens, columns,
+                                 Reals{factor.data, wide}, dz.data, Reals{sum.data, wide}, nullptr,
+                                 place});
+}
+
 // For a few tokens on a GPU: _CUDA alone has it.
 template <class Backend>
 void lora_linear(Array x, int dtype, int64_t tokens, int64_t columns, int64_t rank, Array weight,
@@ -355,7 +510,14 @@ template <class Backend> void define_ops(pybind11::module_& m) {
   m.def("dequantize", dequantize<Backend>);
   m.def("codebook_linear", codebook_linear<Backend>);
   m.def("lora_shrink", lora_shrink<Backend>);
+  m.def("lora_shrink_group", lora_shrink_group<Backend>);
   m.def("lora_expand", lora_expand<Backend>);
+  m.def("lora_dropout", lora_dropout<Backend>);
+  m.def("segmented_shrink", segmented_shrink<Backend>);
+  m.def("segmented_expand", segmented_expand<Backend>);
+  m.def("dora_norm", dora_norm<Backend>);
+  m.def("dora_scale", dora_scale<Backend>);
+  m.def("dora_scale_backward", dora_scale_backward<Backend>);
 }
 
 }  // namespace finefuse

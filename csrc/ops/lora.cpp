@@ -18,303 +18,93 @@
 
 #include "core/memory.h"
 #include "core/parallel.h"
-#include "core/vec.h"
+#include "ops/lora_tiles.h"
 
 namespace finefuse::FF_ISA_NS {
 namespace {
 
-constexpr int64_t kSpan = kLoraSpan;      // columns of a block in the first cache
-constexpr int64_t kGroup = kLoraGroup;    // columns of a task
-constexpr int64_t kTokens = kLoraTokens;  // tokens of a task
-constexpr int kBlock = 16;                // tokens of a block
-// Tiles of sums that fit the registers: tokens × ranks of one vector, rows × two vectors.
-constexpr int kTileTokens = 4;
-#if defined(__AVX512F__)
-constexpr int kTileRanks = 4, kRows = 8;
-#else
-constexpr int kTileRanks = 2, kRows = 4;
-#endif
-
-FF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-FF_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// In pairs: as exact as it gets, and no chain.
-template <class V> FF_INLINE auto lane_sum(V v) {
-  constexpr int n = sizeof(V) / sizeof(v[0]);
-  __typeof__(v[0] + v[0]) a[n];
-  __builtin_memcpy(a, &v, sizeof v);
-  for (int half = n / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) a[i] += a[i + half];
-  }
-  return a[0];
-}
-
-// ---- dropout
-// -------------------------------------------------------------------------------------
-
-constexpr int kCounters = kLanes<float>;
-
-// Upper and lower halves of 32-bit lanes times m.
-FF_INLINE void multiply(VecU a, uint32_t m, VecU* high, VecU* low) {
-#if defined(__AVX512F__)
-  const __m512i x = (__m512i)a, y = _mm512_set1_epi32(static_cast<int>(m));
-  const __m512i even = _mm512_mul_epu32(x, y);
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), y);
-  *low = (VecU)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
-  *high = (VecU)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
-#elif defined(__AVX2__)
-  const __m256i x = (__m256i)a, y = _mm256_set1_epi32(static_cast<int>(m));
-  const __m256i even = _mm256_mul_epu32(x, y);
-  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y);
-  *low = (VecU)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
-  *high = (VecU)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
-#else
-  for (int i = 0; i < kCounters; ++i) {
-    const uint64_t product = static_cast<uint64_t>(a[i]) * m;
-    (*high)[i] = static_cast<uint32_t>(product >> 32);
-    (*low)[i] = static_cast<uint32_t>(product);
-  }
-#endif
-}
-
-// The words of counters first, first + 1, ...: words[4·i + k] is word k of counter first + i.
-FF_INLINE void philox(uint64_t seed, uint64_t first, uint32_t* words) {
-  uint32_t low[kCounters], high[kCounters];
-  for (int i = 0; i < kCounters; ++i) {
-    low[i] = static_cast<uint32_t>(first + static_cast<uint64_t>(i));
-    high[i] = static_cast<uint32_t>((first + static_cast<uint64_t>(i)) >> 32);
-  }
-  VecU c[4] = {};
-  __builtin_memcpy(&c[0], low, sizeof low);
-  __builtin_memcpy(&c[1], high, sizeof high);
-  uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
-  for (int round = 0; round < 10; ++round) {
-    VecU high0, low0, high1, low1;
-    multiply(c[0], 0xd2511f53u, &high0, &low0);
-    multiply(c[2], 0xcd9e8d57u, &high1, &low1);
-    c[0] = high1 ^ c[1] ^ (VecU{} + key[0]);
-    c[1] = low1;
-    c[2] = high0 ^ c[3] ^ (VecU{} + key[1]);
-    c[3] = low0;
-    key[0] += 0x9e3779b9u;
-    key[1] += 0xbb67ae85u;
-  }
-  uint32_t by_word[4][kCounters];
-  __builtin_memcpy(by_word, c, sizeof by_word);
-  for (int i = 0; i < kCounters; ++i) {
-    for (int k = 0; k < 4; ++k) words[4 * i + k] = by_word[k][i];
-  }
-}
-
-// What elements [first, first + n) are multiplied by.
-template <class A>
-FF_INLINE void keep_factors(const Dropout& d, uint64_t first, int64_t n, A* keep) {
-  const auto scale = static_cast<A>(d.scale);
-  const uint64_t seed = static_cast<uint64_t>(*d.seed);
-  uint32_t words[4 * kCounters];
-  auto skip = static_cast<int64_t>(first & 3);
-  for (uint64_t counter = first >> 2; n > 0; counter += kCounters) {
-    philox(seed, counter, words);
-    const int64_t count = smaller(4 * kCounters - skip, n);
-    for (int64_t i = 0; i < count; ++i) keep[i] = words[skip + i] >= d.threshold ? scale : A(0);
-    keep += count;
-    n -= count;
-    skip = 0;
-  }
-}
-
-// ---- operands
-// ------------------------------------------------------------------------------------
-
-// (rank, columns) in the accumulator's type, rows padded with zeros to whole vectors. Rows must not
-// be a multiple of a page apart: several are read at once and would share the sets of a cache.
-template <class A> struct Rows {
-  const A* data;
-  int64_t stride;
-};
-
-template <class A, class T> FF_INLINE A element(const T* p) {
-  if constexpr (__is_same(A, T)) return *p;
-  return static_cast<A>(load_scalar(p));
-}
-
-template <class T, class A>
-void pack_columns(const Factor& f, int64_t rank, int64_t begin, int64_t end, A* out,
-                  int64_t stride) {
-  const T* p = static_cast<const T*>(f.data);
-  constexpr int64_t kColumns = 16;  // their lines stay for all ranks
-  for (int64_t c = begin; c < end; c += kColumns) {
-    const int64_t n = smaller(kColumns, end - c);
-    for (int64_t j = 0; j < rank; ++j) {
-      const T* from = p + j * f.rank_stride + c * f.column_stride;
-      A* to = out + j * stride + c;
-      for (int64_t i = 0; i < n; ++i) to[i] = element<A>(from + i * f.column_stride);
-    }
-  }
-}
-
-template <class A>
-Rows<A> rows_of(const Factor& f, int64_t rank, int64_t columns, A* workspace, int threads) {
-  const DType own = sizeof(A) == 8 ? DType::f64 : DType::f32;
-  if (f.dtype == own && f.column_stride == 1 && columns % kLoraPad == 0 &&
-      (f.rank_stride % 256 != 0 || rank == 1)) {
-    return {static_cast<const A*>(f.data), f.rank_stride};
-  }
-  const int64_t stride = lora_padded(columns);
-  parallel_for(ceil_div(columns, 64), 64 * rank * 8, threads, [&](int64_t first, int64_t last) {
-    const int64_t begin = first * 64, end = smaller(last * 64, columns);
-    switch (f.dtype) {
-      case DType::f32: return pack_columns<float>(f, rank, begin, end, workspace, stride);
-      case DType::bf16: return pack_columns<bf16>(f, rank, begin, end, workspace, stride);
-      case DType::f16: return pack_columns<f16>(f, rank, begin, end, workspace, stride);
-      case DType::f64: return pack_columns<double>(f, rank, begin, end, workspace, stride);
-    }
-  });
-  for (int64_t j = 0; j < rank; ++j) {
-    for (int64_t c = columns; c < stride; ++c) workspace[j * stride + c] = A(0);
-  }
-  return {workspace, stride};
-}
-
-// ---- tiles
-// ---------------------------------------------------------------------------------------
-
-// sums[t·ld + j] += x[t]·p[j] over n columns, a multiple of the lanes. Small tiles have several
-// sums each: they would wait for one another, and long chains lose accuracy.
-template <int T, int J, class A>
-FF_INLINE void dot_tile(const A* x, int64_t x_stride, const A* p, int64_t p_stride, int64_t n,
-                        A* sums, int64_t ld) {
-  using V = typename Simd<A>::V;
-  constexpr int kSets = T * J < 8 ? 8 / (T * J) : 1;
-  V sum[kSets][T][J] = {};
-  const auto add = [&](int set, int64_t i) __attribute__((always_inline)) {
-    V w[J];
-    for (int j = 0; j < J; ++j) w[j] = load(p + j * p_stride + i);
-    for (int t = 0; t < T; ++t) {
-      const V v = load(x + t * x_stride + i);
-      for (int j = 0; j < J; ++j) sum[set][t][j] = fma(v, w[j], sum[set][t][j]);
-    }
-  };
-  int64_t i = 0;
-  for (; i + kSets * kLanes<A> <= n; i += kSets * kLanes<A>) {
-#pragma GCC unroll 8
-    for (int set = 0; set < kSets; ++set) add(set, i + set * kLanes<A>);
-  }
-  for (; i < n; i += kLanes<A>) add(0, i);
-  for (int t = 0; t < T; ++t) {
-    for (int j = 0; j < J; ++j) {
-      for (int set = 1; set < kSets; ++set) sum[0][t][j] += sum[set][t][j];
-      sums[t * ld + j] += lane_sum(sum[0][t][j]);
-    }
-  }
-}
-
-template <int T, class A>
-FF_INLINE void dot_ranks(const A* x, int64_t x_stride, const Rows<A>& p, int64_t rank, int64_t n,
-                         A* sums) {
-  int64_t j = 0;
-  for (; j + kTileRanks <= rank; j += kTileRanks) {
-    dot_tile<T, kTileRanks>(x, x_stride, p.data + j * p.stride, p.stride, n, sums + j, rank);
-  }
-  for (; j < rank; ++j)
-    dot_tile<T, 1>(x, x_stride, p.data + j * p.stride, p.stride, n, sums + j, rank);
-}
-
-// sums (tokens, rank) += x (tokens, n)·pᵀ.
-template <class A>
-void dot_block(const A* x, int64_t x_stride, int64_t tokens, const Rows<A>& p, int64_t rank,
-               int64_t n, A* sums) {
-  int64_t t = 0;
-  for (; t + kTileTokens <= tokens; t += kTileTokens) {
-    dot_ranks<kTileTokens>(x + t * x_stride, x_stride, p, rank, n, sums + t * rank);
-  }
-  for (; t < tokens; ++t) dot_ranks<1>(x + t * x_stride, x_stride, p, rank, n, sums + t * rank);
-}
-
-// Sums of R rows and two vectors of columns: sum[i][k] = Σ_t left[t·left_t + i·left_i]·right[t][k].
-template <int R, class A>
-FF_INLINE void broadcast_tile(const A* left, int64_t left_t, int64_t left_i, const A* right,
-                              int64_t right_stride, int64_t terms,
-                              typename Simd<A>::V (&sum)[R][2]) {
-  using V = typename Simd<A>::V;
-  for (int i = 0; i < R; ++i) sum[i][0] = sum[i][1] = V{};
-  for (int64_t t = 0; t < terms; ++t) {
-    const V w[2] = {load(right + t * right_stride), load(right + t * right_stride + kLanes<A>)};
-    for (int i = 0; i < R; ++i) {
-      const V v = V{} + left[t * left_t + i * left_i];
-      sum[i][0] = fma(v, w[0], sum[i][0]);
-      sum[i][1] = fma(v, w[1], sum[i][1]);
-    }
-  }
-}
-
-template <int R, class A>
-FF_INLINE void outer_tile(const A* x, int64_t x_stride, int64_t tokens, const A* g, int64_t rank,
-                          A* out, int64_t out_stride) {
-  typename Simd<A>::V sum[R][2];
-  broadcast_tile<R>(g, rank, 1, x, x_stride, tokens, sum);
-  for (int i = 0; i < R; ++i) {
-    A* to = out + i * out_stride;
-    store(to, load(to) + sum[i][0]);
-    store(to + kLanes<A>, load(to + kLanes<A>) + sum[i][1]);
-  }
-}
-
-// out (rank, n) += gᵀ·x of a block of tokens.
-template <class A>
-void outer_block(const A* x, int64_t x_stride, int64_t tokens, const A* g, int64_t rank, int64_t n,
-                 A* out, int64_t out_stride) {
-  int64_t j = 0;
-  for (; j + kRows <= rank; j += kRows) {
-    for (int64_t i = 0; i < n; i += 2 * kLanes<A>) {
-      outer_tile<kRows>(x + i, x_stride, tokens, g + j, rank, out + j * out_stride + i, out_stride);
-    }
-  }
-  for (; j < rank; ++j) {
-    for (int64_t i = 0; i < n; i += 2 * kLanes<A>) {
-      outer_tile<1>(x + i, x_stride, tokens, g + j, rank, out + j * out_stride + i, out_stride);
-    }
-  }
-}
-
 // ---- shrink
 // --------------------------------------------------------------------------------------
 
-template <class T> void shrink_t(const LoraShrink& a) {
+// Where the parts of a member's workspace are.
+template <class A> struct ShrinkMember {
+  Rows<A> factor;
+  A* sums;     // (groups, tokens, rank)
+  A* partial;  // (chunks, rank, padded)
+};
+
+template <class T> void shrink_t(const LoraShrink* members, int count) {
   using A = Accumulator<T>;
-  const int64_t rank = a.rank, columns = a.columns, padded = lora_padded(columns);
-  const int64_t each = lora_tokens(a.tokens);
-  const int64_t chunks = ceil_div(a.tokens, each), groups = ceil_div(columns, kGroup);
-  A* const h = static_cast<A*>(a.h.data);
-  A* const outer = static_cast<A*>(a.outer.data);
-  const A* const g = static_cast<const A*>(a.g.data);
-  const T* const x = static_cast<const T*>(a.x);
-  A* packed = static_cast<A*>(a.workspace);
-  A* const sums = packed + rank * padded;                        // (groups, tokens, rank)
-  A* const partial = sums + (h ? groups * a.tokens * rank : 0);  // (chunks, rank, padded)
-  const Rows<A> p = h ? rows_of(a.factor, rank, columns, packed, a.place.threads) : Rows<A>{};
-  const bool whole = __is_same(T, A) && a.dropout.seed == nullptr && outer == nullptr;
+  const int64_t tokens = members->tokens, columns = members->columns;
+  const int64_t padded = lora_padded(columns), each = lora_tokens(tokens);
+  const int64_t chunks = ceil_div(tokens, each), groups = ceil_div(columns, kGroup);
+  const int threads = members->place.threads;
+  const T* const x = static_cast<const T*>(members->x);
+  ShrinkMember<A> own[kLoraMembers];
+  bool outer = false;
+  for (int m = 0; m < count; ++m) {
+    const LoraShrink& a = members[m];
+    A* const packed = static_cast<A*>(a.workspace);
+    own[m].factor = a.h ? rows_of(a.factor, a.rank, columns, packed, threads) : Rows<A>{};
+    own[m].sums = packed + a.rank * padded;
+    own[m].partial = own[m].sums + (a.h ? groups * tokens * a.rank : 0);
+    outer |= static_cast<bool>(a.outer);
+  }
+  const bool whole = __is_same(T, A) && !outer;
+
+  // A member's share of a block of tokens and a span of columns.
+  const auto visit = [&](int m, const A* block, int64_t stride, int64_t token, int64_t t,
+                         int64_t some, int64_t c, int64_t n, int64_t wide) {
+    const LoraShrink& a = members[m];
+    alignas(64) A dropped[kBlock][kSpan + kLoraPad];
+    if (a.dropout.seed != nullptr) {
+      for (int64_t i = 0; i < some; ++i) {
+        A keep[kSpan];
+        keep_factors(a.dropout, static_cast<uint64_t>((t + i) * columns + c), n, keep);
+        for (int64_t k = 0; k < n; ++k) dropped[i][k] = block[i * stride + k] * keep[k];
+        for (int64_t k = n; k < wide; ++k) dropped[i][k] = A(0);
+      }
+      block = &dropped[0][0];
+      stride = kSpan + kLoraPad;
+    }
+    if (a.h) {
+      const Rows<A> p{own[m].factor.data + c, own[m].factor.stride};
+      A* const sum = own[m].sums + (c / kGroup * tokens + t) * a.rank;
+      dot_block(block, stride, some, p, a.rank, wide, sum);
+    }
+    if (a.outer) {
+      A* const out = own[m].partial + token / each * a.rank * padded + c;
+      outer_block(block, stride, some, static_cast<const A*>(a.g.data) + t * a.rank, a.rank, wide,
+                  out, padded);
+    }
+  };
 
   parallel_for(
-      chunks * groups, each * kGroup * static_cast<int64_t>(sizeof(T)), a.place.threads,
+      chunks * groups, each * kGroup * static_cast<int64_t>(sizeof(T)), threads,
       [&](int64_t first, int64_t last) {
         for (int64_t task = first; task < last; ++task) {
           const int64_t chunk = task / groups, group = task % groups;
-          const int64_t token = chunk * each, token_end = smaller(token + each, a.tokens);
-          A* const sum = sums + (group * a.tokens + token) * rank;
-          A* const out = partial + chunk * rank * padded;
-          if (h) {
-            __builtin_memset(sum, 0, static_cast<size_t>((token_end - token) * rank) * sizeof(A));
-          }
+          const int64_t token = chunk * each, token_end = smaller(token + each, tokens);
           const int64_t group_end = smaller((group + 1) * kGroup, columns);
+          for (int m = 0; m < count; ++m) {
+            const int64_t rank = members[m].rank;
+            if (members[m].h) {
+              __builtin_memset(own[m].sums + (group * tokens + token) * rank, 0,
+                               static_cast<size_t>((token_end - token) * rank) * sizeof(A));
+            }
+          }
           for (int64_t c = group * kGroup; c < group_end; c += kSpan) {
             const int64_t n = smaller(kSpan, group_end - c),
                           wide = ceil_div(n, kLoraPad) * kLoraPad;
-            for (int64_t j = 0; outer && j < rank; ++j) {
-              __builtin_memset(out + j * padded + c, 0, static_cast<size_t>(wide) * sizeof(A));
+            for (int m = 0; m < count; ++m) {
+              const int64_t rank = members[m].rank;
+              A* const out = own[m].partial + chunk * rank * padded + c;
+              for (int64_t j = 0; members[m].outer && j < rank; ++j) {
+                __builtin_memset(out + j * padded, 0, static_cast<size_t>(wide) * sizeof(A));
+              }
             }
             for (int64_t t = token; t < token_end; t += kBlock) {
-              const int64_t tokens = smaller(kBlock, token_end - t);
+              const int64_t some = smaller(kBlock, token_end - t);
               alignas(64) A block[kBlock][kSpan + kLoraPad];
               const A* from = &block[0][0];
               int64_t stride = kSpan + kLoraPad;
@@ -322,64 +112,55 @@ template <class T> void shrink_t(const LoraShrink& a) {
                 from = reinterpret_cast<const A*>(x + t * columns + c);
                 stride = columns;
               } else {
-                for (int64_t i = 0; i < tokens; ++i) {
-                  const T* row = x + (t + i) * columns + c;
-                  int64_t k = 0;
-                  for (; k + kLanes<T> <= n; k += kLanes<T>) store(block[i] + k, load(row + k));
-                  for (; k < wide; ++k) {
-                    block[i][k] = k < n ? static_cast<A>(load_scalar(row + k)) : A(0);
-                  }
-                  if (a.dropout.seed != nullptr) {
-                    A keep[kSpan];
-                    keep_factors(a.dropout, static_cast<uint64_t>((t + i) * columns + c), n, keep);
-                    for (k = 0; k < n; ++k) block[i][k] *= keep[k];
-                  }
+                for (int64_t i = 0; i < some; ++i) {
+                  widen(x + (t + i) * columns + c, n, wide, block[i]);
                 }
               }
-              if (h) {
-                dot_block(from, stride, tokens, Rows<A>{p.data + c, p.stride}, rank, wide,
-                          sum + (t - token) * rank);
-              }
-              if (outer) {
-                outer_block(from, stride, tokens, g + t * rank, rank, wide, out + c, padded);
+              for (int m = 0; m < count; ++m) {
+                visit(m, from, stride, token, t, some, c, n, wide);
               }
             }
           }
         }
       });
 
-  if (h) {
-    const auto scale = static_cast<A>(a.h_scale);
-    parallel_for(a.tokens * rank, groups * 4, a.place.threads, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        A total = 0;
-        for (int64_t s = 0; s < groups; ++s) total += sums[s * a.tokens * rank + i];
-        h[i] = scale * total;
-      }
-    });
-  }
-  if (outer) {
-    const auto scale = static_cast<A>(a.outer_scale);
-    parallel_for(rank, columns * (chunks + 1) * 4, a.place.threads,
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t j = begin; j < end; ++j) {
-                     for (int64_t k = 0; k < columns; ++k) {
-                       A total = 0;
-                       for (int64_t c = 0; c < chunks; ++c)
-                         total += partial[(c * rank + j) * padded + k];
-                       outer[j * columns + k] = scale * total;
-                     }
-                   }
-                 });
+  for (int m = 0; m < count; ++m) {
+    const LoraShrink& a = members[m];
+    const int64_t rank = a.rank;
+    const A *const sums = own[m].sums, *const partial = own[m].partial;
+    if (a.h) {
+      A* const h = static_cast<A*>(a.h.data);
+      const auto scale = static_cast<A>(a.h_scale);
+      parallel_for(tokens * rank, groups * 4, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          A total = 0;
+          for (int64_t s = 0; s < groups; ++s) total += sums[s * tokens * rank + i];
+          h[i] = scale * total;
+        }
+      });
+    }
+    if (a.outer) {
+      A* const out = static_cast<A*>(a.outer.data);
+      const auto scale = static_cast<A>(a.outer_scale);
+      parallel_for(rank, columns * (chunks + 1) * 4, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t j = begin; j < end; ++j) {
+          for (int64_t k = 0; k < columns; ++k) {
+            A total = 0;
+            for (int64_t c = 0; c < chunks; ++c) total += partial[(c * rank + j) * padded + k];
+            out[j * columns + k] = scale * total;
+          }
+        }
+      });
+    }
   }
 }
 
-void shrink(const LoraShrink& a) {
-  switch (a.dtype) {
-    case DType::f32: return shrink_t<float>(a);
-    case DType::bf16: return shrink_t<bf16>(a);
-    case DType::f16: return shrink_t<f16>(a);
-    case DType::f64: return shrink_t<double>(a);
+void shrink(const LoraShrink* members, int count) {
+  switch (members->dtype) {
+    case DType::f32: return shrink_t<float>(members, count);
+    case DType::bf16: return shrink_t<bf16>(members, count);
+    case DType::f16: return shrink_t<f16>(members, count);
+    case DType::f64: return shrink_t<double>(members, count);
   }
 }
 
@@ -468,10 +249,49 @@ void expand(const LoraExpand& a) {
   }
 }
 
+// ---- dropout
+// -------------------------------------------------------------------------------------
+
+template <class T> void dropout_t(const LoraDropout& a) {
+  using A = Accumulator<T>;
+  constexpr int N = kLanes<T>;
+  const T* const x = static_cast<const T*>(a.x);
+  T* const y = static_cast<T*>(a.y);
+  if (!a.accumulate && y != x) advise_huge_pages(y, static_cast<size_t>(a.count) * sizeof(T));
+  parallel_for(ceil_div(a.count, kSpan), kSpan * static_cast<int64_t>(3 * sizeof(T)),
+               a.place.threads, [&](int64_t first, int64_t last) {
+                 for (int64_t i = first * kSpan; i < smaller(last * kSpan, a.count); i += kSpan) {
+                   const int64_t n = smaller(kSpan, a.count - i);
+                   alignas(64) A keep[kSpan];
+                   keep_factors(a.dropout, static_cast<uint64_t>(i), n, keep);
+                   int64_t k = 0;
+                   for (; k + N <= n; k += N) {
+                     auto v = load(x + i + k) * load(keep + k);
+                     if (a.accumulate) v += load(y + i + k);
+                     store(y + i + k, v);
+                   }
+                   if (k == n) continue;
+                   const int left = static_cast<int>(n - k);
+                   auto v = load_partial(x + i + k, left, 0.0) * load_partial(keep + k, left, 0.0);
+                   if (a.accumulate) v += load_partial(y + i + k, left, 0.0);
+                   store_partial(y + i + k, v, left);
+                 }
+               });
+}
+
+void dropout(const LoraDropout& a) {
+  switch (a.dtype) {
+    case DType::f32: return dropout_t<float>(a);
+    case DType::bf16: return dropout_t<bf16>(a);
+    case DType::f16: return dropout_t<f16>(a);
+    case DType::f64: return dropout_t<double>(a);
+  }
+}
+
 }  // namespace
 
 const LoraKernels& lora_kernels() {
-  static constexpr LoraKernels kernels{shrink, expand};
+  static constexpr LoraKernels kernels{shrink, expand, dropout};
   return kernels;
 }
 

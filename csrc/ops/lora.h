@@ -39,6 +39,25 @@ struct LoraShrink {
   Place place;
 };
 
+// Shrinks of one x in one visit: projections that share their input. Members differ in factor,
+// rank, h, g, outer, scales and dropout.
+inline constexpr int kLoraMembers = 4;
+struct LoraShrinkGroup {
+  LoraShrink members[kLoraMembers];
+  int count;  // at least 1
+};
+
+// y = [y +] D(x).
+struct LoraDropout {
+  const void* x;
+  DType dtype;
+  int64_t count;
+  bool accumulate;
+  void* y;  // may be x, if it is not read
+  Dropout dropout;
+  Place place;
+};
+
 // y = [y +] [bias +] D(scale·h·factor).
 struct LoraExpand {
   Reals h;  // (tokens, rank), float32 (float64 where y is)
@@ -97,13 +116,16 @@ inline int64_t lora_workspace(const LoraShrink& a) {
 inline int64_t lora_workspace(const LoraExpand& a) { return a.rank * lora_padded(a.columns); }
 
 struct LoraKernels {
-  void (*shrink)(const LoraShrink&);
+  void (*shrink)(const LoraShrink* members, int count);
   void (*expand)(const LoraExpand&);
+  void (*dropout)(const LoraDropout&);
 };
 
 namespace cuda {  // lora.cu
 void run(const LoraShrink&);
+void run(const LoraShrinkGroup&);
 void run(const LoraExpand&);
+void run(const LoraDropout&);
 void run(const LoraLinear&);
 }  // namespace cuda
 

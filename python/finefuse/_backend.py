@@ -23,6 +23,8 @@ AUTO = {
     "preference": ("cuda", "triton"),  # not measured yet
     "codebook": ("cuda", "triton"),  # not measured yet
     "lora": ("cuda", "triton"),  # not measured yet
+    "dora": ("cuda", "triton"),  # not measured yet
+    "segmented": ("cuda", "triton"),  # not measured yet
 }
 
 # csrc/core/place.h, enum Flag
@@ -30,6 +32,7 @@ FLAGS = (
     "targets: an element was neither in [0, V) nor ignore_index; its row became NaN",
     "cu_seqlens: did not rise from 0 to the number of tokens; its sequences became NaN",
     "chosen_lengths, rejected_lengths: an element was negative or NaN; its pair became NaN",
+    "adapter: an element was not in [-1, adapters); its row became NaN",
 )
 
 # The choice in force, for the whole process: compiled graphs must see it too. A backward runs in a thread
