@@ -25,9 +25,12 @@ __all__ = [
     "codebook_linear",
     "cross_entropy",
     "dequantize",
+    "dora_norm",
     "info",
     "learn_codebook",
     "lora_linear",
+    "lora_linear_group",
+    "lora_linear_segmented",
     "merge_lora",
     "nn",
     "preference_loss",
@@ -58,9 +61,11 @@ if _find_spec("torch") is not None:
         learn_codebook,
         quantize,
     )
+    from .dora import dora_norm
     from .logprobs import cross_entropy, sequence_logprobs, token_logprobs
-    from .lora import lora_linear, merge_lora, unmerge_lora
+    from .lora import lora_linear, lora_linear_group, merge_lora, unmerge_lora
     from .preference import PreferenceOutput, preference_loss, preference_loss_from_logits
+    from .segmented import lora_linear_segmented
 else:
     from ._backend import info
 

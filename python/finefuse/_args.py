@@ -188,6 +188,21 @@ def check_lora_shapes(weight: Sequence[int], lora_a: Sequence[int], lora_b: Sequ
         raise ValueError(f"lora_b: shape {tuple(lora_b)}; allowed: ({weight[0]}, {rank})")
 
 
+def check_segmented_shapes(
+    weight: Sequence[int], lora_a: Sequence[int], lora_b: Sequence[int]
+) -> None:
+    """W (out, in), A (adapters, r, in) and B (adapters, out, r), adapters and r at least 1."""
+    for name, shape in (("lora_a", lora_a), ("lora_b", lora_b)):
+        if len(shape) != 3 or shape[0] == 0:
+            raise ValueError(
+                f"{name}: shape {tuple(shape)}; allowed: three dimensions, of which the first is the "
+                "adapters, at least one"
+            )
+    if lora_a[0] != lora_b[0]:
+        raise ValueError(f"lora_b: shape {tuple(lora_b)}; lora_a has {lora_a[0]} adapters")
+    check_lora_shapes(weight, lora_a[1:], lora_b[1:])
+
+
 def check_dropout(p: Any) -> None:
     require(0.0 <= p <= 1.0, "dropout", p, "0 to 1")
 

@@ -150,7 +150,7 @@ def _plain(args: tuple[Any, ...]) -> bool:
 
     Then the dispatcher would only look up the function; called at once it is 5 us sooner.
     """
-    if _modes() or _transforms() or _profiling() or forward_ad._current_level >= 0:
+    if watched():
         return False
     grad = _grad_enabled()
     for a in args:
@@ -164,6 +164,11 @@ def _plain(args: tuple[Any, ...]) -> bool:
         ):
             return False
     return True
+
+
+def watched() -> bool:
+    """Whether a mode, a functorch transform, the profiler or forward-mode gradients look at every call."""
+    return bool(_modes() or _transforms() or _profiling() or forward_ad._current_level >= 0)
 
 
 def _has_tangent(args: tuple[Any, ...]) -> bool:

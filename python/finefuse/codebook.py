@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -405,25 +406,34 @@ def packed_product(
         return y
     dtype = _matmul.product_dtype(x)
     decoded = dtype if dtype in _NARROW else torch.float32
-    panel = rows
-    if x.is_cpu and not transposed:
-        panel = _panel_rows(values, rows, columns, decoded)
-    memory = workspace.take(x, decoded, panel * columns)
-    weight = memory[: panel * columns].view(panel, columns)
-    if panel == rows:
-        _decode(values, weight)
-        y = _matmul.linear(x, weight.t() if transposed else weight, bias)
-        workspace.give_back(memory)
-        return y.view(shape)
-    y, x = x.new_empty((tokens, rows)), x.to(dtype)
-    for first in range(0, rows, panel):
-        last = min(first + panel, rows)
-        part = weight[: last - first]
-        _decode(_rows(values, first * columns, last * columns), part)
+    y = None
+    for first, last, weight in decoded_rows(x, values, rows, columns, decoded, whole=transposed):
+        if last - first == rows:
+            y = _matmul.linear(x, weight.t() if transposed else weight, bias)
+            continue
+        if y is None:
+            y, x = x.new_empty((tokens, rows)), x.to(dtype)
         b = None if bias is None else bias[first:last]
-        _matmul.columns_into(y[:, first:last], x, part.to(dtype), b)
-    workspace.give_back(memory)
+        _matmul.columns_into(y[:, first:last], x, weight.to(dtype), b)
+    assert y is not None
     return y.view(shape)
+
+
+def decoded_rows(
+    like: Tensor, values: Fields, rows: int, columns: int, dtype: torch.dtype, whole: bool = False
+) -> Iterator[tuple[int, int, Tensor]]:
+    """(first row, last row, these rows of a packed weight (rows, columns) decoded), in memory that is reused.
+
+    On a CPU, unless `whole`, in pieces that stay in a cache.
+    """
+    panel = rows if whole or not like.is_cpu else _panel_rows(values, rows, columns, dtype)
+    memory = workspace.take(like, dtype, panel * columns)
+    for first in range(0, max(rows, 1), max(panel, 1)):
+        last = min(first + panel, rows)
+        part = memory[: (last - first) * columns].view(last - first, columns)
+        _decode(values if panel == rows else _rows(values, first * columns, last * columns), part)
+        yield first, last, part
+    workspace.give_back(memory)
 
 
 def _panel_rows(values: Fields, rows: int, columns: int, dtype: torch.dtype) -> int:
