@@ -11,8 +11,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
-from finefuse import _C, _args
-from finefuse import lora as module
+from finefuse import _C, _args, _low_rank, _matmul
+from finefuse._codebook_tensor import fields
 from finefuse.eager import lora as eager_form
 from finefuse.eager.lora import keep_mask
 from finefuse.reference import lora as reference
@@ -127,7 +127,7 @@ def test_against_the_reference():
 
 @pytest.mark.parametrize("engine", ["torch", "oneDNN"])
 def test_engines(monkeypatch, engine):
-    monkeypatch.setattr(module._matmul, "_onednn_is_faster", lambda: engine == "oneDNN")
+    monkeypatch.setattr(_matmul, "_onednn_is_faster", lambda: engine == "oneDNN")
     for dtype in DTYPES:
         for rank in (8, 64):
             check_all(problem(33, 40, 96, rank, dtype))
@@ -194,11 +194,11 @@ def test_nothing_in_nothing_out():
 @pytest.mark.parametrize("tokens", [1, 2, 40])
 def test_widened_panels(monkeypatch, dtype, tokens):
     """Types without a product of their own: the weight in panels, of one row and of some and a rest."""
-    monkeypatch.setattr(module._matmul, "_has_bfloat16_product", lambda: False)
+    monkeypatch.setattr(_matmul, "_has_bfloat16_product", lambda: False)
     for size in (1, 7 * 4 * 96):
-        monkeypatch.setattr(module._matmul, "PANEL_BYTES", size)
+        monkeypatch.setattr(_matmul, "PANEL_BYTES", size)
         for engine in (False, True):
-            monkeypatch.setattr(module._matmul, "_onednn_is_faster", lambda engine=engine: engine)
+            monkeypatch.setattr(_matmul, "_onednn_is_faster", lambda engine=engine: engine)
             check_all(*(problem(tokens, 40, 96, 5, dtype, seed=seed) for seed in range(3)))
 
 
@@ -337,9 +337,9 @@ def test_only_what_is_asked_for(monkeypatch):
 
     whole = run(names)
     calls = []
-    shrink, expand = module._SHRINK, module._EXPAND
-    monkeypatch.setattr(module, "_SHRINK", lambda *s: (calls.append("shrink"), shrink(*s)))
-    monkeypatch.setattr(module, "_EXPAND", lambda *s: (calls.append("expand"), expand(*s)))
+    shrink, expand = _low_rank._SHRINK, _low_rank._EXPAND
+    monkeypatch.setattr(_low_rank, "_SHRINK", lambda *s: (calls.append("shrink"), shrink(*s)))
+    monkeypatch.setattr(_low_rank, "_EXPAND", lambda *s: (calls.append("expand"), expand(*s)))
     for count in range(len(names) + 1):
         for asked in itertools.combinations(names, count):
             calls.clear()
@@ -411,10 +411,10 @@ def test_same_bits_for_any_thread_count(tokens):
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        h, _ = module._shrink(x, a, 1.0)
+        h, _ = _low_rank.shrink(x, a, 1.0)
         y = torch.zeros(tokens, 1100)
-        module._expand(h, b.t(), 0.5, y, accumulate=True)
-        results.append([h, y, *module._shrink(dy, b.t(), 0.5, h, 0.5)])
+        _low_rank.expand(h, b.t(), 0.5, y, accumulate=True)
+        results.append([h, y, *_low_rank.shrink(dy, b.t(), 0.5, h, 0.5)])
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
 
@@ -446,7 +446,7 @@ def raw_calls(grad=False):
         t.requires_grad_(grad)
     q = ff.quantize(w.detach(), double_quant=True)
     seed, h = torch.tensor([5]), torch.randn(3, 2)
-    for weight, values in ((w, module._NO_FIELDS), (None, module.fields(q))):
+    for weight, values in ((w, _low_rank.NO_FIELDS), (None, fields(q))):
         yield RAW.lora_linear_forward.default, (x, weight, *values, a, b, bias, seed, 0.5, 0.3)
         yield RAW.lora_linear_forward.default, (x, weight, *values, a, b, None, None, 0.5, 0.0)
         for needs in (15, 4):
@@ -669,7 +669,7 @@ def test_wrong_arguments():
 
 def test_raw_op_checks_what_kernels_rely_on():
     x, w, a, b, bias, dy = problem(3, 8, 16, 2)
-    h, none = torch.randn(3, 2), module._NO_FIELDS
+    h, none = torch.randn(3, 2), _low_rank.NO_FIELDS
     for message, args in (
         ("lora_a: shape", (x, w, *none, a[:, :15], b, None, None, 1.0, 0.0)),
         ("weight: shape", (x, w[:7], *none, a, b, None, None, 1.0, 0.0)),

@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch", reason="the Triton kernels take torch tenso
 
 import finefuse as ff
 from conftest import GPU, _is_compiled, unavailable
-from finefuse import lora as module
+from finefuse import _low_rank
 from finefuse._args import dropout_numbers
 from finefuse._backend import FLAGS
 from finefuse.reference import lora as reference
@@ -425,9 +425,9 @@ def test_more_than_2_to_31_elements(place):
     x = torch.zeros(tokens, columns, dtype=torch.bfloat16, device="cuda")
     x[-1] = numbers(columns, dtype=torch.bfloat16).cuda()
     a, b = (t.to(torch.bfloat16).cuda() for t in (numbers(8, columns), numbers(columns, 8, seed=1)))
-    h, _ = module._shrink(x, a, 1.0)
+    h, _ = _low_rank.shrink(x, a, 1.0)
     want = x[-1].float() @ a.float().t()
     torch.testing.assert_close(h[-1], want, rtol=1e-4, atol=1e-2)
-    module._expand(h, b.t(), 1.0, x, accumulate=True)
+    _low_rank.expand(h, b.t(), 1.0, x, accumulate=True)
     assert (x[-2] == 0).all()
     assert (x[-1] != 0).any()

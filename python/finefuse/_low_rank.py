@@ -13,7 +13,7 @@ from . import _backend, _matmul
 from ._args import check_lora_shapes, dropout_numbers
 from ._codebook_tensor import CodebookTensor, check_fields, fields
 from ._op import DTYPES, accumulator, float_tensor, kernel, same_device, scalar
-from .codebook import packed_product
+from .codebook import dequantize, packed_product
 
 _SHRINK = kernel("lora", "lora_shrink")
 _SHRINK_GROUP = kernel("lora", "lora_shrink_group")
@@ -357,6 +357,11 @@ class Call(NamedTuple):
     bias: Tensor | None
     dropout: Any
     drops: bool
+    packed: CodebookTensor | None
+
+    def plain_weight(self) -> Tensor:
+        """For the backend "eager"."""
+        return self.weight if self.packed is None else dequantize(self.packed, self.x.dtype)  # type: ignore[return-value]
 
 
 def call_of(x: Any, weight: Any, bias: Any, dropout: Any) -> Call:
@@ -372,15 +377,22 @@ def call_of(x: Any, weight: Any, bias: Any, dropout: Any) -> Call:
         x = x.to(dtype)
         if not isinstance(weight, CodebookTensor) and weight.dtype is not torch.float64:
             weight = weight.to(dtype)
-    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+    if weight.ndim != 2:
+        raise ValueError(f"weight: shape {tuple(weight.shape)}; allowed: (out, in)")
+    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"x: shape {tuple(x.shape)}; a weight of {tuple(weight.shape)} takes (…, in) with (out, in)"
         )
     if bias is not None:
         bias = float_tensor("bias", bias).to(x.dtype)
-    packed = isinstance(weight, CodebookTensor)
+    packed = weight if isinstance(weight, CodebookTensor) else None
     drops = isinstance(dropout, Tensor) or dropout != 0
     return Call(
-        x, None if packed else weight, fields(weight) if packed else NO_FIELDS, bias,
-        scalar("dropout", dropout), drops,
-    )  # fmt: skip
+        x=x,
+        weight=weight if packed is None else None,
+        values=NO_FIELDS if packed is None else fields(packed),
+        bias=bias,
+        dropout=scalar("dropout", dropout),
+        drops=drops,
+        packed=packed,
+    )

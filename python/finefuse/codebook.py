@@ -396,6 +396,7 @@ def packed_product(
     shape, tokens = (*x.shape[:-1], outer), math.prod(x.shape[:-1])
     x = x.reshape(tokens, inner)
     most = KERNEL_TOKENS_BACKWARD if transposed and x.is_cpu else KERNEL_TOKENS
+    y: Tensor | None = None
     if 0 < tokens <= most and inner * outer > 0 and x.dtype in _NARROW:
         y = x.new_empty(shape)
         codes, *rest = _for_kernel(values)
@@ -406,7 +407,6 @@ def packed_product(
         return y
     dtype = _matmul.product_dtype(x)
     decoded = dtype if dtype in _NARROW else torch.float32
-    y = None
     for first, last, weight in decoded_rows(x, values, rows, columns, decoded, whole=transposed):
         if last - first == rows:
             y = _matmul.linear(x, weight.t() if transposed else weight, bias)

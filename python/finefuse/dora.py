@@ -145,15 +145,15 @@ def dora_norm(
     float_tensor("weight", weight)
     check_factors(weight, lora_a, lora_b)
     scale = scalar("scale", scale)
-    packed = isinstance(weight, CodebookTensor)
+    packed = weight if isinstance(weight, CodebookTensor) else None
     lora_a, lora_b = lora_a.detach(), lora_b.detach()
     if runs_eagerly("dora", weight):
-        plain = dequantize(weight, torch.float32) if packed else weight.detach()
+        plain = weight.detach() if packed is None else dequantize(packed, torch.float32)
         _check_norm(plain, None, lora_a, lora_b)
         return _eager.dora_norm(plain, lora_a, lora_b, scale)
     return _NORM_FORWARD(
-        None if packed else weight.detach(), *(fields(weight) if packed else NO_FIELDS), lora_a, lora_b,
-        scale,
+        weight.detach() if packed is None else None, *(NO_FIELDS if packed is None else fields(packed)),
+        lora_a, lora_b, scale,
     )  # fmt: skip
 
 
@@ -380,7 +380,6 @@ class _DoraLinear(torch.autograd.Function):
 
 def dora_linear(
     call: Call,
-    weight: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
     magnitude: Any,
@@ -388,11 +387,11 @@ def dora_linear(
     seed: Any,
 ) -> Tensor:
     """What `lora_linear` is with a magnitude; the arguments are checked but for that."""
-    x, dense, values, bias, dropout, _ = call
+    x, dense, values, bias, dropout, *_ = call
     if isinstance(float_tensor("magnitude", magnitude), CodebookTensor):
         raise TypeError("magnitude: a tensor of numbers, not a CodebookTensor")
     if runs_eagerly("dora", x):
-        plain = dequantize(weight, x.dtype) if dense is None else dense
+        plain = call.plain_weight()
         _check(x, x.shape[-1], plain, None, lora_a, lora_b, magnitude, bias, seed)
         if not is_compiling():
             check_dropout(dropout)

@@ -252,11 +252,11 @@ def lora_linear(
     check_factors(weight, lora_a, lora_b)
     scale, seed = scalar("scale", scale), seed_of(seed, call.x) if call.drops else None
     if magnitude is not None:
-        return dora_linear(call, weight, lora_a, lora_b, magnitude, scale, seed)
-    x, dense, values, bias, dropout, _ = call
+        return dora_linear(call, lora_a, lora_b, magnitude, scale, seed)
+    x, dense, values, bias, dropout, *_ = call
     args = (dense, bias, lora_a, lora_b, seed, scale, dropout, *values)
     if runs_eagerly("lora", x):
-        plain = dequantize(weight, x.dtype) if dense is None else dense
+        plain = call.plain_weight()
         check_call(x, x.shape[-1], plain, None, lora_a, lora_b, bias, seed)
         p: Any = dropout
         if not is_compiling():
@@ -310,10 +310,8 @@ class _LoraGroup(torch.autograd.Function):
             *(layer.seed for layer in layers),
             *(value for layer in layers for value in layer.values[:6]),
         )
-        ctx.numbers = [
-            (layer.scale, layer.dropout, layer.values[6:], layer.lora_a.shape[1])
-            for layer in layers
-        ]
+        ctx.numbers = [(layer.scale, layer.dropout, layer.values[6:]) for layer in layers]
+        ctx.shape = x.shape
         ctx.backend = _backend.chosen
         ctx.set_materialize_grads(False)
         return tuple(ys)
@@ -326,16 +324,15 @@ class _LoraGroup(torch.autograd.Function):
         tensors, saved = saved[: 4 * count], saved[4 * count :]
         hs, seeds, values = saved[:count], saved[count : 2 * count], saved[2 * count :]
         layers = [
-            _Layer(
-                *tensors[4 * i : 4 * i + 4], seeds[i], scale, dropout,
-                (*values[6 * i : 6 * i + 6], *blocksizes),
+            _Layer(w, b, la, lb, seed, scale, dropout, (*values[6 * i : 6 * i + 6], *blocksizes))
+            for i, ((scale, dropout, blocksizes), seed, w, b, la, lb) in enumerate(
+                zip(ctx.numbers, seeds, *(tensors[k::4] for k in range(4)), strict=True)
             )
-            for i, (scale, dropout, blocksizes, _) in enumerate(ctx.numbers)
-        ]  # fmt: skip
+        ]
         dx, grads = _group_backward(
             dys, x, layers, hs, ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
         )
-        return dx, None, *grads
+        return None if dx is None else dx.view(ctx.shape), None, *grads
 
 
 class _Layer(NamedTuple):
@@ -378,16 +375,15 @@ def _group_backward(
     needs_x: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """dx and, for each layer, dW, dbias, dA and dB; `needs` is in the same order."""
+    """dx (tokens, in) and, for each layer, dW, dbias, dA and dB; `needs` is in the same order."""
     grads: list[Tensor | None] = [None] * len(needs)
-    dx, shape = None, None
+    dx: Tensor | None = None
     members, places = [], []
     for i, (dy, layer, h) in enumerate(zip(dys, layers, hs, strict=True)):
         if dy is None:
             continue
         w_, bias_, a_, b_ = needs[4 * i : 4 * i + 4]
         rows, columns, rank = len(layer.lora_b), layer.lora_a.shape[1], h.shape[1]
-        shape = (*dy.shape[:-1], columns)
         if bias_:
             grads[4 * i + 1] = dy.sum(tuple(range(dy.ndim - 1))) if dy.ndim > 1 else dy
         dy = dy.reshape(len(h), rows).contiguous()
@@ -414,7 +410,7 @@ def _group_backward(
         for place, (_, outer) in zip(places, shrink_group(flat, members), strict=True):
             assert outer is not None
             grads[place] = outer.to(layers[place // 4].lora_a.dtype)
-    return None if dx is None else dx.view(shape), grads
+    return dx, grads
 
 
 def lora_linear_group(

@@ -40,7 +40,6 @@ from ._op import (
     scalar,
     wants_gradient,
 )
-from .codebook import dequantize
 from .eager import segmented as _eager
 
 __all__ = ["lora_linear_segmented"]
@@ -147,7 +146,7 @@ def _forward(x: Tensor, weight: Tensor | None, *args: Any) -> tuple[Tensor, Tens
     check_dropout(p)
     if seed is None and p != 0:
         raise ValueError("seed: None with dropout; allowed: int64, one number")
-    adapters, rows, columns = *lora_b.shape[:2], x.shape[-1]
+    (adapters, rows, _), columns = lora_b.shape, x.shape[-1]
     shape, tokens = (*x.shape[:-1], rows), math.prod(x.shape[:-1])
     _check_adapter(adapter, tokens, x)
     segments = segment_rows(adapter, adapters)
@@ -348,8 +347,8 @@ def lora_linear_segmented(
 
         y_t = x_t Wᵀ + bias + s_a·(D(x_t) A_aᵀ) B_aᵀ        a = adapter_t; -1: no update
 
-    The base product is one for all rows; no rows are moved, copied or padded for the others. The gradients are
-    those of `lora_linear` over each adapter's rows; those of an adapter without rows are zero. (Punica,
+    The base product is one for all rows; no rows are moved, copied or padded for the others. The gradients
+    are those of `lora_linear` over each adapter's rows; those of an adapter without rows are zero. (Punica,
     arXiv:2310.18547, and S-LoRA, 2311.03285, serve such batches; here they also train.)
 
     Args:
@@ -375,12 +374,12 @@ def lora_linear_segmented(
         if isinstance(float_tensor(name, value), CodebookTensor):
             raise TypeError(f"{name}: a tensor of numbers, not a CodebookTensor")
     check_segmented_shapes(weight.shape, lora_a.shape, lora_b.shape)
-    x, dense, values, bias, dropout, drops = call
+    x, dense, values, bias, dropout, drops, _ = call
     adapter = _row_adapters(adapter, x)
     scale = _row_scales(scale, x, lora_a.shape[0])
     seed = seed_of(seed, x) if drops else None
     if runs_eagerly("segmented", x):
-        plain = dequantize(weight, x.dtype) if dense is None else dense
+        plain = call.plain_weight()
         _check(x, x.shape[-1], plain, NO_FIELDS, lora_a, lora_b, scale, bias, seed)
         if not is_compiling():
             check_dropout(dropout)
