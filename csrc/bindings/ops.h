@@ -341,8 +341,8 @@ template <class Backend>
 void segmented_shrink(Array x, int dtype, int64_t tokens, int64_t columns, int64_t rank,
                       Array order, Array begins, int64_t adapters, Array factor, int factor_dtype,
                       int64_t adapter_stride, int64_t rank_stride, int64_t column_stride, Array h,
-                      Array h_scale, Array g, Array outer, Array outer_scale, Array seed,
-                      int64_t threshold, double keep_scale, Place place) {
+                      Array h_scale, Array g, Array outer, Array outer_scale, bool turned,
+                      Array seed, int64_t threshold, double keep_scale, Place place) {
   const bool wide = static_cast<DType>(dtype) == DType::f64;
   pybind11::gil_scoped_release nogil;
   need("x", x, tokens * columns);
@@ -363,6 +363,7 @@ void segmented_shrink(Array x, int dtype, int64_t tokens, int64_t columns, int64
       {g.data, wide},
       {outer.data, wide},
       {outer_scale.data, wide},
+      turned,
       dropout_of(seed, threshold, keep_scale),
       place});
 }

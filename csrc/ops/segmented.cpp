@@ -14,6 +14,7 @@
 // threads.
 #include "ops/segmented.h"
 
+#include "core/memory.h"
 #include "core/parallel.h"
 #include "ops/lora_tiles.h"
 
@@ -175,6 +176,8 @@ template <class T> void shrink_outer(const SegmentedShrink& a) {
   const int64_t columns = a.columns, rank = a.rank, spans = ceil_div(columns, kSpan);
   const T* const x = static_cast<const T*>(a.x);
   const A* const g = static_cast<const A*>(a.g.data);
+  A* const out = static_cast<A*>(a.outer.data);
+  advise_huge_pages(out, static_cast<size_t>(a.segments.adapters * rank * columns) * sizeof(A));
   const int64_t tasks = a.segments.adapters * spans;
   const int64_t bytes =
       (a.tokens * static_cast<int64_t>(sizeof(T)) + a.segments.adapters * rank * 4) * columns;
@@ -200,9 +203,16 @@ template <class T> void shrink_outer(const SegmentedShrink& a) {
               const Rows<A> from = gather(x, columns, a.dropout, rows + t, some, c, n, wide, block);
               outer_block(from.data, from.stride, some, own_g, ranks, wide, &sum[0][0], kStride);
             }
-            for (int64_t j = 0; j < ranks; ++j) {
-              A* const to = static_cast<A*>(a.outer.data) + (adapter * rank + r + j) * columns + c;
-              for (int64_t k = 0; k < n; ++k) to[k] = scale * sum[j][k];
+            if (a.turned) {
+              A* const to = out + (adapter * columns + c) * rank + r;
+              for (int64_t k = 0; k < n; ++k) {
+                for (int64_t j = 0; j < ranks; ++j) to[k * rank + j] = scale * sum[j][k];
+              }
+            } else {
+              A* const to = out + (adapter * rank + r) * columns + c;
+              for (int64_t j = 0; j < ranks; ++j) {
+                for (int64_t k = 0; k < n; ++k) to[j * columns + k] = scale * sum[j][k];
+              }
             }
           }
         }

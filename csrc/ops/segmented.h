@@ -43,6 +43,7 @@ struct SegmentedShrink {
   Reals g;         // (tokens, rank)
   Reals outer;     // (adapters, rank, columns), may be absent; zeros of an adapter without rows
   Reals outer_scale;
+  bool turned;  // outer is (adapters, columns, rank), as lora_b is
   Dropout dropout;
   Place place;
 };

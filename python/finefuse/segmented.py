@@ -83,6 +83,7 @@ def _shrink(
     outer_scale: Tensor | None = None,
     rank: int = 0,
     dropout: Any = NO_DROPOUT,
+    turned: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(h, outer) of csrc/ops/segmented.h; without a factor or g, None."""
     (tokens, columns), (order, begins) = x.shape, segments
@@ -91,11 +92,12 @@ def _shrink(
     if factor is not None:
         h = x.new_empty((tokens, rank), dtype=dtype)
     if g is not None:
-        outer = x.new_empty((adapters, rank, columns), dtype=dtype)
+        shape = (adapters, columns, rank) if turned else (adapters, rank, columns)
+        outer = x.new_empty(shape, dtype=dtype)
     _SHRINK(
         x, DTYPES[x.dtype], tokens, columns, rank, order, begins, adapters,
         *((None, 0, 0, 0, 0) if factor is None else _factor(factor)), h, h_scale, g, outer, outer_scale,
-        *dropout,
+        turned, *dropout,
     )  # fmt: skip
     return h, outer
 
@@ -194,9 +196,11 @@ def _backward(
     g = None
     if needs & (NEEDS_X | NEEDS_A | NEEDS_B):
         factor = lora_b.transpose(1, 2) if needs & (NEEDS_X | NEEDS_A) else None
-        g, outer = _shrink(dy, segments, factor, scale, h if needs & NEEDS_B else None, scale, rank)
+        g, outer = _shrink(
+            dy, segments, factor, scale, h if needs & NEEDS_B else None, scale, rank, turned=True
+        )
         if outer is not None:
-            db = outer.transpose(1, 2).contiguous().to(lora_b.dtype)
+            db = outer.to(lora_b.dtype)
     if needs & (NEEDS_A | NEEDS_WEIGHT):
         x = x.reshape(tokens, columns).contiguous()
     if needs & NEEDS_A:
