@@ -20,9 +20,11 @@ from .codebook import (
     learn_codebook,
     quantize,
 )
+from .dora import dora_norm
 from .logprobs import cross_entropy, sequence_logprobs, token_logprobs
 from .lora import lora_linear
 from .preference import PreferenceOutput, preference_loss, preference_loss_from_logits
+from .segmented import lora_linear_segmented
 
 __all__ = [
     "CodebookArray",
@@ -30,9 +32,11 @@ __all__ = [
     "codebook_linear",
     "cross_entropy",
     "dequantize",
+    "dora_norm",
     "get_num_threads",
     "learn_codebook",
     "lora_linear",
+    "lora_linear_segmented",
     "preference_loss",
     "preference_loss_from_logits",
     "quantize",
