@@ -559,6 +559,135 @@ def test_eager_backend(packed):
         check("eager", o, e, e)
 
 
+# ---- several layers of one input ---------------------------------------------------------------
+
+
+def group(dtype=torch.float32, tokens=70, columns=1100):
+    """x and three layers: of different sizes, ranks (one a library's), types of factors and scales."""
+    x = numbers(tokens, columns, dtype=dtype, seed=1)
+    parts = [problem(1, rows, columns, rank, dtype, seed=i) for i, (rows, rank) in
+             enumerate(((64, 3), (96, 8), (33, 64)))]  # fmt: skip
+    _, weights, lora_a, lora_b, biases, _ = map(list, zip(*parts, strict=True))
+    biases[1] = None
+    dys = [numbers(tokens, len(w), dtype=dtype, seed=9) for w in weights]
+    return x, weights, lora_a, lora_b, biases, dys
+
+
+def group_grads(function, x, lora_a, lora_b, dys):
+    leaves = [t.detach().clone().requires_grad_() for t in (x, *lora_a, *lora_b)]
+    ys = function(leaves[0], leaves[1:4], leaves[4:])
+    return [y.detach() for y in ys], torch.autograd.grad(ys, leaves, dys)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", [0.0, (0.0, 0.3, 0.5)])
+def test_group(isa, dtype, p):
+    """The bits of calls one by one, but for dx, whose three terms are added in another order."""
+    x, weights, lora_a, lora_b, biases, dys = group(dtype)
+    if dtype in (torch.float32, torch.float16):
+        weights[2] = ff.quantize(weights[2].float()[:, :]).to(dtype)
+    scales, seeds = (1.0, 0.5, 2.0), (1, 2, 3)
+
+    def together(x, a, b):
+        return ff.lora_linear_group(
+            x, weights, a, b, scale=scales, bias=biases, dropout=p, seed=seeds
+        )
+
+    def one_by_one(x, a, b):
+        drops = p if isinstance(p, tuple) else (p,) * 3
+        return [
+            ff.lora_linear(x, *layer[:3], scale=s, bias=c, dropout=d, seed=k)
+            for *layer, s, c, d, k in zip(weights, a, b, scales, biases, drops, seeds, strict=True)
+        ]
+
+    ys, (dx, *rest) = group_grads(together, x, lora_a, lora_b, dys)
+    ys_, (dx_, *rest_) = group_grads(one_by_one, x, lora_a, lora_b, dys)
+    assert all(map(torch.equal, [*ys, *rest], [*ys_, *rest_]))
+    with torch.no_grad():
+        assert all(map(torch.equal, together(x, lora_a, lora_b), ys))
+    unit = {torch.float64: 1e-14, torch.float32: 1e-6}.get(dtype, 2.0**-7)
+    torch.testing.assert_close(dx, dx_, rtol=0, atol=2 * unit * dx_.abs().max().item())
+
+
+def test_group_reads_x_once(monkeypatch):
+    x, weights, lora_a, lora_b, _, dys = group(columns=96)
+    calls = []
+    names = {"_SHRINK": "shrink", "_SHRINK_GROUP": "group", "_EXPAND": "expand"}
+    for name, short in names.items():
+        kernel = getattr(_low_rank, name)
+        monkeypatch.setattr(
+            _low_rank,
+            name,
+            lambda *a, k=kernel, s=short: (calls.append((s, a[0].data_ptr())), k(*a)),
+        )
+    monkeypatch.setattr(_low_rank, "LIBRARY_RANK", 1000)
+    leaves = [t.clone().requires_grad_() for t in (x, *lora_a, *lora_b)]
+    ys = ff.lora_linear_group(leaves[0], weights, leaves[1:4], leaves[4:], dropout=0.5)
+    torch.autograd.backward(ys, dys)
+    ours = [name for name, pointer in calls if pointer == leaves[0].data_ptr()]
+    assert ours == ["group", "group"]  # forward; backward
+
+
+def test_group_of_five_and_parts_that_nobody_asked_for():
+    """More members than one visit serves; outputs that are not used, layers that do not train."""
+    x, weights, lora_a, lora_b, *_ = group(columns=96)
+    weights, lora_a, lora_b = (v + v[:2] for v in (weights, lora_a, lora_b))
+    leaves = [a.clone().requires_grad_(i != 1) for i, a in enumerate(lora_a)]
+    ys = ff.lora_linear_group(x, weights, leaves, lora_b)
+    (ys[0].sum() + ys[4].sum()).backward()
+    for i, leaf in enumerate(leaves):
+        if i not in (0, 4):
+            assert leaf.grad is None, i
+            continue
+        own = lora_a[i].clone().requires_grad_()
+        ff.lora_linear(x, weights[i], own, lora_b[i]).sum().backward()
+        assert torch.equal(leaf.grad, own.grad)
+    weight = weights[0].clone().requires_grad_()
+    y, _ = ff.lora_linear_group(x, [weight, weights[1]], lora_a[:2], lora_b[:2])
+    y.sum().backward()
+    torch.testing.assert_close(weight.grad, torch.ones_like(y).t() @ x)
+
+
+def test_group_elsewhere(counter):
+    """Traced, watched by a mode and on the backend "eager" it is calls one by one."""
+    x, weights, lora_a, lora_b, _, dys = group(columns=96)
+
+    def function(x, a, b):
+        return ff.lora_linear_group(x, weights, a, b, scale=0.5)
+
+    want = group_grads(function, x, lora_a, lora_b, dys)
+    compiled = torch.compile(function, backend=counter, fullgraph=True)
+    got = group_grads(compiled, x, lora_a, lora_b, dys)
+    with ff.backend("eager"):
+        plain = group_grads(function, x, lora_a, lora_b, dys)
+    for other in (got, plain):
+        for o, e in zip(itertools.chain(*other), itertools.chain(*want), strict=True):
+            torch.testing.assert_close(o, e, rtol=1e-5, atol=1e-5)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        shapes = [y.shape for y in function(torch.empty(7, 96), lora_a, lora_b)]
+    assert shapes == [(7, 64), (7, 96), (7, 33)]
+    leaves = [t.clone().requires_grad_() for t in (x, *lora_a, *lora_b)]
+    again = checkpoint(lambda x, *t: tuple(function(x, t[:3], t[3:])), *leaves, use_reentrant=False)
+    for o, e in zip(torch.autograd.grad(again, leaves, dys), want[1], strict=True):
+        torch.testing.assert_close(o, e)
+
+
+def test_group_wrong_arguments():
+    x, weights, lora_a, lora_b, *_ = group(columns=96)
+    for error, message, args, options in (
+        (ValueError, "weights: none", ([], [], []), {}),
+        (ValueError, "lora_a: 2 of them; there are 3", (weights, lora_a[:2], lora_b), {}),
+        (ValueError, "scale: 2 of them", (weights, lora_a, lora_b), {"scale": (1.0, 2.0)}),
+        (ValueError, r"x: shape \(70, 96\); a weight of \(64, 40\)",
+         ([weights[0][:, :40], *weights[1:]], lora_a, lora_b), {}),
+        (ValueError, "dropout: 2.0", (weights, lora_a, lora_b), {"dropout": 2}),
+        (TypeError, "seed: a 64-bit int", (weights, lora_a, lora_b),
+         {"dropout": 0.5, "seed": (1.5, 1, 1)}),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            ff.lora_linear_group(x, *args, **options)
+
+
 # ---- merging -----------------------------------------------------------------------------------
 
 

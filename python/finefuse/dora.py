@@ -62,13 +62,14 @@ def _norm(weight: Tensor | None, *args: Any) -> Tensor:
     values, (lora_a, lora_b, scale) = args[:8], args[8:]
     _check_norm(weight, values, lora_a, lora_b)
     rows, columns, rank = lora_b.shape[0], lora_a.shape[1], lora_b.shape[1]
-    dtype = torch.float32 if weight is None else accumulator(weight.dtype)
-    norm = lora_a.new_empty(rows, dtype=dtype)
+    norm = lora_a.new_empty(rows, dtype=_norm_dtype(weight, lora_a, lora_b))
     if weight is None:
         parts = decoded_rows(lora_a, values, rows, columns, torch.float32)
     else:
         parts = iter([(0, rows, weight.contiguous())])
     for first, last, part in parts:
+        if norm.dtype is torch.float64:
+            part = part.double()
         if _library_serves(part, rank):
             norm[first:last] = _norm_by_library(part, lora_a, lora_b[first:last], scale)
             continue
@@ -101,16 +102,24 @@ def _norm_by_library(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: floa
     return norm
 
 
+def _norm_dtype(weight: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> torch.dtype:
+    """float64 for a float64 weight, or for float64 factors of a packed one."""
+    if weight is not None:
+        return accumulator(weight.dtype)
+    wide = torch.float64 in (lora_a.dtype, lora_b.dtype)
+    return torch.float64 if wide else torch.float32
+
+
 def _check_norm(weight: Tensor | None, values: Any, lora_a: Tensor, lora_b: Tensor) -> None:
-    like = lora_a.new_empty(0, dtype=torch.float32 if weight is None else weight.dtype)
+    dtype = _norm_dtype(weight, lora_a, lora_b) if weight is None else weight.dtype
+    like = lora_a.new_empty(0, dtype=dtype)
     check_call(like, lora_a.shape[1], weight, values, lora_a, lora_b, None, None)
 
 
 def _norm_fake(weight: Tensor | None, *args: Any) -> Tensor:
     values, (lora_a, lora_b, _) = args[:8], args[8:]
     _check_norm(weight, values, lora_a, lora_b)
-    dtype = torch.float32 if weight is None else accumulator(weight.dtype)
-    return lora_a.new_empty(lora_b.shape[0], dtype=dtype)
+    return lora_a.new_empty(lora_b.shape[0], dtype=_norm_dtype(weight, lora_a, lora_b))
 
 
 _NORM_FORWARD = raw_op(
@@ -131,11 +140,11 @@ def dora_norm(
 
     Args:
         weight: W (out, in), a tensor of any float type or a CodebookTensor.
-        lora_a, lora_b: A (r, in) and B (out, r), of any float type (float64 only if the weight is).
+        lora_a, lora_b: A (r, in) and B (out, r), of any float type (float64 only if W is, or packed).
         scale: s.
 
     Returns:
-        (out,) float32, or float64 for a float64 weight. No gradient passes, as in the paper.
+        (out,) float32, or float64 for a float64 weight or factor. No gradient passes, as in the paper.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -148,7 +157,8 @@ def dora_norm(
     packed = weight if isinstance(weight, CodebookTensor) else None
     lora_a, lora_b = lora_a.detach(), lora_b.detach()
     if runs_eagerly("dora", weight):
-        plain = weight.detach() if packed is None else dequantize(packed, torch.float32)
+        dtype = _norm_dtype(None if packed is not None else weight, lora_a, lora_b)
+        plain = weight.detach() if packed is None else dequantize(packed, torch.float32).to(dtype)
         _check_norm(plain, None, lora_a, lora_b)
         return _eager.dora_norm(plain, lora_a, lora_b, scale)
     return _NORM_FORWARD(

@@ -31,7 +31,8 @@ def dora_linear(
 ) -> Tensor:
     """y = x Wᵀ + b + (c - 1)·D(x) Wᵀ + c·s·(D(x) Aᵀ) Bᵀ with c = m / ‖W + s·B A‖, norms detached."""
     norm = dora_norm(weight, lora_a, lora_b, scale)
-    c = torch.where(norm == 0, 0.0, magnitude.to(norm.dtype) / norm)
+    zero = norm == 0  # a quotient by it would have NaN for a gradient
+    c = torch.where(zero, 0.0, magnitude.to(norm.dtype) / torch.where(zero, 1.0, norm))
     with no_autocast(x):
         wide = norm.dtype
         dropped = x.to(wide)

@@ -52,9 +52,7 @@ def dora_norm(
 
 
 def _norm(weight: Array | CodebookArray, lora_a: Array, lora_b: Array, scale: float) -> Array:
-    plain = (
-        dequantize(weight, FLOAT32) if isinstance(weight, CodebookArray) else contiguous(weight)
-    )
+    plain = dequantize(weight, FLOAT32) if isinstance(weight, CodebookArray) else contiguous(weight)
     norm = np.empty(len(plain), accumulator(plain.dtype))
     _C.dora_norm(
         plain, DTYPES[plain.dtype], *plain.shape, len(lora_a), *factor_of(lora_b.T), *factor_of(lora_a),
