@@ -204,6 +204,42 @@ def half(tokens: int, size: int) -> list[Row]:
     return rows
 
 
+def group(device: str, tokens: int, size: int, dtype: torch.dtype) -> list[Row]:
+    """q, k and v: three layers of one input, forward and backward, with dropout."""
+    parts = [Problem(device, tokens, size, dtype) for _ in range(3)]
+    x, dys, leaves = parts[0].x, [p.dy for p in parts], [t for p in parts for t in (p.a, p.b)]
+    layers = [p.peft(p.linear()) for p in parts] if peers.load({"": (PEFT, eager)}, device) else []
+
+    def together() -> list[Tensor]:
+        return ff.lora_linear_group(
+            x, [p.weight for p in parts], [p.a for p in parts], [p.b for p in parts],
+            scale=parts[0].scale, dropout=0.05,
+        )  # fmt: skip
+
+    def one_by_one() -> list[Tensor]:
+        return [ff.lora_linear(x, p.weight, p.a, p.b, scale=p.scale, dropout=0.05) for p in parts]
+
+    runs = {
+        name: lambda f=function: torch.autograd.grad(f(), (x, *leaves), dys)[0]
+        for name, function in (("finefuse", together), ("finefuse, one by one", one_by_one))
+    }
+    runs["the bare products"] = lambda: torch.autograd.grad(
+        [functional.linear(x, p.weight) for p in parts], x, dys
+    )[0]
+    if layers:
+        for module in layers:
+            module.lora_dropout["default"] = nn.Dropout(0.05)
+        theirs = [m.weight for v in layers for m in (v.lora_A["default"], v.lora_B["default"])]
+        runs["PEFT"] = lambda: torch.autograd.grad([v(x) for v in layers], (x, *theirs), dys)[0]
+    rows = compare_outputs(
+        f"LoRA of q, k and v {tokens} x {size}x{size} {str(dtype)[6:]}, forward + backward",
+        runs, torch.zeros_like(x, dtype=torch.float64), 6 * parts[0].moved,
+    )  # fmt: skip
+    for row in rows:
+        row.error = None  # each has masks of its own
+    return rows
+
+
 def run(device: str, quick: bool) -> Iterator[list[Row]]:
     warnings.filterwarnings("ignore", module="bitsandbytes|peft")
     size = QUICK_SIZE if quick else SIZE
@@ -217,3 +253,5 @@ def run(device: str, quick: bool) -> Iterator[list[Row]]:
         dtype = torch.float32 if slow else torch.bfloat16
         yield packed(64 if quick else 512, size, dtype)
         yield half(64 if quick else 512, size)
+    dtype = torch.float32 if peers.crawls(device, torch.bfloat16, SIZE) else torch.bfloat16
+    yield group(device, 64 if quick else 2048, size, dtype)

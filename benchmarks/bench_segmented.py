@@ -1,0 +1,145 @@
+"""Many adapters in one batch: a 4096×4096 layer, 64 adapters of rank 16.
+
+Candidates' times are divided by that of `finefuse`; what the adapters cost is what each takes beyond "the
+bare product", which has none. PEFT's mixed batch is a Python loop over the adapters in the batch, in which
+names are compared row by row; "a loop" is the same without PEFT, the rows of each adapter found beforehand.
+Bytes at least: the weight, x and y, every adapter that has rows, and as many again for the gradients.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import finefuse as ff
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from . import peers
+from .measure import Row, compare_outputs, forward
+from .peers import OURS, PEFT, TORCH
+
+SIZE, QUICK_SIZE, RANK, ALPHA, ADAPTERS = 4096, 256, 16, 32, 64
+# tokens, type, which rows have which adapter, whether with a backward
+CASES = {
+    "cpu": (
+        (512, torch.bfloat16, "uniform", False),
+        (512, torch.bfloat16, "uniform", True),
+        (512, torch.float32, "uniform", False),
+        (512, torch.float32, "uniform", True),
+        (512, torch.float32, "Zipf", True),
+        (512, torch.float32, "all the same", True),
+        (64, torch.float32, "all distinct", False),
+    ),
+    "cuda": (
+        (8192, torch.bfloat16, "uniform", False),
+        (8192, torch.bfloat16, "uniform", True),
+        (64, torch.bfloat16, "all distinct", False),
+    ),
+}
+
+
+def split(kind: str, tokens: int) -> Tensor:
+    if kind == "all distinct":
+        return torch.arange(tokens) % ADAPTERS
+    if kind == "all the same":
+        return torch.full((tokens,), ADAPTERS - 1)
+    weights = 1 / torch.arange(1, ADAPTERS + 1) ** (1.0 if kind == "Zipf" else 0.0)
+    return torch.multinomial(weights, tokens, replacement=True)
+
+
+def loop(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, rows: dict[int, Tensor]
+) -> Tensor:
+    y = functional.linear(x, weight)
+    for i, own in rows.items():
+        update = functional.linear(functional.linear(x[own], a[i]), b[i]) * scale
+        y = y.index_add(0, own, update)
+    return y
+
+
+def case(
+    device: str, tokens: int, size: int, dtype: torch.dtype, kind: str, backward: bool
+) -> list[Row]:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device) / shape[-1] ** 0.5
+
+    weight, dy = draw(size, size).to(dtype), draw(tokens, size).to(dtype)
+    a, b = (
+        draw(*shape).to(dtype).requires_grad_()
+        for shape in ((ADAPTERS, RANK, size), (ADAPTERS, size, RANK))
+    )
+    x = (draw(tokens, size) * size**0.5).to(dtype).requires_grad_()
+    ids, scale = split(kind, tokens), ALPHA / RANK
+    present = {i: (ids == i).nonzero()[:, 0].to(device) for i in ids.unique().tolist()}
+    adapter, names = ids.to(device), [str(i) for i in ids.tolist()]
+
+    def peft() -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
+        from peft import LoraConfig, get_peft_model
+
+        linear = nn.Linear(size, size, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["0"])
+        model = get_peft_model(nn.Sequential(linear), config, adapter_name="0")
+        for i in range(1, ADAPTERS):
+            model.add_adapter(str(i), config)
+        layer = model.base_model.model[0].eval()
+        factors = []
+        with torch.no_grad():
+            for i in range(ADAPTERS):
+                for part, stacked in ((layer.lora_A, a), (layer.lora_B, b)):
+                    part[str(i)].weight = nn.Parameter(stacked[i].detach().clone())
+                    if i in present:
+                        factors.append(part[str(i)].weight)
+        return (lambda: layer(x, adapter_names=names)), tuple(factors)
+
+    # function, what else has a gradient
+    makers: dict[str, tuple[str, Callable[[], Any]]] = {
+        "finefuse": (
+            OURS,
+            lambda: (
+                (lambda: ff.lora_linear_segmented(x, weight, a, b, adapter, scale=scale)), (a, b),
+            ),
+        ),
+        "the bare product": (TORCH, lambda: ((lambda: functional.linear(x, weight)), ())),
+        "a loop": (
+            TORCH, lambda: ((lambda: loop(x, weight, a, b, scale, present)), (a, b))
+        ),
+        "PEFT": (PEFT, peft),
+    }  # fmt: skip
+    runs = {}
+    for name, make in peers.load(makers, device).items():
+        function, factors = make()
+        if backward:
+            runs[name] = lambda f=function, leaves=factors: torch.autograd.grad(
+                f(), (x, *leaves), dy
+            )[0]
+        else:
+            runs[name] = forward(function)
+    x_, w_, dy_, a_, b_ = (t.detach().double() for t in (x, weight, dy, a, b))
+    truth = dy_ @ w_ if backward else x_ @ w_.t()
+    for i, rows in present.items():
+        left, right = (dy_ @ b_[i], a_[i]) if backward else (x_ @ a_[i].t(), b_[i].t())
+        truth[rows] += scale * left[rows] @ right
+    moved = size * size + 2 * tokens * size + 2 * len(present) * RANK * size
+    what = "forward + backward" if backward else "forward"
+    rows = compare_outputs(
+        f"{ADAPTERS} adapters, {kind}, {tokens} x {size}x{size} rank {RANK} {str(dtype)[6:]}, {what}",
+        runs, truth, moved * dtype.itemsize * (2 if backward else 1),
+    )  # fmt: skip
+    for row in rows:
+        if row.name.startswith("the bare"):
+            row.error = None
+    return rows
+
+
+def run(device: str, quick: bool) -> Iterator[list[Row]]:
+    warnings.filterwarnings("ignore", module="peft")
+    size = QUICK_SIZE if quick else SIZE
+    for tokens, dtype, kind, backward in CASES[device]:
+        if peers.crawls(device, dtype, size):
+            peers.left_out("many adapters in bfloat16", peers.CRAWLS)
+            continue
+        yield case(device, min(tokens, size) if quick else tokens, size, dtype, kind, backward)
