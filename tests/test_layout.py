@@ -52,9 +52,11 @@ def imports(path: Path) -> set[str]:
 
 BELOW = {
     "codebook": set(),
+    "dora": {".codebook", "._low_rank"},
     "logprobs": set(),
-    "lora": {".codebook"},
+    "lora": {".codebook", ".dora", "._low_rank"},
     "preference": {".logprobs"},
+    "segmented": {"._low_rank"},
 }  # the stems that a stem may build on
 
 
