@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -46,13 +45,10 @@ def keep_mask(like: Tensor, p: Any, seed: Tensor) -> Tensor:
     return torch.where(words >= threshold, scale, torch.zeros_like(scale))
 
 
-@contextlib.contextmanager
-def no_autocast(x: Tensor) -> Iterator[None]:
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     if not torch.amp.is_autocast_available(x.device.type):
-        yield
-        return
-    with torch.autocast(x.device.type, enabled=False):
-        yield
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def lora_linear(
