@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import functional
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -46,7 +47,7 @@ def keep_mask(like: Tensor, p: Any, seed: Tensor) -> Tensor:
 
 
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    if not torch.amp.is_autocast_available(x.device.type):
+    if not is_compiling() and not torch.amp.is_autocast_available(x.device.type):
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
