@@ -1,11 +1,14 @@
 """Low-rank updates in Triton: what csrc/ops/lora.h has, and the base product with the update inside it.
 
-    kernel           reads + writes                     bound by
-    shrink_kernel    x; the factor from L2              memory
-    outer_kernel     x a time for RANKS ranks           memory; few programs
-    expand_kernel    y, twice if it accumulates         memory
-    product_kernel   x, the weight, y; h, the factor    the base product's arithmetic: the update is a
-                                                        few more columns of its sum
+    kernel                reads + writes                     bound by
+    shrink_kernel         x; the factor from L2              memory
+    shrink_group_kernel   x; the members' factors from L2    memory
+    outer_kernel          x a time for RANKS ranks           memory; few programs
+    outer_group_kernel    the same, for all members          the same
+    expand_kernel         y, twice if it accumulates         memory
+    dropout_kernel        x, y, y before                     memory
+    product_kernel        x, the weight, y; h, the factor    the base product's arithmetic: the update is a
+                                                             few more columns of its sum
 
 Sums are float32 (float64 where x is), in an order that depends on the shape alone. A program of shrink owns
 tokens over all columns, one of outer columns over all tokens: no workspace, and nothing is added atomically.
@@ -128,6 +131,45 @@ _SIZES = ["tokens", "threshold"]
 # ---- shrink ------------------------------------------------------------------------------------
 
 
+@triton.jit
+def _add_h(
+    acc, x, t, c, columns, first, factor, r, rank, rank_stride, column_stride, seed, threshold,
+    QUADS: tl.constexpr, PRECISION: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """acc + D(x)·factorᵀ of columns c, which begin at `first`, and ranks r."""
+    v = _survivors(x, seed, threshold, t, columns, first, COLUMNS, QUADS)
+    w = _load(
+        factor + c[:, None] * column_stride + r[None, :] * rank_stride,
+        (c < columns)[:, None] & (r < rank)[None, :],
+    )
+    return _dot(v, w, acc, PRECISION)
+
+
+@triton.jit
+def _store_h(h, acc, t, tokens, r, rank, scale):
+    there = (t < tokens)[:, None] & (r < rank)[None, :]
+    acc *= number(scale).to(acc.dtype)
+    tl.store(h + t[:, None] * rank + r[None, :], acc, mask=there)
+
+
+@triton.jit
+def _add_outer(
+    acc, x, t, tokens, columns, first, g, r, rank, seed, threshold,
+    QUADS: tl.constexpr, PRECISION: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """acc + gᵀ·D(x) of tokens t and ranks r."""
+    v = _survivors(x, seed, threshold, t, columns, first, COLUMNS, QUADS)
+    w = _load(g + t[None, :] * rank + r[:, None], (t < tokens)[None, :] & (r < rank)[:, None])
+    return _dot(w, v, acc, PRECISION)
+
+
+@triton.jit
+def _store_outer(outer, acc, r, rank, c, columns, scale):
+    there = (r < rank)[:, None] & (c < columns)[None, :]
+    acc *= number(scale).to(acc.dtype)
+    tl.store(outer + r[:, None] * columns + c[None, :], acc, mask=there)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def shrink_kernel(
     x, tokens, columns, factor, rank, rank_stride, column_stride, h, scale: tl.float64, seed, threshold,
@@ -145,15 +187,11 @@ def shrink_kernel(
         c = first + tl.arange(0, COLUMNS)
         inside = c < n
         v = _load(x + t[:, None] * n + c[None, :], (t < tokens)[:, None] & inside[None, :])
-        v = _survivors(v, seed, threshold, t, n, first, COLUMNS, QUADS)
-        w = _load(
-            factor + c[:, None] * column_stride + r[None, :] * rank_stride,
-            inside[:, None] & (r < rank)[None, :],
-        )
-        acc = _dot(v, w, acc, PRECISION)
-    there = (t < tokens)[:, None] & (r < rank)[None, :]
-    acc *= number(scale).to(acc.dtype)
-    tl.store(h + t[:, None] * rank + r[None, :], acc, mask=there)
+        acc = _add_h(
+            acc, v, t, c, n, first, factor, r, rank, rank_stride, column_stride, seed, threshold, QUADS,
+            PRECISION, COLUMNS,
+        )  # fmt: skip
+    _store_h(h, acc, t, tokens, r, rank, scale)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -174,12 +212,10 @@ def outer_kernel(
         t = start + tl.arange(0, TOKENS)
         inside = t < tokens
         v = _load(x + t[:, None] * n + c[None, :], inside[:, None] & (c < n)[None, :])
-        v = _survivors(v, seed, threshold, t, n, first, COLUMNS, QUADS)
-        w = _load(g + t[None, :] * rank + r[:, None], inside[None, :] & (r < rank)[:, None])
-        acc = _dot(w, v, acc, PRECISION)
-    there = (r < rank)[:, None] & (c < n)[None, :]
-    acc *= number(scale).to(acc.dtype)
-    tl.store(outer + r[:, None] * n + c[None, :], acc, mask=there)
+        acc = _add_outer(
+            acc, v, t, tokens, n, first, g, r, rank, seed, threshold, QUADS, PRECISION, COLUMNS
+        )
+    _store_outer(outer, acc, r, rank, c, n, scale)
 
 
 def _ranks(rank, most):
@@ -195,14 +231,19 @@ def _narrow_tile(rank, dtype, other):
     return 32, 32, _ranks(rank, 32)
 
 
+def _shrink_tile(tokens, rank, dtype, other):
+    """The same, of few tokens a program where there are few, so that there are many programs."""
+    most, block, ranks = _narrow_tile(rank, dtype, other)
+    return 16 if tokens <= 2048 else most, block, ranks
+
+
 def lora_shrink(
     x, dtype, tokens, columns, rank, factor, factor_dtype, rank_stride, column_stride, h, h_scale,
     g, outer, outer_scale, seed, threshold, keep_scale, place,
 ):  # fmt: skip
     constants = {"QUADS": columns % 4 == 0, "PRECISION": _precision(), "num_warps": 4}
     if h is not None and tokens > 0:
-        most, block, ranks = _narrow_tile(rank, dtype, factor_dtype)
-        together = 16 if tokens <= 2048 else most
+        together, block, ranks = _shrink_tile(tokens, rank, dtype, factor_dtype)
         programs = triton.cdiv(tokens, together) * triton.cdiv(rank, ranks)
         launch(
             shrink_kernel, programs, x, tokens, columns, factor, rank, rank_stride, column_stride, h,
@@ -215,6 +256,151 @@ def lora_shrink(
         launch(
             outer_kernel, programs, x, tokens, columns, g, rank, outer, float(outer_scale * keep_scale),
             seed, threshold, **constants, TOKENS=together, COLUMNS=32, RANKS=ranks,
+        )  # fmt: skip
+
+
+# ---- shrinks of one x --------------------------------------------------------------------------
+
+# Members that are not there are None. Tiles of x are read once, and taken times each member's factor.
+_MEMBERS = ["tokens", "threshold0", "threshold1", "threshold2", "threshold3"]
+
+
+@triton.jit(do_not_specialize=_MEMBERS)
+def shrink_group_kernel(
+    x, tokens, columns, groups,
+    factor0, rank0, rank_stride0, column_stride0, h0, scale0: tl.float64, seed0, threshold0,
+    factor1, rank1, rank_stride1, column_stride1, h1, scale1: tl.float64, seed1, threshold1,
+    factor2, rank2, rank_stride2, column_stride2, h2, scale2: tl.float64, seed2, threshold2,
+    factor3, rank3, rank_stride3, column_stride3, h3, scale3: tl.float64, seed3, threshold3,
+    QUADS: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """h of up to four members: TOKENS tokens and RANKS ranks of each a program."""
+    n = integer(columns)
+    program = tl.program_id(0).to(tl.int64)
+    r = program % groups * RANKS + tl.arange(0, RANKS)
+    t = program // groups * TOKENS + tl.arange(0, TOKENS)
+    zero = tl.zeros((TOKENS, RANKS), h0.dtype.element_ty)
+    acc0, acc1, acc2, acc3 = zero, zero, zero, zero
+    for first in range(0, n, COLUMNS):
+        c = first + tl.arange(0, COLUMNS)
+        v = _load(x + t[:, None] * n + c[None, :], (t < tokens)[:, None] & (c < n)[None, :])
+        acc0 = _add_h(
+            acc0, v, t, c, n, first, factor0, r, rank0, rank_stride0, column_stride0, seed0, threshold0,
+            QUADS, PRECISION, COLUMNS,
+        )  # fmt: skip
+        if h1 is not None:
+            acc1 = _add_h(
+                acc1, v, t, c, n, first, factor1, r, rank1, rank_stride1, column_stride1, seed1,
+                threshold1, QUADS, PRECISION, COLUMNS,
+            )  # fmt: skip
+        if h2 is not None:
+            acc2 = _add_h(
+                acc2, v, t, c, n, first, factor2, r, rank2, rank_stride2, column_stride2, seed2,
+                threshold2, QUADS, PRECISION, COLUMNS,
+            )  # fmt: skip
+        if h3 is not None:
+            acc3 = _add_h(
+                acc3, v, t, c, n, first, factor3, r, rank3, rank_stride3, column_stride3, seed3,
+                threshold3, QUADS, PRECISION, COLUMNS,
+            )  # fmt: skip
+    _store_h(h0, acc0, t, tokens, r, rank0, scale0)
+    if h1 is not None:
+        _store_h(h1, acc1, t, tokens, r, rank1, scale1)
+    if h2 is not None:
+        _store_h(h2, acc2, t, tokens, r, rank2, scale2)
+    if h3 is not None:
+        _store_h(h3, acc3, t, tokens, r, rank3, scale3)
+
+
+@triton.jit(do_not_specialize=_MEMBERS)
+def outer_group_kernel(
+    x, tokens, columns, groups,
+    g0, rank0, outer0, scale0: tl.float64, seed0, threshold0,
+    g1, rank1, outer1, scale1: tl.float64, seed1, threshold1,
+    g2, rank2, outer2, scale2: tl.float64, seed2, threshold2,
+    g3, rank3, outer3, scale3: tl.float64, seed3, threshold3,
+    QUADS: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """outer of up to four members: COLUMNS columns and RANKS ranks of each a program, all tokens."""
+    n = integer(columns)
+    program = tl.program_id(0).to(tl.int64)
+    r = program % groups * RANKS + tl.arange(0, RANKS)
+    first = program // groups * COLUMNS
+    c = first + tl.arange(0, COLUMNS)
+    zero = tl.zeros((RANKS, COLUMNS), outer0.dtype.element_ty)
+    acc0, acc1, acc2, acc3 = zero, zero, zero, zero
+    for start in range(0, integer(tokens), TOKENS):
+        t = start + tl.arange(0, TOKENS)
+        v = _load(x + t[:, None] * n + c[None, :], (t < tokens)[:, None] & (c < n)[None, :])
+        acc0 = _add_outer(
+            acc0, v, t, tokens, n, first, g0, r, rank0, seed0, threshold0, QUADS, PRECISION, COLUMNS
+        )
+        if outer1 is not None:
+            acc1 = _add_outer(
+                acc1, v, t, tokens, n, first, g1, r, rank1, seed1, threshold1, QUADS, PRECISION,
+                COLUMNS,
+            )  # fmt: skip
+        if outer2 is not None:
+            acc2 = _add_outer(
+                acc2, v, t, tokens, n, first, g2, r, rank2, seed2, threshold2, QUADS, PRECISION,
+                COLUMNS,
+            )  # fmt: skip
+        if outer3 is not None:
+            acc3 = _add_outer(
+                acc3, v, t, tokens, n, first, g3, r, rank3, seed3, threshold3, QUADS, PRECISION,
+                COLUMNS,
+            )  # fmt: skip
+    _store_outer(outer0, acc0, r, rank0, c, n, scale0)
+    if outer1 is not None:
+        _store_outer(outer1, acc1, r, rank1, c, n, scale1)
+    if outer2 is not None:
+        _store_outer(outer2, acc2, r, rank2, c, n, scale2)
+    if outer3 is not None:
+        _store_outer(outer3, acc3, r, rank3, c, n, scale3)
+
+
+def _four(members, none):
+    """The arguments of four members in a row."""
+    return [value for m in (*members, *[none] * (4 - len(members))) for value in m]
+
+
+def lora_shrink_group(x, dtype, tokens, columns, members, place):
+    """Members are what `lora_shrink` takes beside x, as tuples in the same order."""
+    if len(members) == 1:
+        lora_shrink(x, dtype, tokens, columns, *members[0], place)
+        return
+    shrinks, outers, ranks, other = [], [], [1, 1], dtype
+    for (
+        rank, factor, factor_dtype, rank_stride, column_stride, h, h_scale, g, outer, outer_scale, seed,
+        threshold, keep_scale,
+    ) in members:  # fmt: skip
+        if h is not None:
+            ranks[0] = max(ranks[0], rank)
+            other = other if factor_dtype == dtype else _F32
+            shrinks.append(
+                (factor, rank, rank_stride, column_stride, h, float(h_scale * keep_scale), seed, threshold)
+            )  # fmt: skip
+        if outer is not None:
+            ranks[1] = max(ranks[1], rank)
+            outers.append((g, rank, outer, float(outer_scale * keep_scale), seed, threshold))
+    constants = {"QUADS": columns % 4 == 0, "PRECISION": _precision(), "num_warps": 4}
+    if shrinks and tokens > 0:
+        together, block, together_ranks = _shrink_tile(tokens, ranks[0], dtype, other)
+        groups = triton.cdiv(ranks[0], together_ranks)
+        launch(
+            shrink_group_kernel, triton.cdiv(tokens, together) * groups, x, tokens, columns, groups,
+            *_four(shrinks, (None, 0, 0, 0, None, 0.0, None, 0)),
+            **constants, TOKENS=together, COLUMNS=block, RANKS=together_ranks,
+        )  # fmt: skip
+    if outers and columns > 0:
+        together, _, together_ranks = _narrow_tile(ranks[1], dtype, _F32)
+        groups = triton.cdiv(ranks[1], together_ranks)
+        launch(
+            outer_group_kernel, triton.cdiv(columns, 32) * groups, x, tokens, columns, groups,
+            *_four(outers, (None, 0, None, 0.0, None, 0)),
+            **constants, TOKENS=together, COLUMNS=32, RANKS=together_ranks,
         )  # fmt: skip
 
 
@@ -284,6 +470,34 @@ def lora_expand(
         ACCUMULATE=accumulate, QUADS=columns % 4 == 0, PRECISION=_precision(), TOKENS=together,
         COLUMNS=block, RANKS=16, num_warps=4,
     )  # fmt: skip
+
+
+# ---- dropout -----------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["count", "threshold"])
+def dropout_kernel(
+    x, count, y, scale: tl.float64, seed, threshold, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """y = [y +] D(x): BLOCK elements a program, in one row of their own."""
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    i = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    there = i < count
+    v = tl.load(x + i, mask=there, other=0.0)
+    if v.dtype != tl.float64:
+        v = v.to(tl.float32)
+    v = _survivors(v, seed, threshold, row, BLOCK, 0, BLOCK, True) * number(scale).to(v.dtype)
+    if ACCUMULATE:
+        v += tl.load(y + i, mask=there, other=0.0).to(v.dtype)
+    tl.store(y + i, v.to(y.dtype.element_ty), mask=there)
+
+
+def lora_dropout(x, dtype, count, accumulate, y, seed, threshold, keep_scale, place):
+    if count > 0:
+        launch(
+            dropout_kernel, triton.cdiv(count, 1024), x, count, y, float(keep_scale), seed, threshold,
+            ACCUMULATE=accumulate, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
 
 
 # ---- the base product with the update inside ---------------------------------------------------
