@@ -83,11 +83,10 @@ def dora_norm(
 # ---- columns scaled ----------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "accumulate"])
 def dora_scale_kernel(
-    z, tokens, columns, factor, bias, y,
-    ACCUMULATE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    z, tokens, columns, factor, bias, accumulate, y, TOKENS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """y = [y +] [bias +] factor·z: TOKENS tokens and COLUMNS columns a program."""
     n = integer(columns)
     groups = tl.cdiv(n, COLUMNS)
@@ -101,7 +100,7 @@ def dora_scale_kernel(
     )
     if bias is not None:
         value += _wide(tl.load(bias + c, mask=c < n, other=0.0))[None, :]
-    if ACCUMULATE:
+    if accumulate != 0:
         value += _wide(tl.load(y + i, mask=there, other=0.0))
     tl.store(y + i, value.to(y.dtype.element_ty), mask=there)
 
@@ -110,8 +109,8 @@ def dora_scale(z, dtype, tokens, columns, factor, bias, accumulate, y, place):
     programs = triton.cdiv(tokens, 4) * triton.cdiv(columns, 512)
     if programs > 0:
         launch(
-            dora_scale_kernel, programs, z, tokens, columns, factor, bias, y,
-            ACCUMULATE=accumulate, TOKENS=4, COLUMNS=512, num_warps=4,
+            dora_scale_kernel, programs, z, tokens, columns, factor, bias,
+            int(accumulate), y, TOKENS=4, COLUMNS=512, num_warps=4,
         )  # fmt: skip
 
 

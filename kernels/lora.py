@@ -272,8 +272,7 @@ def shrink_group_kernel(
     factor1, rank1, rank_stride1, column_stride1, h1, scale1: tl.float64, seed1, threshold1,
     factor2, rank2, rank_stride2, column_stride2, h2, scale2: tl.float64, seed2, threshold2,
     factor3, rank3, rank_stride3, column_stride3, h3, scale3: tl.float64, seed3, threshold3,
-    QUADS: tl.constexpr, PRECISION: tl.constexpr,
-    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
+    PRECISION: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """h of up to four members: TOKENS tokens and RANKS ranks of each a program."""
     n = integer(columns)
@@ -287,22 +286,22 @@ def shrink_group_kernel(
         v = _load(x + t[:, None] * n + c[None, :], (t < tokens)[:, None] & (c < n)[None, :])
         acc0 = _add_h(
             acc0, v, t, c, n, first, factor0, r, rank0, rank_stride0, column_stride0, seed0, threshold0,
-            QUADS, PRECISION, COLUMNS,
+            True, PRECISION, COLUMNS,
         )  # fmt: skip
         if h1 is not None:
             acc1 = _add_h(
                 acc1, v, t, c, n, first, factor1, r, rank1, rank_stride1, column_stride1, seed1,
-                threshold1, QUADS, PRECISION, COLUMNS,
+                threshold1, True, PRECISION, COLUMNS,
             )  # fmt: skip
         if h2 is not None:
             acc2 = _add_h(
                 acc2, v, t, c, n, first, factor2, r, rank2, rank_stride2, column_stride2, seed2,
-                threshold2, QUADS, PRECISION, COLUMNS,
+                threshold2, True, PRECISION, COLUMNS,
             )  # fmt: skip
         if h3 is not None:
             acc3 = _add_h(
                 acc3, v, t, c, n, first, factor3, r, rank3, rank_stride3, column_stride3, seed3,
-                threshold3, QUADS, PRECISION, COLUMNS,
+                threshold3, True, PRECISION, COLUMNS,
             )  # fmt: skip
     _store_h(h0, acc0, t, tokens, r, rank0, scale0)
     if h1 is not None:
@@ -320,8 +319,7 @@ def outer_group_kernel(
     g1, rank1, outer1, scale1: tl.float64, seed1, threshold1,
     g2, rank2, outer2, scale2: tl.float64, seed2, threshold2,
     g3, rank3, outer3, scale3: tl.float64, seed3, threshold3,
-    QUADS: tl.constexpr, PRECISION: tl.constexpr,
-    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
+    PRECISION: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """outer of up to four members: COLUMNS columns and RANKS ranks of each a program, all tokens."""
     n = integer(columns)
@@ -335,21 +333,21 @@ def outer_group_kernel(
         t = start + tl.arange(0, TOKENS)
         v = _load(x + t[:, None] * n + c[None, :], (t < tokens)[:, None] & (c < n)[None, :])
         acc0 = _add_outer(
-            acc0, v, t, tokens, n, first, g0, r, rank0, seed0, threshold0, QUADS, PRECISION, COLUMNS
+            acc0, v, t, tokens, n, first, g0, r, rank0, seed0, threshold0, True, PRECISION, COLUMNS
         )
         if outer1 is not None:
             acc1 = _add_outer(
-                acc1, v, t, tokens, n, first, g1, r, rank1, seed1, threshold1, QUADS, PRECISION,
+                acc1, v, t, tokens, n, first, g1, r, rank1, seed1, threshold1, True, PRECISION,
                 COLUMNS,
             )  # fmt: skip
         if outer2 is not None:
             acc2 = _add_outer(
-                acc2, v, t, tokens, n, first, g2, r, rank2, seed2, threshold2, QUADS, PRECISION,
+                acc2, v, t, tokens, n, first, g2, r, rank2, seed2, threshold2, True, PRECISION,
                 COLUMNS,
             )  # fmt: skip
         if outer3 is not None:
             acc3 = _add_outer(
-                acc3, v, t, tokens, n, first, g3, r, rank3, seed3, threshold3, QUADS, PRECISION,
+                acc3, v, t, tokens, n, first, g3, r, rank3, seed3, threshold3, True, PRECISION,
                 COLUMNS,
             )  # fmt: skip
     _store_outer(outer0, acc0, r, rank0, c, n, scale0)
@@ -367,9 +365,13 @@ def _four(members, none):
 
 
 def lora_shrink_group(x, dtype, tokens, columns, members, place):
-    """Members are what `lora_shrink` takes beside x, as tuples in the same order."""
-    if len(members) == 1:
-        lora_shrink(x, dtype, tokens, columns, *members[0], place)
+    """Members are what `lora_shrink` takes beside x, as tuples in the same order.
+
+    Each for itself where dropout draws a word at a time: for four members these do not fit the registers.
+    """
+    if len(members) == 1 or (columns % 4 != 0 and any(m[10] is not None for m in members)):
+        for member in members:
+            lora_shrink(x, dtype, tokens, columns, *member, place)
         return
     shrinks, outers, ranks, other = [], [], [1, 1], dtype
     for (
@@ -385,7 +387,7 @@ def lora_shrink_group(x, dtype, tokens, columns, members, place):
         if outer is not None:
             ranks[1] = max(ranks[1], rank)
             outers.append((g, rank, outer, float(outer_scale * keep_scale), seed, threshold))
-    constants = {"QUADS": columns % 4 == 0, "PRECISION": _precision(), "num_warps": 4}
+    constants = {"PRECISION": _precision(), "num_warps": 4}
     if shrinks and tokens > 0:
         together, block, together_ranks = _shrink_tile(tokens, ranks[0], dtype, other)
         groups = triton.cdiv(ranks[0], together_ranks)
@@ -475,9 +477,9 @@ def lora_expand(
 # ---- dropout -----------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["count", "threshold"])
+@triton.jit(do_not_specialize=["count", "accumulate", "threshold"])
 def dropout_kernel(
-    x, count, y, scale: tl.float64, seed, threshold, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr
+    x, count, accumulate, y, scale: tl.float64, seed, threshold, BLOCK: tl.constexpr
 ):
     """y = [y +] D(x): BLOCK elements a program, in one row of their own."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
@@ -487,7 +489,7 @@ def dropout_kernel(
     if v.dtype != tl.float64:
         v = v.to(tl.float32)
     v = _survivors(v, seed, threshold, row, BLOCK, 0, BLOCK, True) * number(scale).to(v.dtype)
-    if ACCUMULATE:
+    if accumulate != 0:
         v += tl.load(y + i, mask=there, other=0.0).to(v.dtype)
     tl.store(y + i, v.to(y.dtype.element_ty), mask=there)
 
@@ -495,8 +497,8 @@ def dropout_kernel(
 def lora_dropout(x, dtype, count, accumulate, y, seed, threshold, keep_scale, place):
     if count > 0:
         launch(
-            dropout_kernel, triton.cdiv(count, 1024), x, count, y, float(keep_scale), seed, threshold,
-            ACCUMULATE=accumulate, BLOCK=1024, num_warps=4,
+            dropout_kernel, triton.cdiv(count, 1024), x, count, int(accumulate), y,
+            float(keep_scale), seed, threshold, BLOCK=1024, num_warps=4,
         )  # fmt: skip
 
 

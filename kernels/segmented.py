@@ -191,8 +191,8 @@ def segmented_expand_kernel(
         there = (t < tokens)[:, None] & (c < n)[None, :]
         to = y + t[:, None] * n + c[None, :]
         if adapter >= adapters:
-            value = tl.full((TOKENS, COLUMNS), NAN, y.dtype.element_ty)
-            tl.store(to, value, mask=there)
+            nan = tl.full((TOKENS, COLUMNS), NAN, tl.float32)
+            tl.store(to, nan.to(y.dtype.element_ty), mask=there)
             tl.store(flags + BAD_ADAPTER, 1)
         else:
             value = _update(

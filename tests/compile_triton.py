@@ -295,50 +295,54 @@ def _call_lora(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> Non
     torch.set_float32_matmul_precision(before[1])
 
 
-def _narrow(tensor: Callable[[torch.dtype], torch.Tensor]) -> list[Any]:
-    """(x, its type, factor, its type, h): adapters in the type of x or in float32."""
-    dtypes = [(tensor(getattr(torch, name)), code) for name, code in DTYPES.items()]
-    return [
-        (*x, *factor, x[0] if x[0].dtype == torch.float64 else dtypes[0][0])
-        for x in dtypes
-        for factor in ((x, dtypes[0]) if x is not dtypes[0] else (x,))
-    ]
-
-
 def _call_groups(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> None:
-    """Shrinks of one x, and of many adapters; dropout alone."""
-    i64 = tensor(torch.int64)
-    drops = ((None, 0, 1.0), (i64, 1 << 30, 2.0))
+    """Shrinks of one x, and of many adapters, made of lora's steps: each choice once with a type or two."""
+    i64, f32 = tensor(torch.int64), tensor(torch.float32)
+    drops = (None, 0, 1.0), (i64, 1 << 30, 2.0)
     before = torch.get_float32_matmul_precision()
-    for types, tokens, columns, rank, (members, dropout), precision in itertools.product(
-        _narrow(tensor), (4096, 8), (4096, 75), (8, 32, 64), zip((2, 4), drops, strict=True),
-        ("highest", "high"),
-    ):  # fmt: skip
-        x, dtype, factor, other, h = types
-        torch.set_float32_matmul_precision(precision)
-        member = (rank, factor, other, columns, 1, h, 1.0, h, h, 1.0, *dropout)
-        lora.lora_shrink_group(x, dtype, tokens, columns, [member] * members, place)
-        scale = h if members == 4 else None
-        given = (i64, i64, 9, factor, other, rank * columns, columns, 1)
-        segmented.segmented_shrink(
-            x, dtype, tokens, columns, rank, *given, h, scale, h, h, scale, *dropout, place
-        )
-        segmented.segmented_expand(
-            h, tokens, columns, rank, *given, scale, x, dtype, *dropout, place
-        )
-        for accumulate in (False, True):
-            lora.lora_dropout(x, dtype, tokens * columns, accumulate, x, *drops[1], place)
+    for name, dtype in DTYPES.items():
+        x = tensor(getattr(torch, name))
+        h = x if x.dtype == torch.float64 else f32
+        for tokens, columns, rank, (factor, other), scale, dropout, precision in (
+            (4096, 4096, 64, (x, dtype), None, drops[0], "highest"),
+            (8, 75, 8, (f32, 0), h, drops[1], "high"),
+        ):
+            torch.set_float32_matmul_precision(precision)
+            if x.dtype == torch.float16:  # as bfloat16
+                if tokens == 8:
+                    continue
+                tokens, rank, scale = 8, 8, h
+            else:
+                member = (rank, factor, other, columns, 1, h, 1.0, h, h, 1.0)
+                members = [(*member, *dropout)] * 2
+                if tokens > 8:
+                    members += [(*member, *drops[1])] * 2
+                lora.lora_shrink_group(x, dtype, tokens, 4096, members, place)
+            given = (i64, i64, 9, factor, other, rank * columns, columns, 1)
+            segmented.segmented_shrink(
+                x, dtype, tokens, columns, rank, *given, h, scale, h, h, scale, *dropout, place
+            )
+            segmented.segmented_expand(
+                h, tokens, columns, rank, *given, scale, x, dtype, *dropout, place
+            )
+        lora.lora_dropout(x, dtype, 4096, True, x, *drops[1], place)
     torch.set_float32_matmul_precision(before)
 
 
 def _call_dora(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> None:
-    for x, dtype, factor, other, h in _narrow(tensor):
-        given = (16, factor, other, 1, 16, factor, other, 4096, 1)
-        dora.dora_norm(x, dtype, 4096, 4096, *given, 1.0, h, place)
-        for bias, accumulate in ((None, True), (x, False)):
-            dora.dora_scale(x, dtype, 4096, 4096, h, bias, accumulate, x, place)
+    f32 = tensor(torch.float32)
+    for name, dtype in DTYPES.items():
+        x = tensor(getattr(torch, name))
+        h = x if x.dtype == torch.float64 else f32
+        for factor, other in ((x, dtype), (f32, 0)) if x.dtype == torch.bfloat16 else ((x, dtype),):
+            given = (16, factor, other, 1, 16, factor, other, 4096, 1)
+            dora.dora_norm(x, dtype, 4096, 4096, *given, 1.0, h, place)
+        for bias in (None, x):
+            dora.dora_scale(x, dtype, 4096, 4096, h, bias, True, x, place)
         for dz in (None, x):
-            dora.dora_scale_backward(x, x, dtype, 4096, 4096, h if dz is x else None, dz, h, place)
+            dora.dora_scale_backward(
+                x, x, dtype, 4096, 4096, None if dz is None else h, dz, h, place
+            )
 
 
 def pairs(variant: Variant) -> set[tuple[str, ...]]:

@@ -71,11 +71,8 @@ def norms(w, b, a, scale, dtype):
 )
 def test_norm(kernels, rows, columns, rank, dtype):
     w = numbers(rows, columns, dtype=dtype)
-    for factor_dtype in {
-        dtype,
-        torch.float32,
-        torch.float64 if kernels.backend == "cuda" else dtype,
-    }:
+    factor_dtypes = {dtype, torch.float32 if dtype is torch.bfloat16 else dtype}
+    for factor_dtype in DTYPES if kernels.backend == "cuda" else factor_dtypes:
         b = numbers(rows, rank, dtype=factor_dtype, seed=1)
         a = numbers(rank, columns, dtype=factor_dtype, seed=2)
         for one, other in ((b, a), (b.t().contiguous().t(), a.t().contiguous().t())):

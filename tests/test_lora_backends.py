@@ -330,6 +330,8 @@ def test_mixed_types(kernels, dtype, factor_dtype):
 def test_group(kernels, tokens, columns, dtype):
     if tokens > 1000 and (kernels.backend != "cuda" or dtype is torch.float64):
         pytest.skip("has the same kernels for fewer tokens")
+    if dtype is torch.float16 and kernels.backend != "cuda":
+        pytest.skip("bfloat16's kernels")
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     x = numbers(tokens, columns, dtype=dtype)
 
@@ -341,7 +343,7 @@ def test_group(kernels, tokens, columns, dtype):
         return (factor if has_h else None, g if has_outer else None, seed)
 
     groups = [
-        [member(3, None), member(17, 7, factor_dtype=wide), member(1, None, has_outer=False)],
+        [member(3, None), member(14, 7, factor_dtype=wide), member(1, None, has_outer=False)],
         [
             member(40, -9, has_h=False),
             member(16, 2**40, turned=True),

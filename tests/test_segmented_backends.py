@@ -142,7 +142,7 @@ def compare(
 # 32 and a rest; 2 and 3 adapters). columns 75: no row is aligned; 264: a span of 256 and a rest; 40: whole
 # lanes, less than a warp. Triton's tiles have 64, and its interpreter takes its time. ranks: one, whole
 # eights and sixteens, a rest.
-SHAPES = [(1, 40, 1, 1), (9, 264, 5, 20), (7, 75, 12, 3), (70, 24, 3, 9), (33, 264, 2, 16)]
+SHAPES = [(1, 40, 1, 1), (9, 264, 5, 36), (7, 75, 12, 3), (70, 24, 3, 9), (33, 264, 2, 16)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -153,7 +153,8 @@ def test_shapes(kernels, tokens, columns, adapters, rank, dtype):
         if dtype is torch.float16 and columns != 40:
             pytest.skip("bfloat16's kernels")
     compare(kernels, tokens, columns, adapters, rank, dtype, dtype)
-    if dtype not in (torch.float32, torch.float64):
+    if dtype is torch.bfloat16:
+        rank = min(rank, 16)  # more has lora's kernels
         compare(kernels, tokens, columns, adapters, rank, dtype, torch.float32, scaled=False)
 
 
