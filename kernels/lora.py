@@ -2,9 +2,7 @@
 
     kernel                reads + writes                     bound by
     shrink_kernel         x; the factor from L2              memory
-    shrink_group_kernel   x; the members' factors from L2    memory
     outer_kernel          x a time for RANKS ranks           memory; few programs
-    outer_group_kernel    the same, for all members          the same
     expand_kernel         y, twice if it accumulates         memory
     dropout_kernel        x, y, y before                     memory
     product_kernel        x, the weight, y; h, the factor    the base product's arithmetic: the update is a
@@ -259,151 +257,13 @@ def lora_shrink(
         )  # fmt: skip
 
 
-# ---- shrinks of one x --------------------------------------------------------------------------
-
-# Members that are not there are None. Tiles of x are read once, and taken times each member's factor.
-_MEMBERS = ["tokens", "threshold0", "threshold1", "threshold2", "threshold3"]
-
-
-@triton.jit(do_not_specialize=_MEMBERS)
-def shrink_group_kernel(
-    x, tokens, columns, groups,
-    factor0, rank0, rank_stride0, column_stride0, h0, scale0: tl.float64, seed0, threshold0,
-    factor1, rank1, rank_stride1, column_stride1, h1, scale1: tl.float64, seed1, threshold1,
-    factor2, rank2, rank_stride2, column_stride2, h2, scale2: tl.float64, seed2, threshold2,
-    factor3, rank3, rank_stride3, column_stride3, h3, scale3: tl.float64, seed3, threshold3,
-    PRECISION: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
-):  # fmt: skip
-    """h of up to four members: TOKENS tokens and RANKS ranks of each a program."""
-    n = integer(columns)
-    program = tl.program_id(0).to(tl.int64)
-    r = program % groups * RANKS + tl.arange(0, RANKS)
-    t = program // groups * TOKENS + tl.arange(0, TOKENS)
-    zero = tl.zeros((TOKENS, RANKS), h0.dtype.element_ty)
-    acc0, acc1, acc2, acc3 = zero, zero, zero, zero
-    for first in range(0, n, COLUMNS):
-        c = first + tl.arange(0, COLUMNS)
-        v = _load(x + t[:, None] * n + c[None, :], (t < tokens)[:, None] & (c < n)[None, :])
-        acc0 = _add_h(
-            acc0, v, t, c, n, first, factor0, r, rank0, rank_stride0, column_stride0, seed0, threshold0,
-            True, PRECISION, COLUMNS,
-        )  # fmt: skip
-        if h1 is not None:
-            acc1 = _add_h(
-                acc1, v, t, c, n, first, factor1, r, rank1, rank_stride1, column_stride1, seed1,
-                threshold1, True, PRECISION, COLUMNS,
-            )  # fmt: skip
-        if h2 is not None:
-            acc2 = _add_h(
-                acc2, v, t, c, n, first, factor2, r, rank2, rank_stride2, column_stride2, seed2,
-                threshold2, True, PRECISION, COLUMNS,
-            )  # fmt: skip
-        if h3 is not None:
-            acc3 = _add_h(
-                acc3, v, t, c, n, first, factor3, r, rank3, rank_stride3, column_stride3, seed3,
-                threshold3, True, PRECISION, COLUMNS,
-            )  # fmt: skip
-    _store_h(h0, acc0, t, tokens, r, rank0, scale0)
-    if h1 is not None:
-        _store_h(h1, acc1, t, tokens, r, rank1, scale1)
-    if h2 is not None:
-        _store_h(h2, acc2, t, tokens, r, rank2, scale2)
-    if h3 is not None:
-        _store_h(h3, acc3, t, tokens, r, rank3, scale3)
-
-
-@triton.jit(do_not_specialize=_MEMBERS)
-def outer_group_kernel(
-    x, tokens, columns, groups,
-    g0, rank0, outer0, scale0: tl.float64, seed0, threshold0,
-    g1, rank1, outer1, scale1: tl.float64, seed1, threshold1,
-    g2, rank2, outer2, scale2: tl.float64, seed2, threshold2,
-    g3, rank3, outer3, scale3: tl.float64, seed3, threshold3,
-    PRECISION: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
-):  # fmt: skip
-    """outer of up to four members: COLUMNS columns and RANKS ranks of each a program, all tokens."""
-    n = integer(columns)
-    program = tl.program_id(0).to(tl.int64)
-    r = program % groups * RANKS + tl.arange(0, RANKS)
-    first = program // groups * COLUMNS
-    c = first + tl.arange(0, COLUMNS)
-    zero = tl.zeros((RANKS, COLUMNS), outer0.dtype.element_ty)
-    acc0, acc1, acc2, acc3 = zero, zero, zero, zero
-    for start in range(0, integer(tokens), TOKENS):
-        t = start + tl.arange(0, TOKENS)
-        v = _load(x + t[:, None] * n + c[None, :], (t < tokens)[:, None] & (c < n)[None, :])
-        acc0 = _add_outer(
-            acc0, v, t, tokens, n, first, g0, r, rank0, seed0, threshold0, True, PRECISION, COLUMNS
-        )
-        if outer1 is not None:
-            acc1 = _add_outer(
-                acc1, v, t, tokens, n, first, g1, r, rank1, seed1, threshold1, True, PRECISION,
-                COLUMNS,
-            )  # fmt: skip
-        if outer2 is not None:
-            acc2 = _add_outer(
-                acc2, v, t, tokens, n, first, g2, r, rank2, seed2, threshold2, True, PRECISION,
-                COLUMNS,
-            )  # fmt: skip
-        if outer3 is not None:
-            acc3 = _add_outer(
-                acc3, v, t, tokens, n, first, g3, r, rank3, seed3, threshold3, True, PRECISION,
-                COLUMNS,
-            )  # fmt: skip
-    _store_outer(outer0, acc0, r, rank0, c, n, scale0)
-    if outer1 is not None:
-        _store_outer(outer1, acc1, r, rank1, c, n, scale1)
-    if outer2 is not None:
-        _store_outer(outer2, acc2, r, rank2, c, n, scale2)
-    if outer3 is not None:
-        _store_outer(outer3, acc3, r, rank3, c, n, scale3)
-
-
-def _four(members, none):
-    """The arguments of four members in a row."""
-    return [value for m in (*members, *[none] * (4 - len(members))) for value in m]
-
-
 def lora_shrink_group(x, dtype, tokens, columns, members, place):
     """Members are what `lora_shrink` takes beside x, as tuples in the same order.
 
-    Each for itself where dropout draws a word at a time: for four members these do not fit the registers.
+    A launch each: in one program, the tiles and the dropout of four members do not fit the registers.
     """
-    if len(members) == 1 or (columns % 4 != 0 and any(m[10] is not None for m in members)):
-        for member in members:
-            lora_shrink(x, dtype, tokens, columns, *member, place)
-        return
-    shrinks, outers, ranks, other = [], [], [1, 1], dtype
-    for (
-        rank, factor, factor_dtype, rank_stride, column_stride, h, h_scale, g, outer, outer_scale, seed,
-        threshold, keep_scale,
-    ) in members:  # fmt: skip
-        if h is not None:
-            ranks[0] = max(ranks[0], rank)
-            other = other if factor_dtype == dtype else _F32
-            shrinks.append(
-                (factor, rank, rank_stride, column_stride, h, float(h_scale * keep_scale), seed, threshold)
-            )  # fmt: skip
-        if outer is not None:
-            ranks[1] = max(ranks[1], rank)
-            outers.append((g, rank, outer, float(outer_scale * keep_scale), seed, threshold))
-    constants = {"PRECISION": _precision(), "num_warps": 4}
-    if shrinks and tokens > 0:
-        together, block, together_ranks = _shrink_tile(tokens, ranks[0], dtype, other)
-        groups = triton.cdiv(ranks[0], together_ranks)
-        launch(
-            shrink_group_kernel, triton.cdiv(tokens, together) * groups, x, tokens, columns, groups,
-            *_four(shrinks, (None, 0, 0, 0, None, 0.0, None, 0)),
-            **constants, TOKENS=together, COLUMNS=block, RANKS=together_ranks,
-        )  # fmt: skip
-    if outers and columns > 0:
-        together, _, together_ranks = _narrow_tile(ranks[1], dtype, _F32)
-        groups = triton.cdiv(ranks[1], together_ranks)
-        launch(
-            outer_group_kernel, triton.cdiv(columns, 32) * groups, x, tokens, columns, groups,
-            *_four(outers, (None, 0, None, 0.0, None, 0)),
-            **constants, TOKENS=together, COLUMNS=32, RANKS=together_ranks,
-        )  # fmt: skip
+    for member in members:
+        lora_shrink(x, dtype, tokens, columns, *member, place)
 
 
 # ---- expand ------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ HOT = (
     "token_logprobs_kernel", "token_logprobs_backward_kernel", "cross_entropy_kernel",
     "quantize_kernel", "dequantize_kernel", "codebook_linear_kernel",
     "codebook_linear_transposed_kernel", "shrink_kernel", "outer_kernel", "expand_kernel",
-    "product_kernel", "shrink_group_kernel", "outer_group_kernel", "dropout_kernel", "dora_norm_kernel",
+    "product_kernel", "dropout_kernel", "dora_norm_kernel",
     "dora_scale_kernel", "dora_columns_kernel", "segmented_shrink_kernel", "segmented_outer_kernel",
     "segmented_expand_kernel",
 )  # fmt: skip
@@ -240,7 +240,7 @@ def _call_everything() -> None:
             )
     _call_codebook(tensor, place)
     _call_lora(tensor, place)
-    _call_groups(tensor, place)
+    _call_segmented(tensor, place)
     _call_dora(tensor, place)
 
 
@@ -295,8 +295,8 @@ def _call_lora(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> Non
     torch.set_float32_matmul_precision(before[1])
 
 
-def _call_groups(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> None:
-    """Shrinks of one x, and of many adapters, made of lora's steps: each choice once with a type or two."""
+def _call_segmented(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> None:
+    """Of many adapters, made of lora's steps: each choice once with a type or two; dropout alone."""
     i64, f32 = tensor(torch.int64), tensor(torch.float32)
     drops = (None, 0, 1.0), (i64, 1 << 30, 2.0)
     before = torch.get_float32_matmul_precision()
@@ -312,12 +312,6 @@ def _call_groups(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> N
                 if tokens == 8:
                     continue
                 tokens, rank, scale = 8, 8, h
-            else:
-                member = (rank, factor, other, columns, 1, h, 1.0, h, h, 1.0)
-                members = [(*member, *dropout)] * 2
-                if tokens > 8:
-                    members += [(*member, *drops[1])] * 2
-                lora.lora_shrink_group(x, dtype, tokens, 4096, members, place)
             given = (i64, i64, 9, factor, other, rank * columns, columns, 1)
             segmented.segmented_shrink(
                 x, dtype, tokens, columns, rank, *given, h, scale, h, h, scale, *dropout, place

@@ -330,8 +330,6 @@ def test_mixed_types(kernels, dtype, factor_dtype):
 def test_group(kernels, tokens, columns, dtype):
     if tokens > 1000 and (kernels.backend != "cuda" or dtype is torch.float64):
         pytest.skip("has the same kernels for fewer tokens")
-    if dtype is torch.float16 and kernels.backend != "cuda":
-        pytest.skip("bfloat16's kernels")
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     x = numbers(tokens, columns, dtype=dtype)
 
@@ -371,7 +369,7 @@ def test_group(kernels, tokens, columns, dtype):
 def test_group_is_its_members(kernels):
     """Bit for bit, on CUDA: they share what they read and nothing else."""
     if kernels.backend != "cuda":
-        pytest.skip("Triton's tiles of ranks are those of the largest member")
+        pytest.skip("a launch each: there is nothing to share")
     for tokens in (6, 1029):
         x = numbers(tokens, 40, dtype=torch.bfloat16)
         members = [

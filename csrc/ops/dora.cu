@@ -116,7 +116,7 @@ struct ScaleCall : DoraScale {
 
 // Eight columns of kScaleTokens tokens a thread.
 template <class T>
-__global__ void __launch_bounds__(kThreads) dora_scale_kernel(const ScaleCall a) {
+__global__ void __launch_bounds__(kThreads, 2) dora_scale_kernel(const ScaleCall a) {
   using A = Accumulator<T>;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t groups = ceil_div(a.columns, kLane), c = i % groups * kLane;

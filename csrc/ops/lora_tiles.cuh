@@ -80,6 +80,16 @@ template <class A> __device__ A keep_one(const Dropout& d, int64_t i) {
 
 // ---- eight columns of a lane -------------------------------------------------------------------
 
+// Hides that x is the same in every turn of a loop: ptxas would keep all that follows from it in
+// registers that are not there.
+__device__ __forceinline__ void forget(int64_t& x) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+l"(x));
+#else
+  static_cast<void>(x);
+#endif
+}
+
 // `left` numbers from p on, `step` apart, and zeros. Vectors: they are adjacent, p is aligned to
 // 16 bytes.
 template <class A, class T>

@@ -4,7 +4,7 @@
 //
 //   kernel                    reads + writes                               bound by
 //   segmented_shrink_kernel   x; a factor for 32 rows (float32: 16)        memory
-//   segmented_few_kernel      x a time for 8 ranks; a factor for 4 rows    the factors: memory
+//   segmented_few_kernel      x a time for 8 ranks; a factor for 2 rows    the factors: memory
 //   segmented_outer_kernel    x a time for 8 ranks; outer                  memory; latency where one adapter has all rows
 //   segmented_expand_kernel   y twice; a factor for 32 rows, or for 8      memory
 //   segmented_any_kernel      the same, a factor for 8 rows                odd shapes, float64
@@ -130,8 +130,7 @@ __device__ __forceinline__ void zero_rows(const SegmentedShrink& a, const int64_
 
 // Rows of x begin at multiples of 16 bytes.
 template <class T, int kRanks, bool kDrops>
-__global__ void __launch_bounds__(kThreads, kDrops ? 1 : 2)
-    segmented_shrink_kernel(const ShrinkCall a) {
+__global__ void __launch_bounds__(kThreads, 1) segmented_shrink_kernel(const ShrinkCall a) {
   constexpr int kTokens = kShrinkTokens<T>;
   __shared__ int64_t rows[kWarps * kTokens];
   const int64_t groups = ceil_div(a.rank, kRanks), first_rank = blockIdx.x % groups * kRanks;
@@ -151,10 +150,9 @@ __global__ void __launch_bounds__(kThreads, kDrops ? 1 : 2)
                                  [&](int t) { return rows[first + t]; });
 }
 
-constexpr int kFewRows = 4, kFewRanks = 8;
+constexpr int kFewRows = 2, kFewRanks = 8;
 
-// Sums over the warp of 2·N sums, which leave in each lane that of its own number: 31 shuffles for
-// 32 sums.
+// Sums over the warp of 2·N sums, which leave in each lane that of its number modulo 2·N.
 template <int N, class A> __device__ __forceinline__ A lane_sums(const A* sum) {
   if constexpr (N == 0) {
     return sum[0];
@@ -173,19 +171,22 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, 1) segmented_few_kernel(const ShrinkCall a) {
   using A = Accumulator<T>;
   constexpr int kBatch = 4;  // ranks whose loads overlap
-  static_assert(kFewRows * kFewRanks == 32);
+  constexpr int kSums = kFewRows * kFewRanks;
   __shared__ int64_t rows[kFewRows];
-  __shared__ A partial[kWarps][32];
+  __shared__ A partial[kWarps][kSums];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t groups = ceil_div(a.rank, kFewRanks), first_rank = blockIdx.x % groups * kFewRanks;
   const Tile tile = tile_of(a.tiles, blockIdx.x / groups);
   rows_of(a.tiles, tile, rows);
   if (tile.count == 0) return;
   if (!has_adapter(a.tiles, tile)) return zero_rows<A>(a, rows, tile.count, first_rank, kFewRanks);
-  const Factor factor = factor_of(a.factor, tile.adapter);
-  A sum[32] = {};
+  Factor factor = factor_of(a.factor, tile.adapter);
+  A sum[kSums] = {};
   with_dtype<true>(factor.dtype, [&]<class F>(F) {
+#pragma unroll 1
     for (int64_t c = threadIdx.x * kLane; c < a.columns; c += kThreads * kLane) {
+      forget(factor.rank_stride);
+      forget(factor.column_stride);
       const int64_t left = a.columns - c;
       A v[kFewRows][kLane];
       FF_UNROLL for (int t = 0; t < kFewRows; ++t) {
@@ -212,7 +213,8 @@ __global__ void __launch_bounds__(kThreads, 1) segmented_few_kernel(const Shrink
       }
     }
   });
-  partial[warp][lane] = lane_sums<16>(sum);
+  const A own = lane_sum(lane_sums<kSums / 2>(sum), kSums);
+  if (lane < kSums) partial[warp][lane] = own;
   __syncthreads();
   const int t = threadIdx.x / kFewRanks;
   const int64_t r = first_rank + threadIdx.x % kFewRanks;
@@ -230,10 +232,8 @@ constexpr int kLaneRow = 36;                     // 32 lanes, in other banks tha
 
 // A block an adapter, kSpan columns and kOuterRanks ranks: zeros where it has no rows.
 template <class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
-    segmented_outer_kernel(const ShrinkCall a) {
+__global__ void __launch_bounds__(kThreads, 1) segmented_outer_kernel(const ShrinkCall a) {
   using A = Accumulator<T>;
-  constexpr int U = sizeof(T) == 2 ? 2 : 1;  // two of float32 spill
   __shared__ A partial[kWarps][kOuterRound][kLane * kLaneRow];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t groups = ceil_div(a.rank, kOuterRanks), spans = ceil_div(a.columns, kSpan);
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
       a.rank - first_rank < kOuterRanks ? static_cast<int>(a.rank - first_rank) : kOuterRanks;
   const int64_t begin = a.segments.begins[adapter], end = a.segments.begins[adapter + 1];
   A sum[kOuterRanks][kLane] = {};
-#pragma unroll U
+#pragma unroll 1
   for (int64_t i = begin + warp; i < end; i += kWarps) {
     const int64_t row = a.segments.order[i], at = row * a.columns + c;
     A v[kLane];
