@@ -1,11 +1,12 @@
 """Low-rank updates in Triton: what csrc/ops/lora.h has, and the base product with the update inside it.
 
-    kernel           reads + writes                     bound by
-    shrink_kernel    x; the factor from L2              memory
-    outer_kernel     x a time for RANKS ranks           memory; few programs
-    expand_kernel    y, twice if it accumulates         memory
-    product_kernel   x, the weight, y; h, the factor    the base product's arithmetic: the update is a
-                                                        few more columns of its sum
+    kernel                reads + writes                     bound by
+    shrink_kernel         x; the factor from L2              memory
+    outer_kernel          x a time for RANKS ranks           memory; few programs
+    expand_kernel         y, twice if it accumulates         memory
+    dropout_kernel        x, y, y before                     memory
+    product_kernel        x, the weight, y; h, the factor    the base product's arithmetic: the update is a
+                                                             few more columns of its sum
 
 Sums are float32 (float64 where x is), in an order that depends on the shape alone. A program of shrink owns
 tokens over all columns, one of outer columns over all tokens: no workspace, and nothing is added atomically.
@@ -128,6 +129,45 @@ _SIZES = ["tokens", "threshold"]
 # ---- shrink ------------------------------------------------------------------------------------
 
 
+@triton.jit
+def _add_h(
+    acc, x, t, c, columns, first, factor, r, rank, rank_stride, column_stride, seed, threshold,
+    QUADS: tl.constexpr, PRECISION: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """acc + D(x)·factorᵀ of columns c, which begin at `first`, and ranks r."""
+    v = _survivors(x, seed, threshold, t, columns, first, COLUMNS, QUADS)
+    w = _load(
+        factor + c[:, None] * column_stride + r[None, :] * rank_stride,
+        (c < columns)[:, None] & (r < rank)[None, :],
+    )
+    return _dot(v, w, acc, PRECISION)
+
+
+@triton.jit
+def _store_h(h, acc, t, tokens, r, rank, scale):
+    there = (t < tokens)[:, None] & (r < rank)[None, :]
+    acc *= number(scale).to(acc.dtype)
+    tl.store(h + t[:, None] * rank + r[None, :], acc, mask=there)
+
+
+@triton.jit
+def _add_outer(
+    acc, x, t, tokens, columns, first, g, r, rank, seed, threshold,
+    QUADS: tl.constexpr, PRECISION: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """acc + gᵀ·D(x) of tokens t and ranks r."""
+    v = _survivors(x, seed, threshold, t, columns, first, COLUMNS, QUADS)
+    w = _load(g + t[None, :] * rank + r[:, None], (t < tokens)[None, :] & (r < rank)[:, None])
+    return _dot(w, v, acc, PRECISION)
+
+
+@triton.jit
+def _store_outer(outer, acc, r, rank, c, columns, scale):
+    there = (r < rank)[:, None] & (c < columns)[None, :]
+    acc *= number(scale).to(acc.dtype)
+    tl.store(outer + r[:, None] * columns + c[None, :], acc, mask=there)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def shrink_kernel(
     x, tokens, columns, factor, rank, rank_stride, column_stride, h, scale: tl.float64, seed, threshold,
@@ -145,15 +185,11 @@ def shrink_kernel(
         c = first + tl.arange(0, COLUMNS)
         inside = c < n
         v = _load(x + t[:, None] * n + c[None, :], (t < tokens)[:, None] & inside[None, :])
-        v = _survivors(v, seed, threshold, t, n, first, COLUMNS, QUADS)
-        w = _load(
-            factor + c[:, None] * column_stride + r[None, :] * rank_stride,
-            inside[:, None] & (r < rank)[None, :],
-        )
-        acc = _dot(v, w, acc, PRECISION)
-    there = (t < tokens)[:, None] & (r < rank)[None, :]
-    acc *= number(scale).to(acc.dtype)
-    tl.store(h + t[:, None] * rank + r[None, :], acc, mask=there)
+        acc = _add_h(
+            acc, v, t, c, n, first, factor, r, rank, rank_stride, column_stride, seed, threshold, QUADS,
+            PRECISION, COLUMNS,
+        )  # fmt: skip
+    _store_h(h, acc, t, tokens, r, rank, scale)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -174,12 +210,10 @@ def outer_kernel(
         t = start + tl.arange(0, TOKENS)
         inside = t < tokens
         v = _load(x + t[:, None] * n + c[None, :], inside[:, None] & (c < n)[None, :])
-        v = _survivors(v, seed, threshold, t, n, first, COLUMNS, QUADS)
-        w = _load(g + t[None, :] * rank + r[:, None], inside[None, :] & (r < rank)[:, None])
-        acc = _dot(w, v, acc, PRECISION)
-    there = (r < rank)[:, None] & (c < n)[None, :]
-    acc *= number(scale).to(acc.dtype)
-    tl.store(outer + r[:, None] * n + c[None, :], acc, mask=there)
+        acc = _add_outer(
+            acc, v, t, tokens, n, first, g, r, rank, seed, threshold, QUADS, PRECISION, COLUMNS
+        )
+    _store_outer(outer, acc, r, rank, c, n, scale)
 
 
 def _ranks(rank, most):
@@ -195,14 +229,19 @@ def _narrow_tile(rank, dtype, other):
     return 32, 32, _ranks(rank, 32)
 
 
+def _shrink_tile(tokens, rank, dtype, other):
+    """The same, of few tokens a program where there are few, so that there are many programs."""
+    most, block, ranks = _narrow_tile(rank, dtype, other)
+    return 16 if tokens <= 2048 else most, block, ranks
+
+
 def lora_shrink(
     x, dtype, tokens, columns, rank, factor, factor_dtype, rank_stride, column_stride, h, h_scale,
     g, outer, outer_scale, seed, threshold, keep_scale, place,
 ):  # fmt: skip
     constants = {"QUADS": columns % 4 == 0, "PRECISION": _precision(), "num_warps": 4}
     if h is not None and tokens > 0:
-        most, block, ranks = _narrow_tile(rank, dtype, factor_dtype)
-        together = 16 if tokens <= 2048 else most
+        together, block, ranks = _shrink_tile(tokens, rank, dtype, factor_dtype)
         programs = triton.cdiv(tokens, together) * triton.cdiv(rank, ranks)
         launch(
             shrink_kernel, programs, x, tokens, columns, factor, rank, rank_stride, column_stride, h,
@@ -216,6 +255,15 @@ def lora_shrink(
             outer_kernel, programs, x, tokens, columns, g, rank, outer, float(outer_scale * keep_scale),
             seed, threshold, **constants, TOKENS=together, COLUMNS=32, RANKS=ranks,
         )  # fmt: skip
+
+
+def lora_shrink_group(x, dtype, tokens, columns, members, place):
+    """Members are what `lora_shrink` takes beside x, as tuples in the same order.
+
+    A launch each: in one program, the tiles and the dropout of four members do not fit the registers.
+    """
+    for member in members:
+        lora_shrink(x, dtype, tokens, columns, *member, place)
 
 
 # ---- expand ------------------------------------------------------------------------------------
@@ -284,6 +332,34 @@ def lora_expand(
         ACCUMULATE=accumulate, QUADS=columns % 4 == 0, PRECISION=_precision(), TOKENS=together,
         COLUMNS=block, RANKS=16, num_warps=4,
     )  # fmt: skip
+
+
+# ---- dropout -----------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["count", "accumulate", "threshold"])
+def dropout_kernel(
+    x, count, accumulate, y, scale: tl.float64, seed, threshold, BLOCK: tl.constexpr
+):
+    """y = [y +] D(x): BLOCK elements a program, in one row of their own."""
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    i = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    there = i < count
+    v = tl.load(x + i, mask=there, other=0.0)
+    if v.dtype != tl.float64:
+        v = v.to(tl.float32)
+    v = _survivors(v, seed, threshold, row, BLOCK, 0, BLOCK, True) * number(scale).to(v.dtype)
+    if accumulate != 0:
+        v += tl.load(y + i, mask=there, other=0.0).to(v.dtype)
+    tl.store(y + i, v.to(y.dtype.element_ty), mask=there)
+
+
+def lora_dropout(x, dtype, count, accumulate, y, seed, threshold, keep_scale, place):
+    if count > 0:
+        launch(
+            dropout_kernel, triton.cdiv(count, 1024), x, count, int(accumulate), y,
+            float(keep_scale), seed, threshold, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
 
 
 # ---- the base product with the update inside ---------------------------------------------------

@@ -28,7 +28,7 @@ import torch
 import triton
 from cuda_resources import cuobjdump
 from finefuse._args import DTYPES, PREFERENCE_LOSSES, REDUCTIONS
-from finefuse.kernels import codebook, logprobs, lora, preference
+from finefuse.kernels import codebook, dora, logprobs, lora, preference, segmented
 
 ARCHITECTURES = (80, 90)
 # Memory-bound over the logits or the weight: a spill there costs what the fusion saves.
@@ -36,9 +36,13 @@ HOT = (
     "token_logprobs_kernel", "token_logprobs_backward_kernel", "cross_entropy_kernel",
     "quantize_kernel", "dequantize_kernel", "codebook_linear_kernel",
     "codebook_linear_transposed_kernel", "shrink_kernel", "outer_kernel", "expand_kernel",
-    "product_kernel",
+    "product_kernel", "dropout_kernel", "dora_norm_kernel",
+    "dora_scale_kernel", "dora_columns_kernel", "segmented_shrink_kernel", "segmented_outer_kernel",
+    "segmented_expand_kernel",
 )  # fmt: skip
-MODULES = (codebook, logprobs, lora, preference)
+# The argument whose type is what a kernel computes on.
+COMPUTED = ("logits", "gradient", "x", "y", "z", "dy", "weight")
+MODULES = (codebook, dora, logprobs, lora, preference, segmented)
 
 _NAMES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
@@ -107,8 +111,12 @@ class Variant:
     @property
     def hot(self) -> bool:
         """In the types that models are trained in."""
-        types = {self.choices.get(name) for name in ("logits", "x", "y")}
-        return self.name in HOT and "fp64" not in types
+        return self.name in HOT and not self.wide
+
+    @property
+    def wide(self) -> bool:
+        """Whether it computes on float64."""
+        return "fp64" in (self.choices.get(name) for name in COMPUTED)
 
     def compile(self, architecture: int) -> dict[str, int]:
         """What the cubin takes: see resource_usage."""
@@ -232,6 +240,8 @@ def _call_everything() -> None:
             )
     _call_codebook(tensor, place)
     _call_lora(tensor, place)
+    _call_segmented(tensor, place)
+    _call_dora(tensor, place)
 
 
 def _call_codebook(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> None:
@@ -283,6 +293,50 @@ def _call_lora(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> Non
                 )  # fmt: skip
     lora.shared_memory = before[0]
     torch.set_float32_matmul_precision(before[1])
+
+
+def _call_segmented(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> None:
+    """Of many adapters, made of lora's steps: each choice once with a type or two; dropout alone."""
+    i64, f32 = tensor(torch.int64), tensor(torch.float32)
+    drops = (None, 0, 1.0), (i64, 1 << 30, 2.0)
+    before = torch.get_float32_matmul_precision()
+    for name, dtype in DTYPES.items():
+        x = tensor(getattr(torch, name))
+        h = x if x.dtype == torch.float64 else f32
+        for tokens, columns, rank, (factor, other), scale, dropout, precision in (
+            (4096, 4096, 64, (x, dtype), None, drops[0], "highest"),
+            (8, 75, 8, (f32, 0), h, drops[1], "high"),
+        ):
+            torch.set_float32_matmul_precision(precision)
+            if x.dtype == torch.float16:  # as bfloat16
+                if tokens == 8:
+                    continue
+                tokens, rank, scale = 8, 8, h
+            given = (i64, i64, 9, factor, other, rank * columns, columns, 1)
+            segmented.segmented_shrink(
+                x, dtype, tokens, columns, rank, *given, h, scale, h, h, scale, *dropout, place
+            )
+            segmented.segmented_expand(
+                h, tokens, columns, rank, *given, scale, x, dtype, *dropout, place
+            )
+        lora.lora_dropout(x, dtype, 4096, True, x, *drops[1], place)
+    torch.set_float32_matmul_precision(before)
+
+
+def _call_dora(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> None:
+    f32 = tensor(torch.float32)
+    for name, dtype in DTYPES.items():
+        x = tensor(getattr(torch, name))
+        h = x if x.dtype == torch.float64 else f32
+        for factor, other in ((x, dtype), (f32, 0)) if x.dtype == torch.bfloat16 else ((x, dtype),):
+            given = (16, factor, other, 1, 16, factor, other, 4096, 1)
+            dora.dora_norm(x, dtype, 4096, 4096, *given, 1.0, h, place)
+        for bias in (None, x):
+            dora.dora_scale(x, dtype, 4096, 4096, h, bias, True, x, place)
+        for dz in (None, x):
+            dora.dora_scale_backward(
+                x, x, dtype, 4096, 4096, None if dz is None else h, dz, h, place
+            )
 
 
 def pairs(variant: Variant) -> set[tuple[str, ...]]:
@@ -355,11 +409,7 @@ def main() -> int:
             f"| {v.name} | {options} | sm_{architecture} | {usage['registers']} | {usage['shared']} "
             f"| {usage['local']}, {usage['in loops']}{' FAILS' if spilled else ''} |"
         )
-        name = v.name + (
-            " float64"
-            if "fp64" in (v.choices.get(k) for k in ("logits", "gradient", "x", "y"))
-            else ""
-        )
+        name = v.name + (" float64" if v.wide else "")
         most = largest.setdefault((name, architecture), [0, 0, 0])
         most[:] = map(max, most, (usage["registers"], usage["shared"], usage["local"]))
     print("\nThe most of any variant: registers a thread, shared, local memory (bytes).\n")

@@ -17,7 +17,9 @@ from pathlib import Path
 # Bound by memory over the logits or the weight; float64 is there for gradcheck, not for speed.
 HOT = re.compile(
     r"^(token_logprobs|token_logprobs_backward|cross_entropy|scale_gradient|quantize|dequantize|"
-    r"codebook_linear|codebook_linear_transposed|shrink|outer|expand|lora_linear)_kernel<(?!double)"
+    r"codebook_linear|codebook_linear_transposed|shrink|outer|expand|dropout|lora_linear|"
+    r"dora_norm|dora_scale|dora_columns|segmented_shrink|segmented_few|segmented_outer|"
+    r"segmented_expand)_kernel<(?!double)"
 )
 
 

@@ -60,6 +60,10 @@ BELOW = {
 }  # the stems that a stem may build on
 
 
+# The stems whose kernels a stem's kernels are made of, in csrc/ops and in kernels/.
+KERNELS_BELOW = {"dora": ("lora",), "segmented": ("lora",)}
+
+
 # Below all stems: matrix products, the tensor of packed codes, what describes it.
 SHARED = {"._matmul", "._codebook_tensor", "._codebooks"}
 
@@ -93,9 +97,13 @@ def test_imports_run_downhill():
             above = {i.rpartition(".")[2] for i in imports(path) if i.startswith(".")}
             assert not above & set(MODULES), path
     for path in (ROOT / "csrc/ops").iterdir():
+        stem = path.stem.removesuffix("_table").removesuffix("_tiles")
+        allowed = ("core/", *(f"ops/{below}" for below in (stem, *KERNELS_BELOW.get(stem, ()))))
         for header in re.findall(r'#include "([^"]+)"', path.read_text()):
-            stem = path.stem.removesuffix("_table")
-            assert header.startswith("core/") or header.startswith(f"ops/{stem}"), path
+            assert header.startswith(allowed), path
+    for path in (ROOT / "kernels").glob("*.py"):
+        local = {i for i in imports(path) if i.startswith(".")}
+        assert local <= {"._common", *(f".{b}" for b in KERNELS_BELOW.get(path.stem, ()))}, path
     for path in (ROOT / "csrc/core").iterdir():
         for header in re.findall(r'#include "([^"]+)"', path.read_text()):
             assert header.startswith("core/"), path

@@ -222,6 +222,42 @@ class Kernels(NamedTuple):
         )  # fmt: skip
         return out.cpu()
 
+    def shrink_group(self, x, members):
+        """Members: (factor or None, g or None, seed), p = 0.5; (h, outer) of each, None where absent."""
+        wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+        given, results = [], []
+        for factor, g, seed in members:
+            rank = len(factor) if g is None else g.shape[1]
+            h = None if factor is None else self.rubbish(len(x), rank, dtype=wide)
+            outer = None if g is None else self.rubbish(rank, x.shape[1], dtype=wide)
+            turned = (None, 0, 0, 0)
+            if factor is not None:
+                turned = (self.put(factor), CODES[factor.dtype], *factor.stride())
+            put_g = None if g is None else self.put(g)
+            given.append(
+                (
+                    rank,
+                    *turned,
+                    h,
+                    2.0,
+                    put_g,
+                    outer,
+                    0.5,
+                    *self.dropout(seed, 0.5 if seed else 0.0),
+                )
+            )
+            results.append((h, outer))
+        self.module.lora_shrink_group(self.put(x), CODES[x.dtype], *x.shape, given, self.place())
+        return [[None if t is None else t.cpu() for t in pair] for pair in results]
+
+    def dropped(self, x, seed, p, y=None):
+        out = self.rubbish(*x.shape, dtype=x.dtype) if y is None else self.put(y)
+        self.module.lora_dropout(
+            self.put(x), CODES[x.dtype], x.numel(), y is not None, out, *self.dropout(seed, p),
+            self.place(),
+        )  # fmt: skip
+        return out.cpu()
+
     def linear(self, x, w, a, b, bias):
         """CUDA: a few tokens, h included. Triton: the fused product, of h given."""
         (tokens, columns), (rows, rank) = x.shape, b.shape
@@ -248,18 +284,23 @@ class Kernels(NamedTuple):
         return y.cpu()
 
 
-@pytest.fixture(params=["cuda", "triton"])
-def kernels(request, monkeypatch) -> Kernels:
-    why = unavailable(request.param)
+def module_of(stem: str, backend: str, monkeypatch: Any) -> Any:
+    """A stem's kernels; Triton's are looked up in what compile_triton.py compiles."""
+    why = unavailable(backend)
     if why:
         pytest.skip(why)
-    if request.param == "cuda":
-        return Kernels("cuda", import_module("finefuse._CUDA"))
+    if backend == "cuda":
+        return import_module("finefuse._CUDA")
     import compile_triton
 
-    kernels = import_module("finefuse.kernels.lora")
-    monkeypatch.setattr(kernels, "launch", compile_triton.recording(_is_compiled, call=True))
-    return Kernels("triton", kernels)
+    module = import_module(f"finefuse.kernels.{stem}")
+    monkeypatch.setattr(module, "launch", compile_triton.recording(_is_compiled, call=True))
+    return module
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def kernels(request, monkeypatch) -> Kernels:
+    return Kernels(request.param, module_of("lora", request.param, monkeypatch))
 
 
 @pytest.mark.parametrize("factor_dtype", DTYPES, ids=str)
@@ -280,6 +321,85 @@ def test_mixed_types(kernels, dtype, factor_dtype):
         y = kernels.expand(g, f, dtype, bias=x[0].contiguous())
         plain = (0.5 * g @ f.to(wide) + x[0].to(wide)).to(dtype)
         check("y", y, plain, 0.5 * g.double() @ f.double() + x[0].double())
+
+
+# Members of ranks less than a tile of ranks, a rest, and more than one; with and without h, outer, dropout.
+# 75: no row is aligned; 264: a span of columns and a rest; 1029 tokens: CUDA's kernels of tiles.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "columns"), [(5, 75), (18, 264), (1029, 24)])
+def test_group(kernels, tokens, columns, dtype):
+    if tokens > 1000 and (kernels.backend != "cuda" or dtype is torch.float64):
+        pytest.skip("has the same kernels for fewer tokens")
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    x = numbers(tokens, columns, dtype=dtype)
+
+    def member(rank, seed, has_h=True, has_outer=True, factor_dtype=dtype, turned=False):
+        factor = numbers(rank, columns, dtype=factor_dtype, seed=rank)
+        g = numbers(tokens, rank, dtype=wide, seed=rank + 1)
+        if turned:
+            factor = factor.t().contiguous().t()
+        return (factor if has_h else None, g if has_outer else None, seed)
+
+    groups = [
+        [member(3, None), member(14, 7, factor_dtype=wide), member(1, None, has_outer=False)],
+        [
+            member(40, -9, has_h=False),
+            member(16, 2**40, turned=True),
+            member(8, None),
+            member(4, 3),
+        ],
+        [member(9, None, factor_dtype=wide), member(2, None)],
+        [member(5, 11)],
+    ]
+    if kernels.backend == "cuda":  # float64 beside another type has kernels of its own
+        groups.append([member(6, 1, factor_dtype=torch.float64), member(6, 1)])
+    for members in groups:
+        for (factor, g, seed), (h, outer) in zip(
+            members, kernels.shrink_group(x, members), strict=True
+        ):
+            mask = reference.keep_mask((tokens, columns), 0.5, seed) if seed else np.ones(())
+            d = x.double() * torch.from_numpy(mask)
+            if factor is not None:
+                plain = 2 * d.to(wide) @ factor.to(wide).t()
+                check("h", h, plain, 2 * d @ factor.double().t())
+            if g is not None:
+                check("outer", outer, 0.5 * g.t() @ d.to(wide), 0.5 * g.double().t() @ d)
+
+
+def test_group_is_its_members(kernels):
+    """Bit for bit, on CUDA: they share what they read and nothing else."""
+    if kernels.backend != "cuda":
+        pytest.skip("a launch each: there is nothing to share")
+    for tokens in (6, 1029):
+        x = numbers(tokens, 40, dtype=torch.bfloat16)
+        members = [
+            (numbers(rank, 40, seed=rank), numbers(tokens, rank, seed=rank), seed)
+            for rank, seed in ((12, None), (9, 5))
+        ]
+        alone = [kernels.shrink_group(x, [m])[0] for m in members]
+        for one, both in zip(alone, kernels.shrink_group(x, members), strict=True):
+            assert all(torch.equal(*pair) for pair in zip(one, both, strict=True))
+
+
+# 1 to 3: less than a counter of Philox; 1029: a program of Triton's and a rest; offset: not aligned.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [0, 1, 3, 8, 1029, 2051])
+def test_dropout_alone(kernels, count, dtype):
+    for seed, p in ((0, 0.25), (-(2**62), 0.5), (5, 1.0)):
+        mask = torch.from_numpy(reference.keep_mask((count,), p, seed))
+        for x in (numbers(count, dtype=dtype), numbers(count + 1, dtype=dtype)[1:]):
+            truth = x.double() * mask
+            check("y", kernels.dropped(x, seed, p), truth.to(dtype), truth)
+            y = numbers(count, dtype=dtype, seed=1)
+            want = truth + y.double()
+            check("y", kernels.dropped(x, seed, p, y.clone()), want.to(dtype), want)
+        z = kernels.put(numbers(count, dtype=dtype))
+        kernels.module.lora_dropout(  # in place
+            z, CODES[dtype], count, False, z, *kernels.dropout(seed, p), kernels.place()
+        )
+        assert torch.equal(z.cpu(), kernels.dropped(numbers(count, dtype=dtype), seed, p))
+    x = torch.full((9,), float("nan"), dtype=dtype)
+    assert kernels.dropped(x, 1, 0.5).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
@@ -326,6 +446,12 @@ def test_nothing_out_of_bounds(kernels, dtype, at_end):
                 assert torch.isfinite(array).all()
             for y, bias in ((None, f[0].clone()), (x.clone(), None)):
                 assert torch.isfinite(kernels.expand(g, factor, dtype, y, bias, seed, 0.5)).all()
+        for _, outer in kernels.shrink_group(
+            x, [(f, g, None), (f[:1].clone(), g[:, :1].clone(), 7)]
+        ):
+            assert torch.isfinite(outer).all()
+        for y in (None, x.clone()):
+            assert torch.isfinite(kernels.dropped(x, 7, 0.5, y)).all()
         if dtype is not torch.float64 and tokens < 100:
             w, b = numbers(7, columns, dtype=dtype), numbers(7, rank, dtype=dtype)
             y = kernels.linear(x, w, f, b, numbers(7, dtype=dtype))
@@ -334,8 +460,8 @@ def test_nothing_out_of_bounds(kernels, dtype, at_end):
 
 def guarded(tensor: torch.Tensor, at_end: bool) -> torch.Tensor:
     """Between pages that must not be touched, with the strides it has."""
-    if tensor.ndim == 2 and not tensor.is_contiguous():
-        return guarded(tensor.t(), at_end).t()
+    if not tensor.is_contiguous():
+        return guarded(tensor.mT, at_end).mT
     return between_guards(tensor, at_end) if tensor.nbytes < mmap.PAGESIZE * 64 else tensor
 
 

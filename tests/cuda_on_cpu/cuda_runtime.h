@@ -28,6 +28,7 @@
 #define __forceinline__ inline
 #define __shared__ static  // one block at a time
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __syncthreads() ::cuda_on_cpu::wait(::cuda_on_cpu::State::barrier)
 
 struct dim3 {
