@@ -208,6 +208,7 @@ def add_lora(
     exclude: str | Sequence[str] = (),
     dropout: float = 0.0,
     rslora: bool = False,
+    dora: bool = False,
     quantize: str | Tensor | None = None,
     blocksize: int = 64,
     double_quant: bool = False,
@@ -227,7 +228,7 @@ def add_lora(
 
     Args:
         model: targets can be of the types that `LoRALinear.from_linear` takes, and LoRALinear.
-        rank, alpha, dropout, rslora, init_lora_weights, name: as for `LoRALinear`.
+        rank, alpha, dropout, rslora, dora, init_lora_weights, name: as for `LoRALinear`.
         targets: as PEFT's target_modules. Names: a layer of this name, or whose name ends in a dot and this.
             A string: a regular expression of the whole name. "all-linear": all linear layers but a
             transformers model's output layer.
@@ -275,12 +276,12 @@ def add_lora(
         for pattern in patterns:
             used = any(from_pattern({pattern: True}, n, False) for n in names)
             require(used, what, pattern, "what matches a target")
-    Adapter(rank, alpha, dropout, rslora, init_lora_weights).check()
+    first = Adapter(rank, alpha, dropout, rslora, init_lora_weights, dora).check()
     plan = {}
     for target in names:
         _check_layer(model, target, modules[target])
         r, a = from_pattern(ranks, target, rank), from_pattern(alphas, target, alpha)
-        plan[target] = Adapter(r, a, dropout, rslora, init_lora_weights).check()
+        plan[target] = first._replace(rank=r, alpha=a).check()
     if quantize is not None:
         _quantize(torch.zeros(1), quantize, blocksize, double_quant)  # raises what it would raise
         if any(isinstance(modules[target], LoRALinear) for target in names):
@@ -316,10 +317,9 @@ def wrap(
             continue
         code, blocksize, double_quant = packing
         packed = isinstance(linear_weight(module), CodebookTensor)
-        rank, alpha, dropout, rslora, init = adapter
         layer = LoRALinear.from_linear(
-            module, rank, alpha, dropout=dropout, rslora=rslora, init_lora_weights=init, name=name,
-            quantize=None if packed else code, blocksize=blocksize, double_quant=double_quant,
+            module, **adapter._asdict(), name=name, quantize=None if packed else code,
+            blocksize=blocksize, double_quant=double_quant,
         )  # fmt: skip
         keep_hooks(module, layer)
         put(layer, module)
@@ -370,7 +370,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that require a gradient, each once: what an optimizer takes.
 
-    After `add_lora` those of the active adapter: every lora_A and lora_B, and the copies of modules_to_save.
+    After `add_lora` those of the active adapter: every lora_A, lora_B and lora_magnitude_vector, and the
+    copies of modules_to_save.
     """
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
