@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import _passes
 from ._args import require
 from ._layers import LAYERS, Adapter, LoRALinear, check_name, keep_hooks, kind_of, linear_weight
+from ._mixed import mixed_module
 from .codebook import CodebookTensor
 from .codebook import quantize as _quantize
 
 
-class ModuleToSave(nn.Module):
+class ModuleToSave(nn.Module, _passes.Holder):
     """A module with a copy of it for each adapter, which trains; the active adapter's copy runs.
 
     What `add_lora(modules_to_save=…)` puts in the place of a module. Attributes that it lacks are those of
@@ -32,18 +34,23 @@ class ModuleToSave(nn.Module):
         self.enabled = True
 
     @property
-    def adapters(self) -> Iterable[str]:
+    def adapters(self) -> Iterable[str]:  # type: ignore[override]
         return self.modules_to_save.keys()
+
+    def train(self, mode: bool = True) -> ModuleToSave:
+        self.mixed_trained = False
+        return super().train(mode)
 
     def add_adapter(self, name: str) -> None:
         self.modules_to_save[name] = copy.deepcopy(self.original_module)
         self.set_adapter(name)
 
-    def set_adapter(self, name: str | None) -> None:
+    def set_adapter(self, name: str | None, trains: Collection[str] | None = None) -> None:
         self.active = name
         for key, module in self.modules_to_save.items():
+            wanted = key == name if trains is None else key in trains
             for parameter in module.parameters():
-                parameter.requires_grad_(key == name and _trains(parameter))
+                parameter.requires_grad_(wanted and _trains(parameter))
 
     def enable(self) -> None:
         self.enabled = True
@@ -57,7 +64,16 @@ class ModuleToSave(nn.Module):
         return self.modules_to_save[self.active]
 
     def forward(self, *args: Any, **options: Any) -> Any:
+        if _passes.in_force or self.mixed_trained:
+            named, y = self._mixed(args, options)
+            if named:
+                return y
         return self.current()(*args, **options)
+
+    @torch._disable_dynamo
+    def _mixed(self, args: Any, options: Any) -> tuple[bool, Any]:
+        call = _passes.names_for(self)
+        return call is not None, None if call is None else mixed_module(self, args, options, call)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -330,22 +346,31 @@ def wrap(
             put(wrapper, module)
             module = wrapper
         module.add_adapter(name)
+    _passes.watch(model)
     set_adapter(model, name)
 
 
 # ---- using -----------------------------------------------------------------------------------------
 
 
-def set_adapter(model: nn.Module, name: str) -> None:
-    """Make an adapter the active one, the only one that trains; merged ones are unmerged.
+def set_adapter(model: nn.Module, name: str, *, trains: Sequence[str] | None = None) -> None:
+    """Make an adapter the active one; merged ones are unmerged.
+
+    Args:
+        name: of the adapter.
+        trains: the adapters whose parameters require a gradient, such as all those of the batches of
+            `mixed_batch`. None: the active one.
 
     Raises:
-        ValueError: if no module of the model has it.
+        ValueError: if no module of the model has one of them.
     """
     names = adapter_names(model)
-    require(name in names, "name", name, ", ".join(map(repr, names)) or "none: no adapter is there")
+    known = ", ".join(map(repr, names)) or "none: no adapter is there"
+    require(name in names, "name", name, known)
+    for other in () if trains is None else _strings("trains", trains):
+        require(other in names, "trains", other, known)
     for holder in _holders(model):
-        holder.set_adapter(name if name in holder.adapters else None)
+        holder.set_adapter(name if name in holder.adapters else None, trains)
 
 
 @contextmanager
@@ -384,6 +409,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     Returns:
         The model, or what takes its place where it is a layer itself; nothing in it requires a gradient.
     """
+    _passes.unwatch(model)
     replacement: dict[nn.Module, nn.Module] = {}
     for holder in _holders(model):
         if isinstance(holder, ModuleToSave):

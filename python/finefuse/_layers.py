@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from . import _passes
 from ._args import require
 from ._codebook_tensor import from_state, same_format, to_state
+from ._mixed import Stack, mixed_linear
 from .codebook import CodebookTensor, codebook_linear
 from .codebook import quantize as _quantize
 from .dora import dora_norm
@@ -200,14 +203,17 @@ class Adapter(NamedTuple):
 
 def check_name(name: Any) -> None:
     """Of an adapter: a key of a torch.nn.ParameterDict."""
-    ok = isinstance(name, str) and name != "" and "." not in name
+    ok = isinstance(name, str) and name not in ("", _passes.BASE) and "." not in name
     taken = ok and any(hasattr(kind(), name) for kind in (nn.ParameterDict, nn.ModuleDict))
     require(
-        ok and not taken, "name", name, "a non-empty string without '.', no attribute of a dict"
+        ok and not taken,
+        "name",
+        name,
+        f"a non-empty string without '.', not {_passes.BASE!r}, no attribute of a dict",
     )
 
 
-class LoRALinear(_Linear):
+class LoRALinear(_Linear, _passes.Holder):
     """`torch.nn.Linear` with named low-rank updates, one of them active, by `finefuse.lora_linear`:
 
         y = x Wᵀ + bias + s·D(x) Aᵀ Bᵀ        s = alpha / rank (rslora: alpha / √rank)
@@ -299,6 +305,7 @@ class LoRALinear(_Linear):
         self.active: str | None = None
         self.merged: str | None = None
         self.enabled = True
+        self.stack: Stack | None = None
         self.turned = False  # a Conv1D's weight, which files have as (in, out)
         self.add_adapter(name, *adapter)
 
@@ -377,8 +384,11 @@ class LoRALinear(_Linear):
         self.adapters[name], self.scaling[name] = adapter, adapter.scale()
         self.set_adapter(name)
 
-    def set_adapter(self, name: str | None) -> None:
-        """Make an adapter the active one, the only one that trains; None: none. A merged one is unmerged."""
+    def set_adapter(self, name: str | None, trains: Collection[str] | None = None) -> None:
+        """Make an adapter the active one, None: none. A merged one is unmerged.
+
+        trains: the adapters whose parameters require a gradient; None: the active one.
+        """
         allowed = ", ".join(map(repr, self.adapters))
         require(name is None or name in self.adapters, "name", name, f"None, {allowed}")
         if self.merged is not None and name != self.merged:
@@ -386,7 +396,7 @@ class LoRALinear(_Linear):
         self.active = name
         for key in self.adapters:
             for parameter in self.parameters_of(key):
-                parameter.requires_grad_(key == name)
+                parameter.requires_grad_(key == name if trains is None else key in trains)
 
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         """An adapter's: A, B and, with dora, m."""
@@ -475,11 +485,13 @@ class LoRALinear(_Linear):
     # ---- as a module -----------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
+        if _passes.in_force or self.mixed_trained:
+            named, y = self._mixed(x)
+            if named:
+                return self.base(x) if y is None else y
         name = self.active
         if name is None or self.merged is not None or not self.enabled:
-            if isinstance(self.weight, CodebookTensor):
-                return codebook_linear(x, self.weight, self.bias)
-            return nn.functional.linear(x, self.weight, self.bias)
+            return self.base(x)
         return lora_linear(
             x,
             self.weight,
@@ -490,6 +502,29 @@ class LoRALinear(_Linear):
             dropout=self.adapters[name].dropout if self.training else 0.0,
             magnitude=self.magnitude(name),
         )
+
+    def base(self, x: Tensor) -> Tensor:
+        """y = x Wᵀ + bias."""
+        if isinstance(self.weight, CodebookTensor):
+            return codebook_linear(x, self.weight, self.bias)
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    @torch._disable_dynamo
+    def _mixed(self, x: Tensor) -> tuple[bool, Tensor | None]:
+        """Whether the rows have names, and what they give; None: the base."""
+        call = _passes.names_for(self)
+        return call is not None, None if call is None else mixed_linear(self, x, call)
+
+    def train(self, mode: bool = True) -> LoRALinear:
+        self.stack, self.mixed_trained = None, False
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        self.stack = None
+        return super()._apply(*args, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "stack": None}
 
     def extra_repr(self) -> str:
         adapters = (
