@@ -66,6 +66,7 @@ SHARED = {"._matmul", "._codebook_tensor", "._codebooks"}
 MODULES = {
     "_passes": set(),
     "_mixed": {"._passes", ".segmented"},
+    "_groups": {".", "._codebook_tensor", ".lora"},
     "_layers": {".", "._codebook_tensor", "._mixed", ".codebook", ".dora", ".lora"},
     "_adapters": {".", "._layers", "._mixed", ".codebook"},
     "_adapter_files": {"._layers", "._adapters"},

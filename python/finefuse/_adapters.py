@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _passes
+from . import _groups, _passes
 from ._args import require
 from ._layers import LAYERS, Adapter, LoRALinear, check_name, keep_hooks, kind_of, linear_weight
 from ._mixed import mixed_module
@@ -232,6 +232,7 @@ def add_lora(
     modules_to_save: Sequence[str] = (),
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    groups: str | Sequence[Sequence[str]] | None = None,
     name: str = "default",
 ) -> nn.Module:
     """Put `LoRALinear` modules in the place of a model's linear layers and freeze everything else, in place.
@@ -256,6 +257,10 @@ def add_lora(
             for each adapter, which is saved with it.
         rank_pattern, alpha_pattern: name, end of name or regular expression of either to another rank or
             alpha; the first that matches counts.
+        groups: layers that are called with the same tensor: it is read once for all their updates, see
+            `lora_linear_group`. Lists of the last names of siblings, [["q_proj", "k_proj", "v_proj"]];
+            "auto": found from the first call of the model, used from the second on. Where they are not
+            called with the same tensor after all, they run by themselves.
 
     Returns:
         The model.
@@ -302,7 +307,15 @@ def add_lora(
         _quantize(torch.zeros(1), quantize, blocksize, double_quant)  # raises what it would raise
         if any(isinstance(modules[target], LoRALinear) for target in names):
             raise ValueError("quantize: a target has an adapter already; allowed: None")
+    sizes = {}
+    for target, module in modules.items():
+        if target in plan or isinstance(module, LoRALinear):
+            weight = linear_weight(module)
+            assert weight is not None
+            sizes[target] = weight.shape[1]
+    groups = _groups.check(groups, sizes)
     wrap(model, modules, plan, save, name, (quantize, blocksize, double_quant))
+    _groups.put(model, groups)
     return model
 
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from . import _passes
+from . import _groups, _passes
 from ._args import require
 from ._codebook_tensor import from_state, same_format, to_state
 from ._mixed import Stack, mixed_linear
@@ -213,7 +214,7 @@ def check_name(name: Any) -> None:
     )
 
 
-class LoRALinear(_Linear, _passes.Holder):
+class LoRALinear(_Linear, _passes.Holder, _groups.Member):
     """`torch.nn.Linear` with named low-rank updates, one of them active, by `finefuse.lora_linear`:
 
         y = x Wᵀ + bias + s·D(x) Aᵀ Bᵀ        s = alpha / rank (rslora: alpha / √rank)
@@ -393,6 +394,7 @@ class LoRALinear(_Linear, _passes.Holder):
         require(name is None or name in self.adapters, "name", name, f"None, {allowed}")
         if self.merged is not None and name != self.merged:
             self.unmerge()
+        self._forget()
         self.active = name
         for key in self.adapters:
             for parameter in self.parameters_of(key):
@@ -492,6 +494,10 @@ class LoRALinear(_Linear, _passes.Holder):
         name = self.active
         if name is None or self.merged is not None or not self.enabled:
             return self.base(x)
+        if self.group is not None and not is_compiling():
+            grouped = self.group.output(self, x)
+            if grouped is not None:
+                return grouped
         return lora_linear(
             x,
             self.weight,
@@ -516,15 +522,27 @@ class LoRALinear(_Linear, _passes.Holder):
         return call is not None, None if call is None else mixed_linear(self, x, call)
 
     def train(self, mode: bool = True) -> LoRALinear:
-        self.stack, self.mixed_trained = None, False
+        self.mixed_trained = False
+        self._forget()
         return super().train(mode)
 
-    def _apply(self, *args: Any, **options: Any) -> Any:
+    def _forget(self) -> None:
+        """What was computed for calls to come."""
         self.stack = None
+        if self.group is not None:
+            self.group.clear()
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        self._forget()
         return super()._apply(*args, **options)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "stack": None}
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        if self.group is not None:
+            self.group.join(self, self.place)
 
     def extra_repr(self) -> str:
         adapters = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,9 @@ in_force = False
 _lock = threading.Lock()
 _stacks: dict[int, list[Pass]] = {}  # by thread
 _numbers = itertools.count(1)
+
+# Called with the number of each outermost call that ends, and whether it gave something.
+at_end: list[Callable[[int, bool], None]] = []
 
 
 class Holder:
@@ -149,6 +152,10 @@ def begin(model: nn.Module, args: Any, options: dict[str, Any]) -> Any:
     if "adapter_names" in options:
         options = {key: value for key, value in options.items() if key != "adapter_names"}
     if not is_compiling():
+        # One that an interrupt left here would hide that a new pass begins.
+        for item in _stacks.get(threading.get_ident(), ())[:]:
+            if item.call and item.names is None and item.model is model:
+                _stacks[threading.get_ident()].remove(item)
         _push(Pass(model))
     return args, options
 
@@ -157,14 +164,17 @@ def end(model: nn.Module, args: Any, result: Any) -> None:
     """The forward hook, also after an exception."""
     if is_compiling() and not in_force:
         return
-    _end(model)
+    _end(model, result is not None)
 
 
 @torch._disable_dynamo
-def _end(model: nn.Module) -> None:
+def _end(model: nn.Module, whole: bool) -> None:
     for item in reversed(_stacks.get(threading.get_ident(), ())):
         if item.call and item.model is model:
+            outermost = item.number == current()
             _pop(item)
+            for function in at_end if outermost else ():
+                function(item.number, whole)
             return
 
 
