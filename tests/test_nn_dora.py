@@ -15,6 +15,12 @@ from tolerances import check
 from torch import nn
 
 
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    """Of torch: the models are tiny."""
+    torch.set_num_threads(1)
+
+
 def values(layer, name="default"):
     """A, B and m of our layer or PEFT's."""
     kinds = (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector)

@@ -27,6 +27,12 @@ needs_hooks = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    """Of torch: the models are tiny."""
+    torch.set_num_threads(1)
+
+
 class Block(nn.Module):
     """Attention-like and gated products; `call` is what the layers are called with."""
 
@@ -211,6 +217,7 @@ def test_some_are_there():
     assert grouped(net) == [["0.q", "0.v"], ["1.q", "1.k", "1.v"]]
 
 
+@needs_hooks
 @pytest.mark.parametrize("groups", [(QKV, GATE), "auto"])
 def test_another_tensor_dissolves(calls, groups):
     """Cross attention: k and v are called with another tensor than q."""
@@ -337,6 +344,7 @@ def test_nothing_stale_is_handed_out(calls, change):
     del before
 
 
+@needs_hooks
 def test_nothing_is_held(calls):
     """Neither tensors of a pass that is over nor models."""
     net = model()

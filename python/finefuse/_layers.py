@@ -394,7 +394,8 @@ class LoRALinear(_Linear, _passes.Holder, _groups.Member):
         require(name is None or name in self.adapters, "name", name, f"None, {allowed}")
         if self.merged is not None and name != self.merged:
             self.unmerge()
-        self._forget()
+        if self.group is not None:
+            self.group.clear()
         self.active = name
         for key in self.adapters:
             for parameter in self.parameters_of(key):
