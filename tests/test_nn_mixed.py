@@ -417,10 +417,10 @@ class Checkpointed(nn.Module):
 def test_checkpoint(reentrant):
     """A backward that recomputes has the names if it is enclosed too; else it raises."""
     names, x = SPLITS["zipf"], numbers(ROWS, 12)
-    plain = three().train()
+    plain = three(save=[[]] * 3).train()
     ff.nn.set_adapter(plain, "a", trains=NAMES)
     plain(x, adapter_names=names).square().sum().backward()
-    model = three().train()
+    model = three(save=[[]] * 3).train()
     ff.nn.set_adapter(model, "a", trains=NAMES)
     again = Checkpointed(model, reentrant)
     with ff.nn.mixed_batch(again, names):

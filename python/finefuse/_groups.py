@@ -181,7 +181,7 @@ class Watch(Siblings):
 
     def output(self, layer: Any, x: Any) -> Tensor | None:
         number, thread = _passes.current(), threading.get_ident()
-        if number == 0 or _passes.in_backward() or self.layers()[layer.place] is not layer:
+        if number == 0 or self.layers()[layer.place] is not layer:  # 0: a backward's, too
             return None
         if self.number == 0:
             self.number, self.thread = number, thread
