@@ -70,7 +70,7 @@ class ModuleToSave(nn.Module, _passes.Holder):
                 return y
         return self.current()(*args, **options)
 
-    @torch._disable_dynamo
+    @_passes.untraced
     def _mixed(self, args: Any, options: Any) -> tuple[bool, Any]:
         call = _passes.names_for(self)
         return call is not None, None if call is None else mixed_module(self, args, options, call)

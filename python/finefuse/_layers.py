@@ -516,7 +516,7 @@ class LoRALinear(_Linear, _passes.Holder, _groups.Member):
             return codebook_linear(x, self.weight, self.bias)
         return nn.functional.linear(x, self.weight, self.bias)
 
-    @torch._disable_dynamo
+    @_passes.untraced
     def _mixed(self, x: Tensor) -> tuple[bool, Tensor | None]:
         """Whether the rows have names, and what they give; None: the base."""
         call = _passes.names_for(self)

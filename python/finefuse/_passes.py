@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +26,17 @@ _numbers = itertools.count(1)
 
 # Called with the number of each outermost call that ends, and whether it gave something.
 at_end: list[Callable[[int, bool], None]] = []
+
+
+def untraced(function: Any) -> Any:
+    """Where torch.compile traces, a break in the graph; elsewhere the function, without importing that."""
+    apart = torch._disable_dynamo(function)
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        return apart(*args) if is_compiling() else function(*args)
+
+    return run
 
 
 class Holder:
@@ -134,7 +146,7 @@ def _names(model: nn.Module, names: Any) -> tuple[tuple[str, ...], list[Any]]:
     return tuple(names), holders
 
 
-@torch._disable_dynamo
+@untraced
 def _begin_named(model: nn.Module, names: Any) -> None:
     _push(Pass(model))  # what `end` pops, also where the names are wrong
     chosen, holders = _names(model, names)
@@ -167,7 +179,7 @@ def end(model: nn.Module, args: Any, result: Any) -> None:
     _end(model, result is not None)
 
 
-@torch._disable_dynamo
+@untraced
 def _end(model: nn.Module, whole: bool) -> None:
     for item in reversed(_stacks.get(threading.get_ident(), ())):
         if item.call and item.model is model:
