@@ -398,6 +398,9 @@ def test_compile(counter):
         with ff.nn.mixed_batch(model, names):
             torch.testing.assert_close(output(compiled, x), mixed)
         torch.testing.assert_close(output(compiled, x, adapter_names=names), mixed)
+    wrapped = three(model=torch.compile(tiny(), backend=counter))  # through the wrapper
+    for net in (wrapped, wrapped._orig_mod):
+        torch.testing.assert_close(output(net, x, adapter_names=names), mixed)
     assert not _passes._stacks
 
 

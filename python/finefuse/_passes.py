@@ -194,10 +194,11 @@ _HANDLES = "_finefuse_handles"
 
 
 def watch(model: nn.Module) -> None:
-    """Put the hooks on a model, once.
+    """Put the hooks on a model, the one inside of torch.compile's, once.
 
     Their handles stay with the model: through them a pickle says which numbers of hooks are taken.
     """
+    model = model._modules.get("_orig_mod") or model
     if _HANDLES not in vars(model):
         vars(model)[_HANDLES] = (
             model.register_forward_pre_hook(begin, with_kwargs=True),
