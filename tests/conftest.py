@@ -119,6 +119,12 @@ def counter() -> GraphCounter:
     return GraphCounter()
 
 
+@pytest.fixture
+def peft():
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    return pytest.importorskip("peft", reason="peft is not installed")
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     backends = [b for b in ("cuda", "triton", "eager") if not unavailable(b)]
     where = "GPU" if GPU else "CPU"

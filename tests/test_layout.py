@@ -70,10 +70,13 @@ SHARED = {"._matmul", "._codebook_tensor", "._codebooks"}
 
 # Above all stems: modules, and what each of their files builds on.
 MODULES = {
-    "_layers": {"._codebook_tensor", ".codebook", ".lora"},
-    "_adapters": {"._layers", ".codebook"},
+    "_passes": set(),
+    "_mixed": {"._passes", ".segmented"},
+    "_groups": {".", "._codebook_tensor", ".lora"},
+    "_layers": {".", "._codebook_tensor", "._mixed", ".codebook", ".dora", ".lora"},
+    "_adapters": {".", "._layers", "._mixed", ".codebook"},
     "_adapter_files": {"._layers", "._adapters"},
-    "nn": {"._layers", "._adapters", "._adapter_files"},
+    "nn": {"._layers", "._adapters", "._adapter_files", "._passes"},
 }
 
 

@@ -7,87 +7,33 @@ import gc
 import io
 import json
 import pickle
+import re
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
+from adapted_models import (
+    adapted,
+    fill,
+    llama,
+    numbers,
+    output,
+    peft_config,
+    same_function,
+    tensors,
+    tiny,
+)
 from finefuse import _layers
 from tolerances import check
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-TINY = {
-    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32,
-}  # fmt: skip
-
-
-@pytest.fixture
-def peft():
-    pytest.importorskip("safetensors", reason="safetensors is not installed")
-    return pytest.importorskip("peft", reason="peft is not installed")
-
-
-def numbers(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-class Tiny(nn.Module):
-    """Names that are ends of other names: up and block.up, 0 in a Sequential; a head of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.up = nn.Linear(12, 24)
-        self.block = nn.ModuleDict({"up": nn.Linear(24, 24), "down": nn.Linear(24, 16, bias=False)})
-        self.mix = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 8))
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, x):
-        x = self.block["down"](torch.tanh(self.block["up"](torch.tanh(self.up(x)))))
-        return self.head(self.mix(x))
-
-
-def tiny(seed=0):
-    torch.manual_seed(seed)
-    return Tiny()
-
-
-def llama():
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)).eval()
-
-
-def fill(model, seed=3):
-    """Trained-looking numbers in every parameter that trains."""
-    for i, parameter in enumerate(ff.nn.trainable_parameters(model)):
-        with torch.no_grad():
-            parameter.add_(0.1 * numbers(*parameter.shape, seed=seed + i))
-    return model
-
-
-def output(model, x=None, **options):
-    """Logits, without a gradient."""
-    with torch.no_grad():
-        if x is None:
-            x = torch.arange(24).view(2, 12) % 64 if hasattr(model, "config") else numbers(5, 12)
-        if x.is_floating_point():
-            x = x.to(next(model.parameters()).dtype)
-        y = model(x, **options)
-    return getattr(y, "logits", y)
-
-
-def same_function(ours, theirs, **options):
-    """The error rule; truth is theirs in float64."""
-    truth = output(copy.deepcopy(theirs).double(), **options)
-    check("y", output(ours, **options), output(theirs, **options), truth)
-
-
 # ---- the layer -------------------------------------------------------------------------------------
 
 
@@ -401,10 +347,6 @@ def test_copies(quantize):
 # ---- wrapping --------------------------------------------------------------------------------------
 
 
-def adapted(model):
-    return [n for n, m in model.named_modules() if isinstance(m, ff.nn.LoRALinear)]
-
-
 @pytest.mark.parametrize(
     ("targets", "exclude", "names"),
     [
@@ -716,7 +658,6 @@ def test_wrong_arguments_of_the_layer():
         (TypeError, "weight: a tensor, not list", (4, 8, 1, 1), {"weight": [1]}),
         (TypeError, "weight: dtype torch.int64", (4, 8, 1, 1), {"weight": torch.ones(8, 4).long()}),
         (ValueError, r"bias: \(4,\); allowed: \(8,\)", (4, 8, 1, 1), {"bias": numbers(4)}),
-        (NotImplementedError, "dora: not there yet", (4, 8, 1, 1), {"dora": True}),
         (ValueError, "name: 'a.b'", (4, 8, 1, 1), {"name": "a.b"}),
     ]:
         with pytest.raises(error, match=match):
@@ -734,6 +675,15 @@ def test_wrong_arguments_of_the_layer():
         make.from_linear(packed, 1, 1, quantize="nf4")
     with pytest.raises(ValueError, match="x: shape"):
         layer(numbers(3, 5))
+
+
+def test_the_documentation_runs():
+    text = (Path(__file__).parent.parent / "docs/lora.md").read_text()
+    names = {}
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) == 6
+    for block in blocks:
+        exec(block, names)
 
 
 # ---- two processes ---------------------------------------------------------------------------------
@@ -790,10 +740,19 @@ CASES = {
     "modules_to_save": {"targets": ["up"], "modules_to_save": ["head", "mix"]},
     "dropout": {"targets": ["up"], "dropout": 0.5},
     "gaussian": {"targets": ["up"], "init_lora_weights": "gaussian"},
+    "dora": {"targets": ["up", "mix.0"], "dora": True, "modules_to_save": ["head"]},
+    "dora patterns": {
+        "targets": ["up", "down"],
+        "dora": True,
+        "rslora": True,
+        "rank_pattern": {"^up": 2, "down": 5},
+        "alpha_pattern": {"block.up": 3},
+    },
 }
 LLAMA = {
     "attention": {"targets": ["q_proj", "v_proj"]},
     "all-linear": {"targets": "all-linear", "rslora": True},
+    "dora": {"targets": ["q_proj", "v_proj", "down_proj"], "dora": True},
     "patterns": {
         "targets": ["q_proj", "down_proj"],
         "rank_pattern": {"layers.1.self_attn.q_proj": 2},
@@ -803,21 +762,6 @@ LLAMA = {
 }
 MODELS = [(tiny, o) for o in CASES.values()] + [(llama, o) for o in LLAMA.values()]
 IDS = [f"tiny {name}" for name in CASES] + [f"llama {name}" for name in LLAMA]
-
-
-def peft_config(peft, options):
-    names = {
-        "targets": "target_modules", "dropout": "lora_dropout", "rslora": "use_rslora",
-        "modules_to_save": "modules_to_save", "rank_pattern": "rank_pattern",
-        "alpha_pattern": "alpha_pattern", "init_lora_weights": "init_lora_weights",
-    }  # fmt: skip
-    return peft.LoraConfig(r=4, lora_alpha=8, **{names[k]: v for k, v in options.items()})
-
-
-def tensors(folder):
-    from safetensors.torch import load_file
-
-    return load_file(folder / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize(("make", "options"), MODELS, ids=IDS)
@@ -970,16 +914,23 @@ def test_files_that_do_not_fit(peft, tmp_path):
     load(ValueError, "head.weight: missing", without("base_model.model.head.weight"))
     load(ValueError, r"head.bias: shape \(5,\); the model has \(4,\)",
          whole | {"base_model.model.head.bias": torch.ones(5)})  # fmt: skip
-    for extra in ("lora_magnitude_vector", "lora_embedding_A", "lora_B.bias"):
+    for extra in ("lora_embedding_A", "lora_B.bias"):
         name = f"base_model.model.up.{extra}"
         load(NotImplementedError, f"{name}: not there yet", whole | {name: torch.ones(4)})
+    magnitude = "base_model.model.up.lora_magnitude_vector"
+    load(ValueError, f"{magnitude}: there, and use_dora is false",
+         whole | {magnitude: torch.ones(24)})  # fmt: skip
+    load(ValueError, "up.lora_magnitude_vector: missing", use_dora=True)
+    load(ValueError, r"up.lora_magnitude_vector: .*\(12,\); allowed: floats \(24,\)",
+         whole | {magnitude: torch.ones(12), magnitude.replace("up", "block.up"): torch.ones(24)},
+         use_dora=True)  # fmt: skip
     load(ValueError, r"lora_A.weight: .*\(4, 24\); allowed: floats \(8, 24\)", r=8)
     load(ValueError, "r: missing", r=None)
     load(ValueError, "peft_type: not 'LORA'", peft_type="IA3")
     load(ValueError, r"alpha_pattern: '\(': ", alpha_pattern={"(": 4})
     load(TypeError, "rank: an int", tensors=whole, rank_pattern={"up": "4"})
     for option, value in (
-        ("use_dora", True), ("lora_bias", True), ("bias", "all"), ("use_qalora", True),
+        ("lora_bias", True), ("bias", "all"), ("use_qalora", True),
         ("trainable_token_indices", [1]), ("target_parameters", ["x"]), ("from_2031", {"a": 1}),
     ):  # fmt: skip
         load(NotImplementedError, f"{option}: .* is not there yet", **{option: value})

@@ -76,7 +76,8 @@ def save_adapter(model: nn.Module, dir: str | os.PathLike[str], name: str = "def
     """Write an adapter as PEFT does: adapter_config.json and adapter_model.safetensors.
 
     `peft.PeftModel.from_pretrained(base_model, dir)` reads it, and `load_adapter`. The keys are
-    "base_model.model.<layer>.lora_A.weight", ".lora_B.weight" and those of modules_to_save.
+    "base_model.model.<layer>.lora_A.weight", ".lora_B.weight", for DoRA ".lora_magnitude_vector", and those
+    of modules_to_save.
 
     Args:
         model: one that has the adapter; also under torch.compile or DistributedDataParallel.
@@ -122,13 +123,16 @@ def save_adapter(model: nn.Module, dir: str | os.PathLike[str], name: str = "def
         "revision": None,
         "target_modules": _short(list(layers), modules),
         "task_type": None,
-        "use_dora": False,
+        "use_dora": _one("dora", (a.dora for a in adapters.values())),
         "use_rslora": _one("rslora", (a.rslora for a in adapters.values())),
     }
     tensors = {}
     for n, layer in layers.items():
         tensors[f"{PREFIX}{n}.lora_A.weight"] = layer.lora_A[name].detach().contiguous()
         tensors[f"{PREFIX}{n}.lora_B.weight"] = layer.lora_B[name].detach().contiguous()
+        magnitude = layer.magnitude(name)
+        if magnitude is not None:
+            tensors[f"{PREFIX}{n}.lora_magnitude_vector"] = magnitude.detach().contiguous()
     for n, module in saved.items():
         for key, value in module.modules_to_save[name].state_dict().items():
             tensors[f"{PREFIX}{n}.{key}"] = value.contiguous()
@@ -141,8 +145,8 @@ def save_adapter(model: nn.Module, dir: str | os.PathLike[str], name: str = "def
 # What load_adapter reads, what says nothing about the function, and what only says how A and B began.
 _READ = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "rank_pattern",
-    "alpha_pattern", "use_rslora", "init_lora_weights", "exclude_modules", "layers_to_transform",
-    "layers_pattern",
+    "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights", "exclude_modules",
+    "layers_to_transform", "layers_pattern",
 }  # fmt: skip
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out",
@@ -173,8 +177,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+_FACTORS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")  # LoRALinear.parameters_of
+
+
 class _File(NamedTuple):
-    """An adapter's tensors, sorted: by layer {"A": …, "B": …}; of modules_to_save by key."""
+    """An adapter's tensors, sorted: by layer and their names there; of modules_to_save by key."""
 
     layers: dict[str, dict[str, Tensor]]
     saved: dict[str, Tensor]
@@ -194,7 +201,7 @@ def _read_weights(path: Path) -> _File:
         if not key.startswith(PREFIX):
             raise ValueError(f"{path}: {key}: not a key of PEFT's, which begin with {PREFIX!r}")
         rest = key[len(PREFIX) :]
-        factor = re.fullmatch(r"(.+)\.lora_([AB])\.weight", rest)
+        factor = re.fullmatch(r"(.+)\.(lora_[AB]\.weight|lora_magnitude_vector)", rest)
         if factor:
             layers.setdefault(factor[1], {})[factor[2]] = tensor
         elif re.search(r"\.lora_\w+(\.weight|\.bias)?$", rest):
@@ -228,7 +235,7 @@ def load_adapter(model: nn.Module, dir: str | os.PathLike[str], name: str = "def
 
     Raises:
         ValueError: naming the key, for files that are damaged or do not fit the model; nothing is changed.
-        NotImplementedError: naming the option, for adapters with what finefuse has not (DoRA, biases, …).
+        NotImplementedError: naming the option, for adapters with what finefuse has not (biases, pissa, …).
         FileNotFoundError; ImportError without safetensors.
     """
     check_name(name)
@@ -265,8 +272,8 @@ def load_adapter(model: nn.Module, dir: str | os.PathLike[str], name: str = "def
         for target, factors in file.layers.items():
             layer = modules[target]
             assert isinstance(layer, LoRALinear)
-            layer.lora_A[name].copy_(factors["A"])
-            layer.lora_B[name].copy_(factors["B"])
+            for parameter, key in zip(layer.parameters_of(name), _FACTORS, strict=False):
+                parameter.copy_(factors[key])
     for n in save:
         prefix = f"{n}."
         state = {k[len(prefix) :]: v for k, v in file.saved.items() if k.startswith(prefix)}
@@ -282,12 +289,12 @@ def _planned(
     path: Path, target: str, module: nn.Module | None, factors: dict[str, Tensor], config: Any
 ) -> Adapter:
     """The adapter of a layer, its tensors checked."""
-    key = f"{path}: {PREFIX}{target}.lora_"
+    key = f"{path}: {PREFIX}{target}."
     if module is None:
-        raise ValueError(f"{key}A.weight: the model has no module {target}")
+        raise ValueError(f"{key}{_FACTORS[0]}: the model has no module {target}")
     weight = linear_weight(module)
     if weight is None:
-        raise ValueError(f"{key}A.weight: {target} is a {kind_of(module)}; allowed: {LAYERS}")
+        raise ValueError(f"{key}{_FACTORS[0]}: {target} is a {kind_of(module)}; allowed: {LAYERS}")
     rank = from_pattern(config.get("rank_pattern") or {}, target, config["r"])
     alpha = from_pattern(config.get("alpha_pattern") or {}, target, config["lora_alpha"])
     init = config.get("init_lora_weights", True)
@@ -297,15 +304,21 @@ def _planned(
         config.get("lora_dropout") or 0.0,
         bool(config.get("use_rslora")),
         init if isinstance(init, bool) or init == "gaussian" else True,
+        bool(config.get("use_dora")),
     ).check()
     rows, columns = weight.shape
-    for letter, shape in (("A", (rank, columns)), ("B", (rows, rank))):
-        if letter not in factors:
-            raise ValueError(f"{key}{letter}.weight: missing")
-        tensor = factors[letter]
+    shapes: tuple[tuple[int, ...], ...] = ((rank, columns), (rows, rank), (rows,))
+    for name, shape in zip(_FACTORS, shapes, strict=True):
+        if name == _FACTORS[2] and not adapter.dora:
+            if name in factors:
+                raise ValueError(f"{key}{name}: there, and use_dora is false")
+            continue
+        if name not in factors:
+            raise ValueError(f"{key}{name}: missing")
+        tensor = factors[name]
         if not tensor.is_floating_point() or tensor.shape != shape:
             raise ValueError(
-                f"{key}{letter}.weight: {tensor.dtype} {tuple(tensor.shape)}; allowed: floats {shape}"
+                f"{key}{name}: {tensor.dtype} {tuple(tensor.shape)}; allowed: floats {shape}"
             )
     return adapter
 
@@ -352,6 +365,10 @@ def _check_same(
             raise ValueError(
                 f"{path}: {target}: rank {theirs.rank}, scale {theirs.scale():g}; {name!r} in the model "
                 f"has {ours.rank}, {ours.scale():g}"
+            )
+        if ours.dora != theirs.dora:
+            raise ValueError(
+                f"{path}: use_dora: {theirs.dora}; {name!r} in the model has dora={ours.dora} in {target}"
             )
         if layers[target].merged is not None:
             raise ValueError(f"name: {name!r} is merged in {target}; unmerge before")

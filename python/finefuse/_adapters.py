@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import _groups, _passes
 from ._args import require
 from ._layers import LAYERS, Adapter, LoRALinear, check_name, keep_hooks, kind_of, linear_weight
+from ._mixed import mixed_module
 from .codebook import CodebookTensor
 from .codebook import quantize as _quantize
 
 
-class ModuleToSave(nn.Module):
+class ModuleToSave(nn.Module, _passes.Holder):
     """A module with a copy of it for each adapter, which trains; the active adapter's copy runs.
 
     What `add_lora(modules_to_save=…)` puts in the place of a module. Attributes that it lacks are those of
@@ -32,18 +34,23 @@ class ModuleToSave(nn.Module):
         self.enabled = True
 
     @property
-    def adapters(self) -> Iterable[str]:
+    def adapters(self) -> Iterable[str]:  # type: ignore[override]
         return self.modules_to_save.keys()
+
+    def train(self, mode: bool = True) -> ModuleToSave:
+        self.mixed_trained = False
+        return super().train(mode)
 
     def add_adapter(self, name: str) -> None:
         self.modules_to_save[name] = copy.deepcopy(self.original_module)
         self.set_adapter(name)
 
-    def set_adapter(self, name: str | None) -> None:
+    def set_adapter(self, name: str | None, trains: Collection[str] | None = None) -> None:
         self.active = name
         for key, module in self.modules_to_save.items():
+            wanted = key == name if trains is None else key in trains
             for parameter in module.parameters():
-                parameter.requires_grad_(key == name and _trains(parameter))
+                parameter.requires_grad_(wanted and _trains(parameter))
 
     def enable(self) -> None:
         self.enabled = True
@@ -57,7 +64,16 @@ class ModuleToSave(nn.Module):
         return self.modules_to_save[self.active]
 
     def forward(self, *args: Any, **options: Any) -> Any:
+        if _passes.in_force or self.mixed_trained:
+            named, y = self._mixed(args, options)
+            if named:
+                return y
         return self.current()(*args, **options)
+
+    @_passes.untraced
+    def _mixed(self, args: Any, options: Any) -> tuple[bool, Any]:
+        call = _passes.names_for(self)
+        return call is not None, None if call is None else mixed_module(self, args, options, call)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -208,6 +224,7 @@ def add_lora(
     exclude: str | Sequence[str] = (),
     dropout: float = 0.0,
     rslora: bool = False,
+    dora: bool = False,
     quantize: str | Tensor | None = None,
     blocksize: int = 64,
     double_quant: bool = False,
@@ -215,6 +232,7 @@ def add_lora(
     modules_to_save: Sequence[str] = (),
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    groups: str | Sequence[Sequence[str]] | None = None,
     name: str = "default",
 ) -> nn.Module:
     """Put `LoRALinear` modules in the place of a model's linear layers and freeze everything else, in place.
@@ -227,7 +245,7 @@ def add_lora(
 
     Args:
         model: targets can be of the types that `LoRALinear.from_linear` takes, and LoRALinear.
-        rank, alpha, dropout, rslora, init_lora_weights, name: as for `LoRALinear`.
+        rank, alpha, dropout, rslora, dora, init_lora_weights, name: as for `LoRALinear`.
         targets: as PEFT's target_modules. Names: a layer of this name, or whose name ends in a dot and this.
             A string: a regular expression of the whole name. "all-linear": all linear layers but a
             transformers model's output layer.
@@ -239,6 +257,10 @@ def add_lora(
             for each adapter, which is saved with it.
         rank_pattern, alpha_pattern: name, end of name or regular expression of either to another rank or
             alpha; the first that matches counts.
+        groups: layers that are called with the same tensor: it is read once for all their updates, see
+            `lora_linear_group`. Lists of the last names of siblings, [["q_proj", "k_proj", "v_proj"]];
+            "auto": found from the first call of the model, used from the second on. Where they are not
+            called with the same tensor after all, they run by themselves.
 
     Returns:
         The model.
@@ -275,17 +297,25 @@ def add_lora(
         for pattern in patterns:
             used = any(from_pattern({pattern: True}, n, False) for n in names)
             require(used, what, pattern, "what matches a target")
-    Adapter(rank, alpha, dropout, rslora, init_lora_weights).check()
+    first = Adapter(rank, alpha, dropout, rslora, init_lora_weights, dora).check()
     plan = {}
     for target in names:
         _check_layer(model, target, modules[target])
         r, a = from_pattern(ranks, target, rank), from_pattern(alphas, target, alpha)
-        plan[target] = Adapter(r, a, dropout, rslora, init_lora_weights).check()
+        plan[target] = first._replace(rank=r, alpha=a).check()
     if quantize is not None:
         _quantize(torch.zeros(1), quantize, blocksize, double_quant)  # raises what it would raise
         if any(isinstance(modules[target], LoRALinear) for target in names):
             raise ValueError("quantize: a target has an adapter already; allowed: None")
+    sizes = {}
+    for target, module in modules.items():
+        if target in plan or isinstance(module, LoRALinear):
+            weight = linear_weight(module)
+            assert weight is not None
+            sizes[target] = weight.shape[1]
+    groups = _groups.check(groups, sizes)
     wrap(model, modules, plan, save, name, (quantize, blocksize, double_quant))
+    _groups.put(model, groups)
     return model
 
 
@@ -316,10 +346,9 @@ def wrap(
             continue
         code, blocksize, double_quant = packing
         packed = isinstance(linear_weight(module), CodebookTensor)
-        rank, alpha, dropout, rslora, init = adapter
         layer = LoRALinear.from_linear(
-            module, rank, alpha, dropout=dropout, rslora=rslora, init_lora_weights=init, name=name,
-            quantize=None if packed else code, blocksize=blocksize, double_quant=double_quant,
+            module, **adapter._asdict(), name=name, quantize=None if packed else code,
+            blocksize=blocksize, double_quant=double_quant,
         )  # fmt: skip
         keep_hooks(module, layer)
         put(layer, module)
@@ -330,22 +359,31 @@ def wrap(
             put(wrapper, module)
             module = wrapper
         module.add_adapter(name)
+    _passes.watch(model)
     set_adapter(model, name)
 
 
 # ---- using -----------------------------------------------------------------------------------------
 
 
-def set_adapter(model: nn.Module, name: str) -> None:
-    """Make an adapter the active one, the only one that trains; merged ones are unmerged.
+def set_adapter(model: nn.Module, name: str, *, trains: Sequence[str] | None = None) -> None:
+    """Make an adapter the active one; merged ones are unmerged.
+
+    Args:
+        name: of the adapter.
+        trains: the adapters whose parameters require a gradient, such as all those of the batches of
+            `mixed_batch`. None: the active one.
 
     Raises:
-        ValueError: if no module of the model has it.
+        ValueError: if no module of the model has one of them.
     """
     names = adapter_names(model)
-    require(name in names, "name", name, ", ".join(map(repr, names)) or "none: no adapter is there")
+    known = ", ".join(map(repr, names)) or "none: no adapter is there"
+    require(name in names, "name", name, known)
+    for other in () if trains is None else _strings("trains", trains):
+        require(other in names, "trains", other, known)
     for holder in _holders(model):
-        holder.set_adapter(name if name in holder.adapters else None)
+        holder.set_adapter(name if name in holder.adapters else None, trains)
 
 
 @contextmanager
@@ -370,7 +408,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that require a gradient, each once: what an optimizer takes.
 
-    After `add_lora` those of the active adapter: every lora_A and lora_B, and the copies of modules_to_save.
+    After `add_lora` those of the active adapter: every lora_A, lora_B and lora_magnitude_vector, and the
+    copies of modules_to_save.
     """
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -383,6 +422,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     Returns:
         The model, or what takes its place where it is a layer itself; nothing in it requires a gradient.
     """
+    _passes.unwatch(model)
     replacement: dict[nn.Module, nn.Module] = {}
     for holder in _holders(model):
         if isinstance(holder, ModuleToSave):

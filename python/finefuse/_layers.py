@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
+from . import _groups, _passes
 from ._args import require
 from ._codebook_tensor import from_state, same_format, to_state
+from ._mixed import Stack, mixed_linear
 from .codebook import CodebookTensor, codebook_linear
 from .codebook import quantize as _quantize
+from .dora import dora_norm
 from .lora import lora_linear, merge_lora, unmerge_lora
 
 __all__ = ["CodebookLinear", "LoRALinear"]
@@ -176,6 +181,7 @@ class Adapter(NamedTuple):
     dropout: float = 0.0
     rslora: bool = False
     init_lora_weights: bool | str = True
+    dora: bool = False
 
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
@@ -187,6 +193,8 @@ class Adapter(NamedTuple):
         for name, value in (("alpha", self.alpha), ("dropout", self.dropout)):
             if not isinstance(value, Real) or isinstance(value, bool):
                 raise TypeError(f"{name}: a number, not {value!r}")
+        if type(self.dora) is not bool:
+            raise TypeError(f"dora: True or False, not {self.dora!r}")
         require(math.isfinite(self.alpha), "alpha", self.alpha, "finite")
         require(0 <= self.dropout <= 1, "dropout", self.dropout, "0 to 1")
         ok = isinstance(self.init_lora_weights, bool) or self.init_lora_weights == "gaussian"
@@ -196,31 +204,39 @@ class Adapter(NamedTuple):
 
 def check_name(name: Any) -> None:
     """Of an adapter: a key of a torch.nn.ParameterDict."""
-    ok = isinstance(name, str) and name != "" and "." not in name
+    ok = isinstance(name, str) and name not in ("", _passes.BASE) and "." not in name
     taken = ok and any(hasattr(kind(), name) for kind in (nn.ParameterDict, nn.ModuleDict))
     require(
-        ok and not taken, "name", name, "a non-empty string without '.', no attribute of a dict"
+        ok and not taken,
+        "name",
+        name,
+        f"a non-empty string without '.', not {_passes.BASE!r}, no attribute of a dict",
     )
 
 
-class LoRALinear(_Linear):
+class LoRALinear(_Linear, _passes.Holder, _groups.Member):
     """`torch.nn.Linear` with named low-rank updates, one of them active, by `finefuse.lora_linear`:
 
         y = x Wᵀ + bias + s·D(x) Aᵀ Bᵀ        s = alpha / rank (rslora: alpha / √rank)
 
     (LoRA, arXiv:2106.09685; rsLoRA, 2312.03732; on a packed weight QLoRA, 2305.14314). D is dropout, in
-    training mode only. Weight and bias are parameters without gradient, lora_A[name] (rank, in) and
-    lora_B[name] (out, rank) train. They are float32 where the weight is of 16 bits or packed, else of its
-    type; `.to(dtype)` changes all. Initialised as PEFT does: A as the weight of a torch.nn.Linear, B zero.
+    training mode only. With dora (DoRA, arXiv:2402.09353) the rows of W + s·B A get norms m that train:
+
+        y = x Wᵀ + bias + (c - 1)·D(x) Wᵀ + c·s·D(x) Aᵀ Bᵀ        c = m / ‖W + s·B A‖, norms of rows
+
+    Weight and bias are parameters without gradient, lora_A[name] (rank, in), lora_B[name] (out, rank) and
+    lora_magnitude_vector[name] (out,), which is m, train. They are float32 where the weight is of 16 bits or
+    packed, else of its type; `.to(dtype)` changes all. Initialised as PEFT does: A as the weight of a
+    torch.nn.Linear, B zero, m the norms that are there. They cost a pass over the weight at each forward.
 
     Its state dict has the weight's and the bias's own keys (those of `CodebookLinear` for a packed
-    weight) and "lora_A.<name>", "lora_B.<name>".
+    weight) and "lora_A.<name>", "lora_B.<name>", "lora_magnitude_vector.<name>".
 
     Args:
         in_features, out_features, device, dtype: as for `torch.nn.Linear`.
         rank: r, at least 1. alpha: a number, unit-free.
         dropout: p in [0, 1]. rslora: divide alpha by √rank instead of rank.
-        dora: not there yet.
+        dora: learn the norms of the rows too.
         bias: False, True or the bias (out,) itself. True is torch.nn.Linear's own initial bias, zeros if a
             weight is given.
         weight: (out, in), a float tensor or a CodebookTensor, kept as it is, not copied. None:
@@ -231,12 +247,13 @@ class LoRALinear(_Linear):
     Shapes: x (…, in_features), y (…, out_features), in the type of x.
 
     Attributes:
-        adapters: dict of name to (rank, alpha, dropout, rslora, init_lora_weights). scaling: of name to s.
+        adapters: dict of name to (rank, alpha, dropout, rslora, init_lora_weights, dora). scaling: of name
+            to s.
         active: the active adapter's name or None. merged: the merged adapter's name or None.
         enabled: whether the active adapter counts.
 
     Raises:
-        TypeError, ValueError: naming the argument. NotImplementedError: for dora.
+        TypeError, ValueError: naming the argument.
     """
 
     def __init__(
@@ -257,9 +274,7 @@ class LoRALinear(_Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if dora:
-            raise NotImplementedError("dora: not there yet; allowed: False")
-        adapter = Adapter(rank, alpha, dropout, rslora, init_lora_weights).check()
+        adapter = Adapter(rank, alpha, dropout, rslora, init_lora_weights, dora).check()
         check_name(name)
         size = (out_features, in_features)
         first: Tensor
@@ -284,11 +299,14 @@ class LoRALinear(_Linear):
         self.weight = _frozen(weight)
         self.bias = None if bias is False else _frozen(first)
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.lora_magnitude_vector = nn.ParameterDict()
+        self.register_buffer("norm", None, persistent=False)  # of before a merge, for the unmerge
         self.adapters: dict[str, Adapter] = {}
         self.scaling: dict[str, float] = {}
         self.active: str | None = None
         self.merged: str | None = None
         self.enabled = True
+        self.stack: Stack | None = None
         self.turned = False  # a Conv1D's weight, which files have as (in, out)
         self.add_adapter(name, *adapter)
 
@@ -311,7 +329,7 @@ class LoRALinear(_Linear):
                 are, or transformers' Conv1D, whose weight (in, out) is seen transposed.
             quantize: None or a codebook: the weight becomes a CodebookTensor of it (blocksize,
                 double_quant: as for `finefuse.quantize`).
-            options: dropout, rslora, init_lora_weights, name: as for the class.
+            options: dropout, rslora, dora, init_lora_weights, name: as for the class.
 
         Raises:
             TypeError, ValueError: naming the argument.
@@ -342,11 +360,14 @@ class LoRALinear(_Linear):
         dropout: float = 0.0,
         rslora: bool = False,
         init_lora_weights: bool | str = True,
+        dora: bool = False,
     ) -> None:
         """Another adapter, with arguments as for the class; it becomes the active one."""
         check_name(name)
         require(name not in self.adapters, "name", name, "a name that no adapter has")
-        adapter = Adapter(rank, alpha, dropout, rslora, init_lora_weights).check()
+        adapter = Adapter(rank, alpha, dropout, rslora, init_lora_weights, dora).check()
+        if dora and self.merged is not None:
+            self.unmerge()  # the norms are those of the weight itself
         weight = self.weight
         dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
         a = torch.empty(rank, self.in_features, dtype=dtype, device=weight.device)
@@ -358,19 +379,32 @@ class LoRALinear(_Linear):
         if init_lora_weights is False:
             nn.init.kaiming_uniform_(b, a=math.sqrt(5))
         self.lora_A[name], self.lora_B[name] = nn.Parameter(a), nn.Parameter(b)
+        if dora:
+            norm = dora_norm(weight, a, b, adapter.scale())
+            self.lora_magnitude_vector[name] = nn.Parameter(norm.to(dtype))
         self.adapters[name], self.scaling[name] = adapter, adapter.scale()
         self.set_adapter(name)
 
-    def set_adapter(self, name: str | None) -> None:
-        """Make an adapter the active one, the only one that trains; None: none. A merged one is unmerged."""
+    def set_adapter(self, name: str | None, trains: Collection[str] | None = None) -> None:
+        """Make an adapter the active one, None: none. A merged one is unmerged.
+
+        trains: the adapters whose parameters require a gradient; None: the active one.
+        """
         allowed = ", ".join(map(repr, self.adapters))
         require(name is None or name in self.adapters, "name", name, f"None, {allowed}")
         if self.merged is not None and name != self.merged:
             self.unmerge()
+        if self.group is not None:
+            self.group.clear()
         self.active = name
         for key in self.adapters:
-            self.lora_A[key].requires_grad_(key == name)
-            self.lora_B[key].requires_grad_(key == name)
+            for parameter in self.parameters_of(key):
+                parameter.requires_grad_(key == name if trains is None else key in trains)
+
+    def parameters_of(self, name: str) -> list[nn.Parameter]:
+        """An adapter's: A, B and, with dora, m."""
+        kinds = (self.lora_A, self.lora_B, self.lora_magnitude_vector)
+        return [kind[name] for kind in kinds if name in kind]
 
     def enable(self) -> None:
         """After `disable`: the active adapter counts again."""
@@ -383,10 +417,10 @@ class LoRALinear(_Linear):
         self.enabled = False
 
     def merge(self) -> float:
-        """Add the active adapter to the weight, in place: W + s·B A.
+        """Add the active adapter to the weight, in place: W + s·B A or, with dora, c·(W + s·B A).
 
         Returns:
-            The largest absolute difference between the new weight and W + s·B A: what rounding costs or, for
+            The largest absolute difference between the new weight and that: what rounding costs or, for
             a packed weight, quantising again.
 
         Raises:
@@ -395,15 +429,19 @@ class LoRALinear(_Linear):
         name = self.active
         if self.merged is not None or name is None or not self.enabled:
             raise RuntimeError(f"merge: merged={self.merged!r}, active={name!r}, {self.enabled=}")
+        norm = None
+        if self.adapters[name].dora:
+            norm = dora_norm(self.weight, self.lora_A[name], self.lora_B[name], self.scaling[name])
         error = self._merge(merge_lora, name)
-        self.merged = name
+        self.merged, self.norm = name, norm
         return error
 
     def unmerge(self) -> float:
-        """Subtract the merged adapter, in place. What rounding or quantising took does not come back.
+        """Subtract the merged adapter, in place. What rounding or quantising took does not come back, nor
+        do rows whose magnitude is 0.
 
         Returns:
-            The largest absolute difference between the new weight and W - s·B A.
+            The largest absolute difference between the new weight and W - s·B A (with dora W / c - s·B A).
 
         Raises:
             RuntimeError: if nothing is merged.
@@ -411,16 +449,23 @@ class LoRALinear(_Linear):
         name = self.merged
         if name is None:
             raise RuntimeError("unmerge: nothing is merged")
-        error = self._merge(unmerge_lora, name)
-        self.merged = None
+        error = self._merge(
+            unmerge_lora, name, **({} if self.norm is None else {"norm": self.norm})
+        )
+        self.merged = self.norm = None
         return error
 
-    def _merge(self, function: Any, name: str) -> float:
-        scale, weight = self.scaling[name], self.weight
+    def _merge(self, function: Any, name: str, **options: Any) -> float:
+        scale, weight, magnitude = self.scaling[name], self.weight, self.magnitude(name)
         _, error = function(
-            weight, self.lora_A[name], self.lora_B[name], scale, out=weight, return_error=True
-        )
+            weight, self.lora_A[name], self.lora_B[name], scale, magnitude, out=weight,
+            return_error=True, **options,
+        )  # fmt: skip
         return error
+
+    def magnitude(self, name: str) -> Tensor | None:
+        """m of an adapter; None without dora."""
+        return self.lora_magnitude_vector[name] if self.adapters[name].dora else None
 
     def to_linear(self) -> nn.Module:
         """The torch.nn.Linear, CodebookLinear or Conv1D on the weight as it is, merged or not; nothing is
@@ -443,11 +488,17 @@ class LoRALinear(_Linear):
     # ---- as a module -----------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
+        if _passes.in_force or self.mixed_trained:
+            named, y = self._mixed(x)
+            if named:
+                return self.base(x) if y is None else y
         name = self.active
         if name is None or self.merged is not None or not self.enabled:
-            if isinstance(self.weight, CodebookTensor):
-                return codebook_linear(x, self.weight, self.bias)
-            return nn.functional.linear(x, self.weight, self.bias)
+            return self.base(x)
+        if self.group is not None and not is_compiling():
+            grouped = self.group.output(self, x)
+            if grouped is not None:
+                return grouped
         return lora_linear(
             x,
             self.weight,
@@ -456,11 +507,47 @@ class LoRALinear(_Linear):
             scale=self.scaling[name],
             bias=self.bias,
             dropout=self.adapters[name].dropout if self.training else 0.0,
+            magnitude=self.magnitude(name),
         )
+
+    def base(self, x: Tensor) -> Tensor:
+        """y = x Wᵀ + bias."""
+        if isinstance(self.weight, CodebookTensor):
+            return codebook_linear(x, self.weight, self.bias)
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    @_passes.untraced
+    def _mixed(self, x: Tensor) -> tuple[bool, Tensor | None]:
+        """Whether the rows have names, and what they give; None: the base."""
+        call = _passes.names_for(self)
+        return call is not None, None if call is None else mixed_linear(self, x, call)
+
+    def train(self, mode: bool = True) -> LoRALinear:
+        self.mixed_trained = False
+        self._forget()
+        return super().train(mode)
+
+    def _forget(self) -> None:
+        """What was computed for calls to come."""
+        self.stack = None
+        if self.group is not None:
+            self.group.clear()
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        self._forget()
+        return super()._apply(*args, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "stack": None}
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        if self.group is not None:
+            self.group.join(self, self.place)
 
     def extra_repr(self) -> str:
         adapters = (
-            f"{name}: rank={a.rank}, scale={a.scale():g}, dropout={a.dropout}"
+            f"{name}: rank={a.rank}, scale={a.scale():g}, dropout={a.dropout}{', dora' * a.dora}"
             for name, a in self.adapters.items()
         )
         return "; ".join((super().extra_repr(), *adapters, f"active={self.active!r}"))

@@ -10,6 +10,7 @@ from ._adapters import (
     trainable_parameters,
 )
 from ._layers import CodebookLinear, LoRALinear
+from ._passes import mixed_batch
 
 __all__ = [
     "CodebookLinear",
@@ -19,6 +20,7 @@ __all__ = [
     "disable_adapter",
     "load_adapter",
     "merge_and_unload",
+    "mixed_batch",
     "save_adapter",
     "set_adapter",
     "trainable_parameters",
