@@ -162,10 +162,10 @@ def _add_outer(
 
 
 @triton.jit
-def _store_outer(outer, acc, r, rank, c, columns, scale):
+def _store_outer(outer, acc, r, rank, c, columns, r_stride, c_stride, scale):
     there = (r < rank)[:, None] & (c < columns)[None, :]
     acc *= number(scale).to(acc.dtype)
-    tl.store(outer + r[:, None] * columns + c[None, :], acc, mask=there)
+    tl.store(outer + r[:, None] * r_stride + c[None, :] * c_stride, acc, mask=there)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -213,7 +213,7 @@ def outer_kernel(
         acc = _add_outer(
             acc, v, t, tokens, n, first, g, r, rank, seed, threshold, QUADS, PRECISION, COLUMNS
         )
-    _store_outer(outer, acc, r, rank, c, n, scale)
+    _store_outer(outer, acc, r, rank, c, n, n, 1, scale)
 
 
 def _ranks(rank, most):

@@ -119,7 +119,8 @@ def segmented_shrink_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def segmented_outer_kernel(
-    x, tokens, columns, rank, order, begins, g, outer, scale, keep_scale: tl.float64, seed, threshold,
+    x, tokens, columns, rank, order, begins, g, outer, r_stride, c_stride, scale, keep_scale: tl.float64,
+    seed, threshold,
     QUADS: tl.constexpr, PRECISION: tl.constexpr,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
@@ -140,12 +141,14 @@ def segmented_outer_kernel(
             acc, v, t, tokens, n, first, g, r, rank, seed, threshold, QUADS, PRECISION, COLUMNS
         )
     outer += adapter * rank * n
-    _store_outer(outer, acc, r, rank, c, n, _scale(scale, adapter, keep_scale))
+    scale = _scale(scale, adapter, keep_scale)
+    _store_outer(outer, acc, r, rank, c, n, integer(r_stride), integer(c_stride), scale)
 
 
 def segmented_shrink(
     x, dtype, tokens, columns, rank, order, begins, adapters, factor, factor_dtype, adapter_stride,
-    rank_stride, column_stride, h, h_scale, g, outer, outer_scale, seed, threshold, keep_scale, place,
+    rank_stride, column_stride, h, h_scale, g, outer, outer_scale, turned, seed, threshold, keep_scale,
+    place,
 ):  # fmt: skip
     constants = {"QUADS": columns % 4 == 0, "PRECISION": _precision(), "num_warps": 4}
     if h is not None and tokens > 0:
@@ -164,7 +167,7 @@ def segmented_shrink(
         programs = adapters * triton.cdiv(columns, 64) * triton.cdiv(rank, ranks)
         launch(
             segmented_outer_kernel, programs, x, tokens, columns, rank, order, begins, g, outer,
-            outer_scale, float(keep_scale), seed, threshold,
+            *((1, rank) if turned else (columns, 1)), outer_scale, float(keep_scale), seed, threshold,
             **constants, TOKENS=together, COLUMNS=64, RANKS=ranks,
         )  # fmt: skip
 

@@ -314,7 +314,20 @@ def _call_segmented(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -
                 tokens, rank, scale = 8, 8, h
             given = (i64, i64, 9, factor, other, rank * columns, columns, 1)
             segmented.segmented_shrink(
-                x, dtype, tokens, columns, rank, *given, h, scale, h, h, scale, *dropout, place
+                x,
+                dtype,
+                tokens,
+                columns,
+                rank,
+                *given,
+                h,
+                scale,
+                h,
+                h,
+                scale,
+                tokens == 8,
+                *dropout,
+                place,
             )
             segmented.segmented_expand(
                 h, tokens, columns, rank, *given, scale, x, dtype, *dropout, place

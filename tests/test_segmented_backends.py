@@ -38,7 +38,9 @@ def segments(ids, adapters):
 class SegmentedKernels(Kernels):
     """A backend's kernels on CPU tensors; outputs are filled with rubbish before."""
 
-    def shrink(self, x, ids, factor=None, h_scale=None, g=None, outer_scale=None, seed=None, p=0.0):
+    def shrink(
+        self, x, ids, factor=None, h_scale=None, g=None, outer_scale=None, seed=None, p=0.0, turned=False
+    ):  # fmt: skip
         """factor (adapters, rank, columns); (h, outer), each None where nothing was given for it."""
         adapters, rank = len(factor), factor.shape[1]
         wide, (tokens, columns) = wide_of(x.dtype), x.shape
@@ -48,8 +50,10 @@ class SegmentedKernels(Kernels):
         self.module.segmented_shrink(
             self.put(x), CODES[x.dtype], tokens, columns, rank, *map(self.put, segments(ids, adapters)),
             adapters, self.put(factor), CODES[factor.dtype], *factor.stride(), h, optional[0],
-            optional[1], outer, optional[2], *self.dropout(seed, p), self.place(),
+            optional[1], outer, optional[2], turned, *self.dropout(seed, p), self.place(),
         )  # fmt: skip
+        if outer is not None and turned:
+            outer = outer.view(adapters, columns, rank).transpose(1, 2)
         return h.cpu(), None if outer is None else outer.cpu()
 
     def expand(self, h, ids, factor, y, scale=None, seed=None, p=0.0):
@@ -122,7 +126,15 @@ def compare(
     ours_factor = factor if change is None else change(factor)
     ours = (
         *kernels.shrink(
-            x, ids, ours_factor, scales[0], g if has_outer else None, scales[1], seed, p
+            x,
+            ids,
+            ours_factor,
+            scales[0],
+            g if has_outer else None,
+            scales[1],
+            seed,
+            p,
+            turned=scaled,
         ),
         kernels.expand(h, ids, ours_factor, y, scales[2], seed, p)[0],
     )

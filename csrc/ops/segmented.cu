@@ -271,9 +271,9 @@ __global__ void __launch_bounds__(kThreads, 1) segmented_outer_kernel(const Shri
     for (int j = 0; j < kOuterRound && first + j < ranks && column < a.columns; ++j) {
       A total = 0;
       for (int w = 0; w < warps; ++w) total += partial[w][j][slot];
-      static_cast<A*>(
-          a.outer.data)[(adapter * a.rank + first_rank + first + j) * a.columns + column] =
-          scale * total;
+      const int64_t r = first_rank + first + j;
+      const int64_t at = a.turned ? column * a.rank + r : r * a.columns + column;
+      static_cast<A*>(a.outer.data)[adapter * a.rank * a.columns + at] = scale * total;
     }
     __syncthreads();
   }
