@@ -56,7 +56,7 @@ BELOW = {
     "logprobs": set(),
     "lora": {".codebook", ".dora", "._low_rank"},
     "preference": {".logprobs"},
-    "segmented": {"._low_rank"},
+    "segmented": {".codebook", "._low_rank"},
 }  # the stems that a stem may build on
 
 
