@@ -10,7 +10,10 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the Triton kernels take torch tensors")
 
+import finefuse as ff
+import test_dora as layer
 from conftest import GPU
+from finefuse.eager.lora import keep_mask
 from test_lora import DTYPES, numbers
 from test_lora_backends import CODES, Kernels, guarded, module_of
 from tolerances import check
@@ -180,3 +183,32 @@ def test_same_bits_every_time(kernels):
     assert torch.equal(kernels.norm(w, b, a, 0.5), kernels.norm(w, b, a, 0.5))
     first, second = (kernels.backward(w, w, factor) for _ in range(2))
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+# ---- the public function -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layer(place, dtype, p, packed):
+    """lora_linear with a magnitude: y and all gradients by the error rule."""
+    if place.backend == "eager" and packed:
+        pytest.skip("eager decodes, and is then the same")
+    x, w, a, b, m, bias, dy = layer.problem(20, 40, 64, 5, dtype)
+    weight = ff.quantize(w.float()).to(dtype) if packed else w
+    plain_weight = ff.dequantize(weight, torch.float32) if packed else w
+    mask = keep_mask(x.double(), p, torch.tensor([7])) if p else None
+    with ff.backend("auto"):
+        _, plain, truth = layer.compare(
+            x, plain_weight, a, b, m, bias, dy, mask=mask, weight=weight, dropout=p, seed=7
+        )
+    on_place = place.put(weight)[0]
+    ours = layer.grads(
+        lambda x, a, b, m, bias: ff.lora_linear(
+            x, on_place, a, b, scale=0.7, bias=bias, magnitude=m, dropout=p, seed=7
+        ),
+        *place.put(x, a, b, m, bias), upstream=place.put(dy)[0],
+    )  # fmt: skip
+    for what, o, e, t in zip(("y", "dx", "dA", "dB", "dm", "db"), ours, plain, truth, strict=True):
+        check(what, o.cpu(), e, t)

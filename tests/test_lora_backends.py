@@ -23,7 +23,7 @@ from finefuse._args import dropout_numbers
 from finefuse._backend import FLAGS
 from finefuse.reference import lora as reference
 from test_logprobs_backends import between_guards
-from test_lora import DTYPES, eager, grads, numbers, problem
+from test_lora import DTYPES, eager, grads, group, numbers, problem
 from tolerances import check
 
 # NumPy's, from Triton's interpreter: the products of Philox overflow
@@ -123,6 +123,29 @@ def test_mask(place, shape, p):
             with ff.backend(backend):
                 ff.lora_linear(x, w, a, b, dropout=p, seed=seed).sum().backward()
             np.testing.assert_array_equal(x.grad.cpu().numpy(), want)
+
+
+def test_group_of_layers(place):
+    """lora_linear_group: the numbers of calls one by one."""
+    x, weights, lora_a, lora_b, biases, dys = group(tokens=20, columns=64)
+    up = place.put(*dys)
+
+    def grads_of(function):
+        leaves = [t.requires_grad_() for t in place.put(x, *lora_a, *lora_b)]
+        ys = function(leaves[0], leaves[1:4], leaves[4:])
+        return [*ys, *torch.autograd.grad(ys, leaves, up)]
+
+    w, c = place.put(*weights), place.put(*biases)
+    seeds, p = (1, 2, 3), (0.0, 0.3, 0.5)
+    ours = grads_of(lambda x, a, b: ff.lora_linear_group(x, w, a, b, bias=c, dropout=p, seed=seeds))
+    alone = grads_of(
+        lambda x, a, b: [
+            ff.lora_linear(x, *layer, bias=bias, dropout=drop, seed=seed)
+            for *layer, bias, drop, seed in zip(w, a, b, c, p, seeds, strict=True)
+        ]
+    )
+    for o, e in zip(ours, alone, strict=True):
+        torch.testing.assert_close(o, e, rtol=1e-5, atol=1e-4)
 
 
 def test_strides(place):

@@ -11,6 +11,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the Triton kernels take torch tensors")
 
+import finefuse as ff
+import test_segmented as layer
 from conftest import GPU
 from finefuse._backend import FLAGS
 from finefuse.reference import lora as reference
@@ -360,3 +362,35 @@ def test_cuda_graph(kernels, tokens, adapters):
     y.zero_()
     step()
     assert all(torch.equal(*pair) for pair in zip(got, (h, y), strict=True))
+
+
+# ---- the public function -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layer(place, dtype, p):
+    """lora_linear_segmented: y and all gradients by the error rule."""
+    x, w, a, b, bias, dy = layer.problem(20, 40, 64, 5, 3, dtype)
+    adapter, scale = layer.split("uniform", 20, 3), layer.scales(3)
+    mask = torch.ones(())
+    if p:
+        mask = torch.from_numpy(reference.keep_mask(tuple(x.shape), p, 7))
+    plain, truth = (
+        layer.grads(
+            lambda x, a, b, to=to: layer.loop(
+                x, w.to(to), a, b, bias.to(to), adapter, scale.to(to), mask.to(to)
+            ),
+            *(t.to(to) for t in (x, a, b)), upstream=dy.to(to),
+        )
+        for to in (dtype, torch.float64)
+    )  # fmt: skip
+    weight, ids, scale, offset, up = place.put(w, adapter, scale, bias, dy)
+    ours = layer.grads(
+        lambda x, a, b: ff.lora_linear_segmented(
+            x, weight, a, b, ids, scale=scale, bias=offset, dropout=p, seed=7
+        ),
+        *place.put(x, a, b), upstream=up,
+    )  # fmt: skip
+    for what, o, e, t in zip(("y", "dx", "dA", "dB"), ours, plain, truth, strict=True):
+        check(what, o.cpu(), e, t)
