@@ -341,7 +341,9 @@ def _call_dora(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> Non
     for name, dtype in DTYPES.items():
         x = tensor(getattr(torch, name))
         h = x if x.dtype == torch.float64 else f32
-        for factor, other in ((x, dtype), (f32, 0)) if x.dtype == torch.bfloat16 else ((x, dtype),):
+        narrow = (tensor(torch.bfloat16), 1), (tensor(torch.float16), 2)
+        others = {"float32": narrow, "float64": ()}.get(name, ((f32, 0),))
+        for factor, other in ((x, dtype), *others):
             given = (16, factor, other, 1, 16, factor, other, 4096, 1)
             dora.dora_norm(x, dtype, 4096, 4096, *given, 1.0, h, place)
         for bias in (None, x):
