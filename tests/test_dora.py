@@ -145,6 +145,23 @@ def test_packed_weight(dtype, tokens, double_quant):
             check(what, *(torch.stack([r[side][i] for r in results]) for side in range(3)))
 
 
+def test_packed_weight_wide_x():
+    """float64 x over a packed weight: the norms are as exact as the rest, whatever the factors' type."""
+    import finefuse.numpy as ffn
+
+    x, w, a, b, m, *_ = problem(5, 40, 96, 8)
+    q, x = ff.quantize(w), x.double()
+    arrays = [t.numpy() for t in (x, ff.dequantize(q), a, b, m)]
+    truth = reference.dora_linear(*arrays)
+    for factors in ((a, b), (a.double(), b.double())):
+        y = ff.lora_linear(x, q, *factors, magnitude=m)
+        check("y", y, truth, truth)
+        ours = ffn.lora_linear(
+            x.numpy(), ffn.quantize(w.numpy()), *(f.numpy() for f in factors), magnitude=m.numpy()
+        )
+        check("numpy", ours, truth, truth)
+
+
 def test_against_the_reference():
     x, w, a, b, m, bias, dy = problem(7, 19, 75, 3)
     for p in (0.0, 0.3):

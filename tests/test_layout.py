@@ -71,7 +71,7 @@ SHARED = {"._matmul", "._codebook_tensor", "._codebooks"}
 # Above all stems: modules, and what each of their files builds on.
 MODULES = {
     "_passes": set(),
-    "_mixed": {"._passes", ".segmented"},
+    "_mixed": {"._op", "._passes", ".segmented"},
     "_groups": {".", "._codebook_tensor", ".lora"},
     "_layers": {".", "._codebook_tensor", "._mixed", ".codebook", ".dora", ".lora"},
     "_adapters": {".", "._layers", "._mixed", ".codebook"},

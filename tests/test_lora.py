@@ -672,6 +672,61 @@ def test_group_elsewhere(counter):
         torch.testing.assert_close(o, e)
 
 
+@pytest.mark.parametrize("shape", [(6,), (2, 3), (1, 2, 3)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_outputs_may_be_written_into(shape, packed):
+    """As those of torch.nn.Linear: a ReLU in place after a layer, whatever the shape of x."""
+    _, w, a, b, *_ = problem(1, 24, 96, 4)
+    x = numbers(*shape, 96).expand(8, *shape, 96)  # more than the tokens of the packed kernel
+    weight = ff.quantize(w) if packed else w
+    ids = torch.zeros(x.shape[:-1], dtype=torch.int64)
+
+    def run(a, b):
+        yield ff.lora_linear(x, weight, a, b)
+        yield ff.lora_linear(x, weight, a, b, magnitude=torch.ones(24))
+        yield ff.lora_linear_segmented(x, weight, a[None], b[None], ids)
+        yield ff.lora_linear_group(x, [weight, weight], [a, a], [b, b])[1]
+        if packed:
+            yield ff.codebook_linear(x.clone().requires_grad_(), weight)
+
+    for y in run(a.requires_grad_(), b.requires_grad_()):
+        want = y.detach().clone().relu()
+        y.relu_().sum().backward()
+        assert torch.equal(y, want)
+
+
+def test_group_on_meta_and_without_columns():
+    x, weights, lora_a, lora_b, *_ = group(columns=96)
+    meta = [[t.to("meta") for t in ts] for ts in (weights, lora_a, lora_b)]
+    ys = ff.lora_linear_group(x.to("meta"), *meta)
+    assert [(y.device.type, tuple(y.shape)) for y in ys] == [
+        ("meta", (70, n)) for n in (64, 96, 33)
+    ]
+    nothing = [t[..., :0].requires_grad_() for t in lora_a]
+    ys = ff.lora_linear_group(
+        x[:, :0].requires_grad_(),
+        [w[:, :0] for w in weights],
+        nothing,
+        lora_b,
+        dropout=torch.tensor(0.1),
+    )
+    torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
+    assert all(a.grad.shape == a.shape for a in nothing)
+
+
+def test_group_keeps_x_only_for_a():
+    x, weights, lora_a, lora_b, *_ = group(columns=96)
+    for trained, keeps in ((lora_a, True), (lora_b, False)):
+        saved = []
+        leaves = [t.detach().clone().requires_grad_() for t in trained]
+        factors = (leaves, lora_b) if keeps else (lora_a, leaves)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: (saved.append(t.data_ptr()), t)[1], lambda t: t
+        ):
+            ff.lora_linear_group(x, weights, *factors)
+        assert (x.data_ptr() in saved) == keeps
+
+
 def test_group_wrong_arguments():
     x, weights, lora_a, lora_b, *_ = group(columns=96)
     for error, message, args, options in (
@@ -681,6 +736,8 @@ def test_group_wrong_arguments():
         (ValueError, r"x: shape \(70, 96\); a weight of \(64, 40\)",
          ([weights[0][:, :40], *weights[1:]], lora_a, lora_b), {}),
         (ValueError, "dropout: 2.0", (weights, lora_a, lora_b), {"dropout": 2}),
+        (TypeError, "seed: one for each weight, not 3", (weights, lora_a, lora_b), {"seed": 3}),
+        (TypeError, "lora_a: one for each weight, not None", (weights, None, lora_b), {}),
         (TypeError, "seed: a 64-bit int", (weights, lora_a, lora_b),
          {"dropout": 0.5, "seed": (1.5, 1, 1)}),
     ):  # fmt: skip

@@ -8,6 +8,7 @@ import io
 import pickle
 import threading
 import weakref
+from contextlib import contextmanager
 
 import pytest
 
@@ -15,7 +16,7 @@ torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
 from adapted_models import fill, llama, numbers
-from finefuse import _groups
+from finefuse import _groups, _passes
 from finefuse.nn import LoRALinear
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -83,6 +84,16 @@ def calls(monkeypatch):
     waiting = len(_groups._thread.kept)
     _groups._thread.kept.clear()
     assert waiting == 0
+
+
+@contextmanager
+def within(net):
+    """A pass of a model whose layers the test calls itself."""
+    _passes.begin(net, (), {})
+    try:
+        yield
+    finally:
+        _passes.end(net, (), True)
 
 
 def step(net, x, seed=1, run=None):
@@ -263,9 +274,9 @@ def test_an_exception_does_not(calls):
 
 
 def test_each_output_is_handed_out_once(calls):
-    block = model(count=1)[0]
-    x = numbers(5, 12)
-    with torch.no_grad():
+    net = model(count=1)
+    block, x = net[0], numbers(5, 12)
+    with torch.no_grad(), within(net):
         q = block.q(x)
         k = block.k(x)
         assert torch.equal(block.k(x), k)  # computed again
@@ -324,8 +335,9 @@ def test_nothing_stale_is_handed_out(calls, change):
     """Between the first call and the others something changes."""
     results = []
     for groups in ([QKV], None):
-        block, x = model(groups, count=1, dropout=0.999)[0].eval(), numbers(5, 12)
-        with torch.no_grad():
+        net = model(groups, count=1, dropout=0.999).eval()
+        block, x = net[0], numbers(5, 12)
+        with torch.no_grad(), within(net):
             block.q(x)
             before = block.v(x) if groups is None else None
             context = change(block, x)
@@ -336,8 +348,6 @@ def test_nothing_stale_is_handed_out(calls, change):
                 with context:
                     results.append(block.k(x))
         assert results[-1].requires_grad == (change.__name__ == "gradient")
-        if groups:
-            block.q.group.clear()
     assert results[0].dtype is results[1].dtype
     assert torch.equal(*results) or change.__name__ == "training"
     assert calls == [3]
@@ -354,16 +364,17 @@ def test_nothing_is_held(calls):
     net(x).sum().backward()
     gc.collect()
     assert refs[0]() is None
-    net[0].q(x)
-    assert len(_groups._thread.kept) == 1
-    net.eval()
+    for clear in (nn.Module.eval, lambda net: ff.nn.set_adapter(net, "default")):
+        with within(net):
+            net[0].q(x)
+            assert len(_groups._thread.kept) == 1
+            clear(net)
+            assert not _groups._thread.kept
+    net[0].q(x)  # a probe, not a pass: alone
     assert not _groups._thread.kept
-    net[0].q(x)
-    ff.nn.set_adapter(net, "default")
-    assert not _groups._thread.kept
-    net[0].q(x)
+    net(x)
+    assert calls[-2:] == [3, 2]
     inner = weakref.ref(net[0])
-    net[0].q.group.clear()
     del net
     gc.collect()
     assert inner() is None
@@ -402,9 +413,9 @@ def test_copies(calls):
 
 def test_replicas(calls):
     """What DataParallel makes shares the attributes of a layer; it runs alone."""
-    block = model(count=1)[0]
-    x = numbers(5, 12)
-    with torch.no_grad():
+    net = model(count=1)
+    block, x = net[0], numbers(5, 12)
+    with torch.no_grad(), within(net):
         wanted = [block.get_submodule(n)(x) for n in QKV]
         assert calls == [3]
         for name, y in zip(QKV, wanted, strict=True):

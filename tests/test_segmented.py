@@ -461,6 +461,24 @@ def test_opcheck():
     )
 
 
+def test_raw_backward_follows_no_wild_index():
+    x, w, a, b, _, dy = problem(9, 24, 64, 3, 4)
+    _, *made = RAW.lora_linear_segmented_forward(
+        x, w, *_low_rank.NO_FIELDS, a, b, split("uniform", 9, 4), scales(4), None, None, 0.0
+    )
+    h, order, begins = made
+    for wrong in (
+        (torch.full_like(order, 10**11), begins),
+        (order - 1, begins),
+        (order, begins + 1),
+        (order, begins.flip(0)),
+    ):
+        with pytest.raises(ValueError, match="order, begins: not what the forward made"):
+            RAW.lora_linear_segmented_backward(
+                dy, x, h, *wrong, w, *_low_rank.NO_FIELDS, a, b, scales(4), None, 0.0, 15
+            )
+
+
 def test_compile(counter):
     """One graph for any ids, scales and dropout; the same numbers."""
     x, w, a, b, bias, dy = problem(40, 24, 96, 3, 4)

@@ -45,6 +45,13 @@ struct Cpu {
     }
   }
 
+  static void check_segments(const Segments& s, int64_t tokens) {
+    bool good = s.begins[0] >= 0 && s.begins[s.adapters] <= tokens;
+    for (int64_t i = 0; i < s.adapters; ++i) good = good && s.begins[i] <= s.begins[i + 1];
+    for (int64_t t = 0; t < tokens; ++t) good = good && s.order[t] >= 0 && s.order[t] < tokens;
+    if (!good) throw py::value_error("order, begins: not what the forward made");
+  }
+
   // Kept by each thread, since calls are concurrent: fresh memory costs more than what is done in
   // it.
   static void* workspace(int64_t bytes) {

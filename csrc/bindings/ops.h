@@ -4,7 +4,7 @@
 // before anything is written, on a GPU by the kernel, which flags them and never follows them.
 //
 // A backend is a struct of static functions: `run`, overloaded on the argument struct, and
-// check_targets, check_offsets, check_lengths.
+// check_targets, check_offsets, check_lengths, check_segments.
 #pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -350,22 +350,25 @@ void segmented_shrink(Array x, int dtype, int64_t tokens, int64_t columns, int64
   need("begins", begins, 1);
   if (h.data != nullptr) need("factor", factor, adapters * rank * columns);
   if (outer.data != nullptr) need("g", g, tokens * rank);
-  Backend::run(SegmentedShrink{
-      x.data,
-      static_cast<DType>(dtype),
-      tokens,
-      columns,
-      rank,
-      {static_cast<int64_t*>(order.data), static_cast<int64_t*>(begins.data), adapters},
-      {factor_of(factor, factor_dtype, rank_stride, column_stride), adapter_stride},
-      {h.data, wide},
-      {h_scale.data, wide},
-      {g.data, wide},
-      {outer.data, wide},
-      {outer_scale.data, wide},
-      turned,
-      dropout_of(seed, threshold, keep_scale),
-      place});
+  const Segments segments{static_cast<int64_t*>(order.data), static_cast<int64_t*>(begins.data),
+                          adapters};
+  Backend::check_segments(segments, tokens);
+  Backend::run(
+      SegmentedShrink{x.data,
+                      static_cast<DType>(dtype),
+                      tokens,
+                      columns,
+                      rank,
+                      segments,
+                      {factor_of(factor, factor_dtype, rank_stride, column_stride), adapter_stride},
+                      {h.data, wide},
+                      {h_scale.data, wide},
+                      {g.data, wide},
+                      {outer.data, wide},
+                      {outer_scale.data, wide},
+                      turned,
+                      dropout_of(seed, threshold, keep_scale),
+                      place});
 }
 
 template <class Backend>
@@ -381,18 +384,21 @@ void segmented_expand(Array h, int64_t tokens, int64_t columns, int64_t rank, Ar
   need("begins", begins, 1);
   need("factor", factor, adapters * rank * columns);
   need("y", y, tokens * columns);
-  Backend::run(SegmentedExpand{
-      {h.data, wide},
-      tokens,
-      columns,
-      rank,
-      {static_cast<int64_t*>(order.data), static_cast<int64_t*>(begins.data), adapters},
-      {factor_of(factor, factor_dtype, rank_stride, column_stride), adapter_stride},
-      {scale.data, wide},
-      y.data,
-      static_cast<DType>(dtype),
-      dropout_of(seed, threshold, keep_scale),
-      place});
+  const Segments segments{static_cast<int64_t*>(order.data), static_cast<int64_t*>(begins.data),
+                          adapters};
+  Backend::check_segments(segments, tokens);
+  Backend::run(
+      SegmentedExpand{{h.data, wide},
+                      tokens,
+                      columns,
+                      rank,
+                      segments,
+                      {factor_of(factor, factor_dtype, rank_stride, column_stride), adapter_stride},
+                      {scale.data, wide},
+                      y.data,
+                      static_cast<DType>(dtype),
+                      dropout_of(seed, threshold, keep_scale),
+                      place});
 }
 
 template <class Backend>

@@ -121,8 +121,11 @@ class Group(Siblings):
         # A replica of a layer (DataParallel's) is no member itself, and the others are another device's.
         if layers[layer.place] is not layer:
             return None
+        number = _passes.current()
+        if number == 0:  # nobody would say when to let go of what is not called for
+            return None
         kept = _thread.kept.get(self)
-        if kept is not None:
+        if kept is not None and kept.number == number:
             return self._take(kept, layer, x)
         if torch.is_grad_enabled() and (_top_hooks is None or _top_hooks(True) is not None):
             return None
@@ -141,7 +144,7 @@ class Group(Siblings):
         y = waiting.pop(layer.place)
         _thread.kept[self] = _Kept(
             weakref.ref(x), x._version, _mode(x), [_state(m) for m in layers], waiting,
-            _passes.current(),
+            number,
         )  # fmt: skip
         return y
 

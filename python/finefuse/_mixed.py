@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._passes import Pass
+from ._op import accumulator
+from ._passes import Pass, note
 from .segmented import lora_linear_segmented
 
 
@@ -60,7 +61,11 @@ def _make(layer: Any, names: Sequence[str], slots: dict[str, _Slot]) -> Stack:
         {name: place for place, name in enumerate(names)},
         torch.stack([_padded(a, rank, 0) for a, _ in factors]),
         torch.stack([_padded(b, rank, 1) for _, b in factors]),
-        torch.tensor([layer.scaling[name] for name in names], dtype=torch.float64),
+        torch.tensor(
+            [layer.scaling[name] for name in names],
+            dtype=accumulator(factors[0][0].dtype),
+            device=factors[0][0].device,
+        ),
         slots,
     )
 
@@ -106,7 +111,7 @@ def mixed_linear(layer: Any, x: Tensor, call: Pass) -> Tensor | None:
     dropouts = {a.dropout for a in adapters} if layer.training else {0.0}
     if len(dropouts) > 1:
         raise ValueError(f"adapter_names: dropout {sorted(dropouts)} in one batch; allowed: one p")
-    layer.mixed_trained |= layer.training or torch.is_grad_enabled()
+    note(layer)
     stack = stacked(layer, names)
     return lora_linear_segmented(
         x, layer.weight, stack.lora_a, stack.lora_b, call.ids(stack.places, x.device),
@@ -125,7 +130,7 @@ def mixed_module(holder: Any, args: tuple[Any, ...], options: Any, call: Pass) -
     modules = list(dict.fromkeys(owners))
     x = args[0] if args else None
     call.check_rows(x)
-    holder.mixed_trained |= holder.training or torch.is_grad_enabled()
+    note(holder)
     if len(modules) < 2:
         return (modules[0] if modules else holder.original_module)(*args, **options)
     if not isinstance(holder.original_module, ROWWISE):

@@ -280,6 +280,11 @@ def scalar(name: str, value: Any) -> Any:
     return float(value)
 
 
+def shaped(y: Tensor, shape: Any) -> Tensor:
+    """y, which nobody else holds, in another shape, and not as a view: callers may write into it."""
+    return y if y.shape == shape else torch.ops.aten._unsafe_view(y, shape)
+
+
 def wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 

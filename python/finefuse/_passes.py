@@ -43,7 +43,9 @@ class Holder:
     """Of modules that have adapters by name."""
 
     adapters: Iterable[str]
-    mixed_trained = False  # since train(): a batch with names, which a backward may recompute
+    mixed_pending = (
+        0  # since train(): batches with names that a backward may recompute and has not yet
+    )
 
 
 class Pass:
@@ -123,16 +125,24 @@ def names_for(holder: Any) -> Pass | None:
     with _lock:
         others = [p for stack in _stacks.values() for p in stack]
     found = [p for p in others if not p.call and p.names is not None and holder in p.holders]
-    if not found and holder.mixed_trained:  # silence would be another function's gradient
+    if not found and holder.mixed_pending > 0:  # silence would be another function's gradient
         raise RuntimeError(
             "adapter_names: a backward recomputes this layer, and which adapters its rows had is over; run "
-            "the backward within finefuse.nn.mixed_batch too"
+            "the backward within finefuse.nn.mixed_batch too (model.train() forgets batches without one)"
         )
     if len(found) > 1:
         raise RuntimeError(
             "mixed_batch: several threads are in one; whose backward this is cannot be known"
         )
     return found[0] if found else None
+
+
+def note(holder: Any) -> None:
+    """A batch with names goes through a holder: a backward may recompute it, or this is that."""
+    if in_backward():
+        holder.mixed_pending = max(holder.mixed_pending - 1, 0)
+    elif holder.training or torch.is_grad_enabled():
+        holder.mixed_pending += 1
 
 
 def _names(model: nn.Module, names: Any) -> tuple[tuple[str, ...], list[Any]]:

@@ -37,6 +37,7 @@ from ._op import (
     raw_op,
     runs_eagerly,
     same_device,
+    shaped,
     wants_gradient,
 )
 from .eager import codebook as _eager
@@ -416,7 +417,7 @@ def packed_product(
         b = None if bias is None else bias[first:last]
         _matmul.columns_into(y[:, first:last], x, weight.to(dtype), b)
     assert y is not None
-    return y.view(shape)
+    return shaped(y, shape)
 
 
 def decoded_rows(

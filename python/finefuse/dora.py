@@ -42,6 +42,7 @@ from ._op import (
     runs_eagerly,
     same_device,
     scalar,
+    shaped,
     wants_gradient,
 )
 from .codebook import decoded_rows, dequantize
@@ -198,9 +199,8 @@ def _forward(x: Tensor, weight: Tensor | None, *args: Any) -> tuple[Tensor, Tens
     rows, columns = lora_b.shape[0], x.shape[-1]
     shape, tokens = (*x.shape[:-1], rows), math.prod(x.shape[:-1])
     x = x.reshape(tokens, columns).contiguous()
-    norm = _norm(weight, *values, lora_a, lora_b, scale)
-    if norm.dtype is not accumulator(x.dtype):  # a packed weight is decoded to float32
-        norm = norm.to(accumulator(x.dtype))
+    wide = weight is None and x.dtype is torch.float64  # what a packed weight's norms do not know
+    norm = _norm(weight, *values, lora_a.double() if wide else lora_a, lora_b, scale)
     dropped = x if seed is None else drop(x, dropout_of(p, seed))
     h, _ = shrink(dropped, lora_a, 1.0)
     assert h is not None
@@ -213,7 +213,7 @@ def _forward(x: Tensor, weight: Tensor | None, *args: Any) -> tuple[Tensor, Tens
     _SCALE(
         z, DTYPES[z.dtype], tokens, rows, factor_from(magnitude, norm), bias, seed is not None, y
     )
-    return y.view(shape), z if keep else x.new_empty(0), h, norm
+    return shaped(y, shape), z if keep else x.new_empty(0), h, norm
 
 
 def _forward_fake(

@@ -43,6 +43,7 @@ from ._op import (
     runs_eagerly,
     same_device,
     scalar,
+    shaped,
     wants_gradient,
     watched,
 )
@@ -67,11 +68,11 @@ def _forward(x: Tensor, weight: Tensor | None, *args: Any) -> tuple[Tensor, Tens
     x = x.reshape(math.prod(x.shape[:-1]), columns).contiguous()
     if weight is not None and seed is None and has_linear_kernel(x, weight, lora_a.shape[0]):
         y, h_of_few = linear_kernel(x, weight, lora_a, lora_b, scale, bias)
-        return y.view(shape), h_of_few
+        return shaped(y, shape), h_of_few
     h, _ = shrink(x, lora_a, 1.0, dropout=dropout_of(p, seed))
     assert h is not None
     y = adapted_product(x, weight, values, rows, columns, h, lora_b.t(), scale, bias=bias)
-    return y.view(shape), h
+    return shaped(y, shape), h
 
 
 def _forward_fake(x: Tensor, weight: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
@@ -302,7 +303,7 @@ class _LoraGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: Sequence[_Layer], *tensors: Any) -> tuple[Tensor, ...]:
         ys, hs = _group_forward(x, layers)
-        keeps_x = any(ctx.needs_input_grad[2 + i] for i in range(len(tensors)) if i % 4 != 1)
+        keeps_x = any(ctx.needs_input_grad[2 + i] for i in range(len(tensors)) if i % 4 in (0, 2))
         ctx.save_for_backward(
             x if keeps_x else x.new_empty(0),
             *tensors,
@@ -363,7 +364,7 @@ def _group_forward(x: Tensor, layers: Sequence[_Layer]) -> tuple[list[Tensor], l
             flat, layer.weight, layer.values, rows, columns, h, layer.lora_b.t(), layer.scale,
             bias=layer.bias,
         )  # fmt: skip
-        ys.append(y.view(*x.shape[:-1], rows))
+        ys.append(shaped(y, (*x.shape[:-1], rows)))
     return ys, hs
 
 
@@ -406,7 +407,7 @@ def _group_backward(
                 onto=dx,
             )  # fmt: skip
     if members:
-        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        flat = x.reshape(len(hs[0]), x.shape[-1]).contiguous()
         for place, (_, outer) in zip(places, shrink_group(flat, members), strict=True):
             assert outer is not None
             grads[place] = outer.to(layers[place // 4].lora_a.dtype)
@@ -426,8 +427,9 @@ def lora_linear_group(
 ) -> list[Tensor]:
     """`lora_linear` for several layers of the same input: a model's q, k and v, or gate and up.
 
-    The same numbers as calls one by one, but x is read once for the updates of all, once more for the
-    gradients of all A, and the gradient of x is summed in one tensor. Each layer has its own dropout mask.
+    The same as calls one by one, to the bit on CPUs but for dx, whose terms are added in another order: x is
+    read once for the updates of all, once more for the gradients of all A, and dx is summed in one tensor.
+    Each layer has its own dropout mask. The outputs share a node of the graph: backward runs once for all.
 
     Args:
         x: (…, in).
@@ -446,36 +448,37 @@ def lora_linear_group(
     count = len(weights)
 
     def each(name: str, value: Any, one: Any) -> list[Any]:
-        if isinstance(value, one):
+        if isinstance(value, one) and not (isinstance(value, Tensor) and value.ndim):
             return [value] * count
-        values = list(value)
-        if len(values) != count:
-            raise ValueError(f"{name}: {len(values)} of them; there are {count} weights")
-        return values
+        if not isinstance(value, (Sequence, Tensor)) or isinstance(value, str):
+            raise TypeError(f"{name}: one for each weight, not {value!r}")
+        if len(value) != count:
+            raise ValueError(f"{name}: {len(value)} of them; there are {count} weights")
+        return list(value)
 
     if count == 0:
         raise ValueError("weights: none; allowed: at least one")
     lora_a, lora_b = each("lora_a", lora_a, ()), each("lora_b", lora_b, ())
     scales, dropouts = (
         each("scale", scale, (int, float, Tensor)),
-        each("dropout", dropout, (int, float)),
+        each("dropout", dropout, (int, float, Tensor)),
     )
     biases, seeds = each("bias", bias, type(None)), each("seed", seed, type(None))
     arguments = list(zip(weights, lora_a, lora_b, scales, biases, dropouts, seeds, strict=True))
-    if is_compiling() or watched() or runs_eagerly("lora", float_tensor("x", x)):
+    alone = is_compiling() or watched() or runs_eagerly("lora", float_tensor("x", x))
+    if alone or x.is_meta:
         return [
             lora_linear(x, w, a, b, scale=s, bias=c, dropout=p, seed=k)
             for w, a, b, s, c, p, k in arguments
         ]
     layers: list[_Layer] = []
-    flat = x
     for w, a, b, s, c, p, k in arguments:
         call = call_of(x, w, c, p)
         check_factors(w, a, b)
         check_dropout(call.dropout)
         own_seed = seed_of(k, call.x) if call.drops else None
         check_call(call.x, x.shape[-1], call.weight, call.values, a, b, call.bias, own_seed)
-        flat = call.x
+        x = call.x  # as autocast has it
         layers.append(
             _Layer(
                 call.weight,
@@ -489,9 +492,9 @@ def lora_linear_group(
             )
         )
     tensors = [t for layer in layers for t in layer[:4]]
-    if wants_gradient(flat, *tensors):
-        return list(_LoraGroup.apply(flat, layers, *tensors))
-    return _group_forward(flat, layers)[0]
+    if wants_gradient(x, *tensors):
+        return list(_LoraGroup.apply(x, layers, *tensors))
+    return _group_forward(x, layers)[0]
 
 
 # ---- merging -----------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from ._op import (
     runs_eagerly,
     same_device,
     scalar,
+    shaped,
     wants_gradient,
 )
 from .eager import segmented as _eager
@@ -157,7 +158,7 @@ def _forward(x: Tensor, weight: Tensor | None, *args: Any) -> tuple[Tensor, Tens
     assert h is not None
     y = base_product(x, weight, values, rows, columns, bias=bias)
     _expand(h, segments, lora_b.transpose(1, 2), scale.contiguous(), y)
-    return y.view(shape), h, *segments
+    return shaped(y, shape), h, *segments
 
 
 def _forward_fake(
@@ -403,10 +404,12 @@ def _row_adapters(adapter: Any, x: Tensor) -> Tensor:
     if not isinstance(adapter, Tensor):
         raise TypeError(f"adapter: a tensor of integers, not {type(adapter).__name__}")
     same_device("adapter", adapter, "x", x)
-    if adapter.dtype in (torch.int8, torch.int16):
+    if adapter.dtype in (torch.int8, torch.int16, torch.uint8):
         adapter = adapter.to(torch.int64)
     if adapter.dtype not in INDEX_DTYPES:
-        raise TypeError(f"adapter: dtype {adapter.dtype}; allowed: int64, int32, int16, int8")
+        raise TypeError(
+            f"adapter: dtype {adapter.dtype}; allowed: int64, int32, int16, int8, uint8"
+        )
     leading = x.shape[:-1]
     tokens = math.prod(leading)
     if adapter.shape == leading or adapter.shape == (tokens,):

@@ -31,7 +31,7 @@ def dora_norm(
 
     Args:
         weight: W (out, in), an array of any float type or a CodebookArray.
-        lora_a, lora_b: A (r, in) and B (out, r), of any float type (float64 only if the weight is).
+        lora_a, lora_b: A (r, in) and B (out, r), of any float type (float64 only if W is, or packed).
         scale: s.
 
     Returns:
@@ -44,16 +44,24 @@ def dora_norm(
         weight = float_array("weight", weight)
     lora_a, lora_b = float_array("lora_a", lora_a), float_array("lora_b", lora_b)
     check_lora_shapes(weight.shape, lora_a.shape, lora_b.shape)
-    wide = not isinstance(weight, CodebookArray) and weight.dtype == FLOAT64
+    scale, factors = scalar("scale", scale), (lora_a.dtype, lora_b.dtype)
+    if isinstance(weight, CodebookArray):
+        return _norm(weight, lora_a, lora_b, scale, FLOAT64 if FLOAT64 in factors else FLOAT32)
     for name, value in (("lora_a", lora_a), ("lora_b", lora_b)):
-        if value.dtype == FLOAT64 and not wide:
-            raise TypeError(f"{name}: dtype float64; the weight is not")
-    return _norm(weight, lora_a, lora_b, scalar("scale", scale))
+        if value.dtype == FLOAT64 and weight.dtype != FLOAT64:
+            raise TypeError(f"{name}: dtype float64; the weight has {weight.dtype}")
+    return _norm(weight, lora_a, lora_b, scale, accumulator(weight.dtype))
 
 
-def _norm(weight: Array | CodebookArray, lora_a: Array, lora_b: Array, scale: float) -> Array:
-    plain = dequantize(weight, FLOAT32) if isinstance(weight, CodebookArray) else contiguous(weight)
-    norm = np.empty(len(plain), accumulator(plain.dtype))
+def _norm(
+    weight: Array | CodebookArray, lora_a: Array, lora_b: Array, scale: float, wide: Any
+) -> Array:
+    """In the type `wide`, to which a packed weight is decoded."""
+    if isinstance(weight, CodebookArray):
+        plain = cast(dequantize(weight, FLOAT32), wide)
+    else:
+        plain = contiguous(weight)
+    norm = np.empty(len(plain), wide)
     _C.dora_norm(
         plain, DTYPES[plain.dtype], *plain.shape, len(lora_a), *factor_of(lora_b.T), *factor_of(lora_a),
         scale, norm, get_num_threads(),
@@ -73,7 +81,7 @@ def dora_linear(call: Call, magnitude: Any, scale: float) -> Any:
     if magnitude.shape != lora_b.shape[:1]:
         raise ValueError(f"magnitude: shape {magnitude.shape}; allowed: ({len(lora_b)},)")
     wide = accumulator(x.dtype)
-    norm = cast(_norm(weight, lora_a, lora_b, scale), wide)
+    norm = _norm(weight, lora_a, lora_b, scale, wide)
     factor = _quotient(cast(magnitude, wide), norm)
     drops = dropout[0] is not None
     dropped = _drop(x, dropout, np.empty_like(x), False) if drops else x
