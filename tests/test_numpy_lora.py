@@ -1,4 +1,5 @@
-"""finefuse.numpy.lora_linear: the reference, torch's bits, layouts, arguments."""
+"""finefuse.numpy's lora_linear, with magnitudes too, and lora_linear_segmented: the reference, torch's bits,
+layouts, arguments. Needs no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ except ImportError:
     BFLOAT16 = []
 
 import finefuse.numpy as ffn
+from finefuse.reference import dora as dora_reference
 from finefuse.reference import lora as reference
+from finefuse.reference import segmented as segmented_reference
 from tolerances import check
 
 NARROW = [np.dtype(np.float32), *BFLOAT16, np.dtype(np.float16)]
@@ -81,6 +84,55 @@ def test_packed(dtype, tokens):
     x, w, a, b, bias, dy = problem(tokens, 40, 96, 5, dtype)
     q = ffn.quantize(w, double_quant=True)
     check_all(x, ffn.dequantize(q, np.float32), a, b, bias, dy, weight=q)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_magnitude(p):
+    """DoRA, dense and packed."""
+    x, w, a, b, bias, dy = problem(33, 40, 96, 5)
+    m = np.abs(numbers(40, seed=7)) + np.float32(0.5)
+    q = ffn.quantize(w)
+    for weight, plain in ((w, w), (q, ffn.dequantize(q))):
+        ours = ffn.lora_linear(
+            x, weight, a, b, scale=0.7, bias=bias, dropout=p, seed=5, magnitude=m, return_grad=True,
+            upstream=dy,
+        )  # fmt: skip
+        truth = (
+            dora_reference.dora_linear(x, plain, a, b, m, 0.7, bias, p, 5),
+            *dora_reference.gradients(dy, x, plain, a, b, m, 0.7, p, 5),
+        )
+        for name, o, t in zip(("y", "dx", "dA", "dB", "dm"), ours, truth, strict=True):
+            check(name, o, t, t)
+        norm = dora_reference.dora_norm(plain, a, b, 0.7)
+        check("norm", ffn.dora_norm(weight, a, b, 0.7), norm, norm)
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_segmented(dtype, p):
+    x, w, _, _, bias, dy = problem(33, 40, 96, 5, dtype)
+    a, b = numbers(3, 5, 96, seed=3) / np.float32(10), numbers(3, 40, 5, seed=4)
+    adapter, scale = np.random.default_rng(0).integers(-1, 3, 33), np.array([0.5, 1, 2], np.float32)
+    ours = ffn.lora_linear_segmented(
+        x,
+        w,
+        a,
+        b,
+        adapter,
+        scale=scale,
+        bias=bias,
+        dropout=p,
+        seed=5,
+        return_grad=True,
+        upstream=dy,
+    )
+    arrays = (x, w, a, b, adapter, scale)
+    truth = (
+        segmented_reference.lora_linear_segmented(*arrays, bias, p, 5),
+        *segmented_reference.gradients(dy, *arrays, p, 5),
+    )
+    for name, o, t in zip(("y", "dx", "dA", "dB"), ours, truth, strict=True):
+        check(name, o, t.astype(o.dtype), t)
 
 
 def test_the_same_mask_and_bits_as_torch():
