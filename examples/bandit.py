@@ -22,7 +22,7 @@ ADJUSTMENTS = {
     "none": {},
     "scale": {"scale": 2.0},
     "clip": {"clip_val": 0.5},
-    "temp": {"temp": 0.5},
+    "temp": {"temp": 1.0},
 }
 
 
