@@ -87,8 +87,11 @@ FF_INLINE VecD exp_as_libm(VecD x) {
   const VecD p = fma(r2 * r2, high, fma(r2, low, tail + r));
   VecD e = fma(scale, p, scale);
   const VecL tiny = x < splat<VecD>(-512);  // towards denormal numbers and zero
-  int64_t any = 0;
-  for (int i = 0; i < kWide; ++i) any |= tiny[i];
+#if defined(__AVX512F__)
+  const int any = _mm512_movepi64_mask((__m512i)tiny);
+#else
+  const int any = _mm256_movemask_pd((__m256d)tiny);
+#endif
   if (__builtin_expect(any != 0, 0)) {
     for (int i = 0; i < kWide; ++i) {
       if (tiny[i]) e[i] = __builtin_exp(x[i]);
@@ -106,12 +109,8 @@ FF_INLINE VecD exp_as_libm(VecD x) {
 
 #endif
 
-// numpy.sum of n contiguous numbers, bit by bit.
-double pairwise_sum(const double* a, int64_t n) {
-  if (n > 128) {
-    const int64_t half = n / 2 - n / 2 % 8;
-    return pairwise_sum(a, half) + pairwise_sum(a + half, n - half);
-  }
+// numpy.sum of n contiguous numbers, bit by bit: up to 128 of them, and any number.
+FF_INLINE double sum_of_few(const double* a, int64_t n) {
   double sum = 0;
   int64_t i = 0;
   if (n >= 8) {
@@ -124,6 +123,12 @@ double pairwise_sum(const double* a, int64_t n) {
   }
   for (; i < n; ++i) sum += a[i];
   return sum;
+}
+
+double pairwise_sum(const double* a, int64_t n) {
+  if (n <= 128) return sum_of_few(a, n);
+  const int64_t half = n / 2 - n / 2 % 8;
+  return pairwise_sum(a, half) + pairwise_sum(a + half, n - half);
 }
 
 // cdf.searchsorted(u, side="right") for cdf = running / running[n - 1], near `guess`.
@@ -174,16 +179,19 @@ template <int kFixed> void agent_of(const BanditAgent& a) {
     if (changed) {
       const VecD top = splat<VecD>(largest);
       for (int64_t i = 0; i < vectors; ++i) {
-        arms[i].p = exp_as_libm(arms[i].z - top);
+        arms[i].p = only(arms[i].valid, exp_as_libm(arms[i].z - top));
         store(p + i * kWide, arms[i].p);
       }
-      const VecD sum = splat<VecD>(pairwise_sum(p, n));
+      // Zeros follow the last action: they may be summed, where that leaves NumPy's order as it is.
+      constexpr int64_t kPadded = kFixed * kWide;
+      const VecD sum = splat<VecD>(kFixed > 0 && n / 8 == kPadded / 8 ? sum_of_few(p, kPadded)
+                                                                      : pairwise_sum(p, n));
       for (int64_t i = 0; i < vectors; ++i) {
         arms[i].p /= sum;
         store(p + i * kWide, arms[i].p);
       }
       double c = 0;
-      for (int64_t i = 0; i < n; ++i) {
+      for (int64_t i = 0; i < (kFixed > 0 ? kPadded : n); ++i) {
         c += p[i];
         running[i] = c;
         action += c <= u;
@@ -212,7 +220,7 @@ template <int kFixed> void agent_of(const BanditAgent& a) {
     for (int64_t i = 0; i < vectors; ++i) {
       Arms& arm = arms[i];
       const VecD onehot = only(arm.index == chosen, splat<VecD>(1));
-      arm.z += only(arm.valid, rate * (onehot - arm.p) * by);
+      arm.z += rate * (onehot - arm.p) * by;
       most = max(arm.valid ? arm.z : lowest, most);
     }
     largest = horizontal_max(most);

@@ -27,7 +27,7 @@ from ._array import FLOAT64, Array, get_num_threads, integer, scalar
 
 ADJUSTMENTS = {"none": 0, "scale": 1, "clip": 2, "temp": 3}
 
-_BLOCK = 1 << 16  # steps of a call of the kernel: 1 MB of random numbers
+_BLOCK = 1 << 12  # steps of a call of the kernel: 64 kB of random numbers, which stay in the cache
 
 
 # ---- the two parts -----------------------------------------------------------------------------
