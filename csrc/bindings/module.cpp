@@ -1,11 +1,13 @@
 // finefuse._C: the CPU kernels on raw addresses (bindings/ops.h).
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <string>
 #include <vector>
 
 #include "bindings/ops.h"
 #include "core/dispatch.h"
+#include "ops/bandit.h"
 
 namespace py = pybind11;
 using namespace finefuse;
@@ -128,6 +130,65 @@ void segment_rows(Array adapter, bool int32, int64_t tokens, int64_t adapters, A
   FF_KERNELS(segmented_kernels).rows(a);
 }
 
+char* aligned_workspace(int64_t bytes) {
+  constexpr uintptr_t kLine = 64;
+  const auto address = reinterpret_cast<uintptr_t>(Cpu::workspace(bytes + kLine));
+  return reinterpret_cast<char*>((address + kLine - 1) / kLine * kLine);
+}
+
+// The bandit is a simulator: on the CPU alone.
+void bandit_agent(Array probs, int64_t actions, Array uniforms, int64_t steps,
+                  std::array<double, 2> adjusted, std::array<double, 2> advantage,
+                  double learning_rate, Array logits, Array rewards, Array adjusted_rewards,
+                  Array cumulative, double total) {
+  py::gil_scoped_release nogil;
+  need("probs", probs, actions);
+  need("logits", logits, actions);
+  for (const Array& array : {uniforms, rewards, adjusted_rewards, cumulative}) {
+    need("uniforms, rewards, adjusted, cumulative", array, steps);
+  }
+  FF_KERNELS(bandit_kernels)
+      .agent({actions,
+              steps,
+              doubles(probs),
+              doubles(uniforms),
+              {{adjusted[0], adjusted[1]}, {advantage[0], advantage[1]}},
+              learning_rate,
+              doubles(logits),
+              doubles(rewards),
+              doubles(adjusted_rewards),
+              doubles(cumulative),
+              total,
+              reinterpret_cast<double*>(aligned_workspace(bandit_workspace(actions)))});
+}
+
+void bandit_agents(Array probs, int64_t actions, int64_t agents, int64_t steps, uint64_t seed,
+                   std::array<double, 2> adjusted, std::array<double, 2> advantage,
+                   double learning_rate, Array logits, Array rewards, Array adjusted_rewards,
+                   Array cumulative, int threads) {
+  py::gil_scoped_release nogil;
+  need("probs", probs, actions);
+  need("logits", logits, agents * actions);
+  for (const Array& array : {rewards, adjusted_rewards, cumulative}) {
+    need("rewards, adjusted, cumulative", array, agents * steps);
+  }
+  BanditAgents a{actions,
+                 agents,
+                 steps,
+                 doubles(probs),
+                 seed,
+                 {{adjusted[0], adjusted[1]}, {advantage[0], advantage[1]}},
+                 learning_rate,
+                 doubles(logits),
+                 doubles(rewards),
+                 doubles(adjusted_rewards),
+                 doubles(cumulative),
+                 nullptr,
+                 threads};
+  a.workspace = aligned_workspace(bandit_workspace(a));
+  FF_KERNELS(bandit_kernels).agents(a);
+}
+
 std::string set_isa_by_name(const std::string& name) {
   Isa isa;
   if (!isa_from_name(name.c_str(), &isa)) {
@@ -150,4 +211,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("_set_isa", set_isa_by_name, "Set the level (tests); returns the one before.");
   define_ops<Cpu>(m);
   m.def("segment_rows", segment_rows);
+  m.def("bandit_agent", bandit_agent);
+  m.def("bandit_agents", bandit_agents);
 }

@@ -21,6 +21,7 @@ __all__ = [
     "CodebookTensor",
     "PreferenceOutput",
     "backend",
+    "bandit",
     "check",
     "codebook_linear",
     "cross_entropy",
@@ -52,7 +53,7 @@ if _find_spec("torch") is not None:
     # torch first: whichever OpenMP runtime loads first serves both.
     import torch as _torch  # noqa: F401
 
-    from . import nn
+    from . import bandit, nn
     from ._backend import backend, check, info
     from .codebook import (
         CodebookTensor,
@@ -67,6 +68,7 @@ if _find_spec("torch") is not None:
     from .preference import PreferenceOutput, preference_loss, preference_loss_from_logits
     from .segmented import lora_linear_segmented
 else:
+    from . import bandit
     from ._backend import info
 
     def __getattr__(name: str) -> Any:

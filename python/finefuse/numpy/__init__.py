@@ -12,6 +12,7 @@ widened). Losses are float32, float64 for float64; results without dimensions ar
 `return_grad=True` returns (value, gradient). The GIL is released while a kernel runs.
 """
 
+from . import bandit
 from ._array import get_num_threads, set_num_threads
 from .codebook import (
     CodebookArray,
@@ -29,6 +30,7 @@ from .segmented import lora_linear_segmented
 __all__ = [
     "CodebookArray",
     "PreferenceOutput",
+    "bandit",
     "codebook_linear",
     "cross_entropy",
     "dequantize",
