@@ -121,8 +121,7 @@ template <class T> __device__ __forceinline__ void store_shared(T* p, const Vect
   *aligned(p) = bits;
 }
 
-// ---- one block a row
-// -----------------------------------------------------------------------------
+// ---- one block a row ----------------------------------------------------------------------------
 
 inline constexpr int kMaxThreads = 512;
 inline constexpr int kMaxWarps = kMaxThreads / 32;
@@ -194,8 +193,7 @@ __device__ inline void raise(const Place& place, Flag flag) {
   if (threadIdx.x == 0) place.flags[static_cast<int>(flag)] = 1;
 }
 
-// ---- launches
-// ------------------------------------------------------------------------------------
+// ---- launches -----------------------------------------------------------------------------------
 
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {

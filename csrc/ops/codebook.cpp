@@ -44,8 +44,7 @@ FF_INLINE VecF all(float x) { return x - VecF{}; }
 
 FF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// ---- decoding
-// ------------------------------------------------------------------------------------
+// ---- decoding -----------------------------------------------------------------------------------
 
 constexpr int kScaleBatch = 256;  // blocks whose absmax is decoded at a time
 
@@ -423,8 +422,7 @@ void dequantize(const Dequantize& a) {
   }
 }
 
-// ---- quantising
-// ----------------------------------------------------------------------------------
+// ---- quantising ---------------------------------------------------------------------------------
 
 constexpr float kFp4Thresholds[7] = {.00260417f, .0859375f, .20833333f, .29166667f,
                                      .4166667f,  .583333f,  .8333333f};
@@ -839,8 +837,7 @@ void quantize(const Quantize& a) {
   }
 }
 
-// ---- linear
-// --------------------------------------------------------------------------------------
+// ---- linear -------------------------------------------------------------------------------------
 
 constexpr int kN = kLanes<float>;
 constexpr int64_t kGroup = 8 * kN;  // columns that one vector of packed 4-bit codes holds

@@ -88,8 +88,7 @@ void norm(const DoraNorm& a) {
   }
 }
 
-// ---- columns scaled
-// ------------------------------------------------------------------------------
+// ---- columns scaled -----------------------------------------------------------------------------
 
 // body(k, how many) over n numbers, a vector at a time: Whole, or at the end an int.
 struct Whole {};

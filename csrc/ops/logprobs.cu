@@ -243,8 +243,7 @@ __global__ void __launch_bounds__(kSegmentThreads)
   }
 }
 
-// ---- launches
-// ------------------------------------------------------------------------------------
+// ---- launches -----------------------------------------------------------------------------------
 
 // Calls f with a value of the element type.
 template <class F> void by_dtype(DType dtype, const F& f) {

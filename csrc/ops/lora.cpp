@@ -23,8 +23,7 @@
 namespace finefuse::FF_ISA_NS {
 namespace {
 
-// ---- shrink
-// --------------------------------------------------------------------------------------
+// ---- shrink -------------------------------------------------------------------------------------
 
 // Where the parts of a member's workspace are.
 template <class A> struct ShrinkMember {
@@ -164,8 +163,7 @@ void shrink(const LoraShrink* members, int count) {
   }
 }
 
-// ---- expand
-// --------------------------------------------------------------------------------------
+// ---- expand -------------------------------------------------------------------------------------
 
 // R tokens and n columns of y, from (token, column) on.
 template <int R, class T>
@@ -249,8 +247,7 @@ void expand(const LoraExpand& a) {
   }
 }
 
-// ---- dropout
-// -------------------------------------------------------------------------------------
+// ---- dropout ------------------------------------------------------------------------------------
 
 template <class T> void dropout_t(const LoraDropout& a) {
   using A = Accumulator<T>;

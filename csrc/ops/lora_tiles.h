@@ -35,8 +35,7 @@ template <class V> FF_INLINE auto lane_sum(V v) {
   return a[0];
 }
 
-// ---- dropout
-// -------------------------------------------------------------------------------------
+// ---- dropout ------------------------------------------------------------------------------------
 
 constexpr int kCounters = kLanes<float>;
 
@@ -75,8 +74,7 @@ FF_INLINE void keep_factors(const Dropout& d, uint64_t first, int64_t n, A* keep
   }
 }
 
-// ---- operands
-// ------------------------------------------------------------------------------------
+// ---- operands -----------------------------------------------------------------------------------
 
 // (rank, columns) in the accumulator's type, rows padded with zeros to whole vectors. Rows must not
 // be a multiple of a page apart: several are read at once and would share the sets of a cache.
@@ -159,8 +157,7 @@ Rows<A> rows_of(const Factor& f, int64_t rank, int64_t columns, A* workspace, in
   return {workspace, stride};
 }
 
-// ---- tiles
-// ---------------------------------------------------------------------------------------
+// ---- tiles --------------------------------------------------------------------------------------
 
 // sums[t·ld + j] += x[t]·p[j] over n columns, a multiple of the lanes. Small tiles have several
 // sums each: they would wait for one another, and long chains lose accuracy.

@@ -1,12 +1,10 @@
 // Low-rank updates of many adapters in one batch, on the CPU.
 //
-//   pass      reads + writes                               work of a task
-//   rows      the ids twice                                (one thread)
-//   shrink    x once, each adapter's factor once a task    kChunk rows of an adapter, all columns
-//     outer   x once                                       an adapter, kSpan columns, its rows in
-//     order
-//   expand    y twice, each adapter's factor once a task   kChunk rows of an adapter, kGroup
-//   columns
+//   pass      reads + writes                                task
+//   rows      the ids twice                                 all, on one thread
+//   shrink    x once, each adapter's factor once a task     kChunk rows of an adapter
+//     outer   x once                                        kSpan columns of an adapter
+//   expand    y twice, each adapter's factor once a task    kGroup columns of kChunk rows
 //
 // Rows stay where they are and are gathered a block at a time; no adapter is padded to another's
 // rows. A factor is copied a span at a time for each task: with a few rows an adapter that is the
@@ -25,8 +23,7 @@ constexpr int64_t kChunk = 32;      // rows of a task
 constexpr int64_t kRankBlock = 32;  // ranks whose factor is at hand
 constexpr int64_t kStride = kSpan + kLoraPad;
 
-// ---- rows by adapter
-// -----------------------------------------------------------------------------
+// ---- rows by adapter ----------------------------------------------------------------------------
 
 int64_t first_bad_adapter(const SegmentRows& a) {
   for (int64_t t = 0; t < a.tokens; ++t) {
@@ -62,8 +59,7 @@ void rows(const SegmentRows& a) {
   a.begins[0] = none;
 }
 
-// ---- chunks of rows
-// ------------------------------------------------------------------------------
+// ---- chunks of rows -----------------------------------------------------------------------------
 
 int64_t count_chunks(const Segments& s) {
   int64_t chunks = 0;
@@ -129,8 +125,7 @@ FF_INLINE Rows<A> gather(const T* x, int64_t columns, const Dropout& d, const in
   return {&block[0][0], kStride};
 }
 
-// ---- shrink
-// --------------------------------------------------------------------------------------
+// ---- shrink -------------------------------------------------------------------------------------
 
 template <class T> void shrink_h(const SegmentedShrink& a) {
   using A = Accumulator<T>;
@@ -233,8 +228,7 @@ void shrink(const SegmentedShrink& a) {
   }
 }
 
-// ---- expand
-// --------------------------------------------------------------------------------------
+// ---- expand -------------------------------------------------------------------------------------
 
 // before (R, n) += h (R, ranks)·factor; the last block of ranks goes on into y.
 template <int R, class T>
