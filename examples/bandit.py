@@ -76,6 +76,8 @@ def main() -> int:
     best = int(np.argmax(args.probs))
     results = {}
     try:
+        env = bandit.MultiArmedBandit(args.probs, seed=0)
+        bandit.train_agent(env, bandit.SoftmaxPolicy(env.n_actions), 1)  # first calls are slower
         print(f"{'':8}{'mean reward':>14}{'last quarter':>14}{'p(best arm)':>14}{'steps/s':>12}")
         for name in ADJUSTMENTS:
             runs, seconds = run(args, name)
