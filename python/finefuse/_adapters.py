@@ -38,7 +38,7 @@ class ModuleToSave(nn.Module, _passes.Holder):
         return self.modules_to_save.keys()
 
     def train(self, mode: bool = True) -> ModuleToSave:
-        self.mixed_pending = 0
+        self.forget_mixed()
         return super().train(mode)
 
     def add_adapter(self, name: str) -> None:
@@ -64,7 +64,7 @@ class ModuleToSave(nn.Module, _passes.Holder):
         return self.modules_to_save[self.active]
 
     def forward(self, *args: Any, **options: Any) -> Any:
-        if _passes.in_force or self.mixed_pending:
+        if _passes.in_force or self.mixed_trained:
             named, y = self._mixed(args, options)
             if named:
                 return y

@@ -488,7 +488,7 @@ class LoRALinear(_Linear, _passes.Holder, _groups.Member):
     # ---- as a module -----------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        if _passes.in_force or self.mixed_pending:
+        if _passes.in_force or self.mixed_trained:
             named, y = self._mixed(x)
             if named:
                 return self.base(x) if y is None else y
@@ -523,7 +523,7 @@ class LoRALinear(_Linear, _passes.Holder, _groups.Member):
         return call is not None, None if call is None else mixed_linear(self, x, call)
 
     def train(self, mode: bool = True) -> LoRALinear:
-        self.mixed_pending = 0
+        self.forget_mixed()
         self._forget()
         return super().train(mode)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _backend, _matmul
-from ._args import check_lora_shapes, dropout_numbers
+from ._args import check_dropout, check_lora_shapes, dropout_numbers
 from ._codebook_tensor import CodebookTensor, check_fields, fields
 from ._op import DTYPES, accumulator, float_tensor, kernel, same_device, scalar
 from .codebook import dequantize, packed_product
@@ -348,6 +348,16 @@ def seed_of(seed: int | Tensor | None, x: Tensor) -> Tensor:
     return torch.full((1,), seed, dtype=torch.int64, device=x.device)
 
 
+def check_mask(p: float, seed: Tensor | None) -> None:
+    check_dropout(p)
+    if seed is None and p != 0:
+        raise ValueError("seed: None with dropout; allowed: int64, one number")
+
+
+def bias_gradient(dy: Tensor) -> Tensor:
+    return dy.sum(tuple(range(dy.ndim - 1))) if dy.ndim > 1 else dy
+
+
 class Call(NamedTuple):
     """What low-rank ops have in common, as their raw ops take it."""
 
@@ -361,7 +371,10 @@ class Call(NamedTuple):
 
     def plain_weight(self) -> Tensor:
         """For the backend "eager"."""
-        return self.weight if self.packed is None else dequantize(self.packed, self.x.dtype)  # type: ignore[return-value]
+        if self.packed is not None:
+            return dequantize(self.packed, self.x.dtype)
+        assert self.weight is not None
+        return self.weight
 
 
 def call_of(x: Any, weight: Any, bias: Any, dropout: Any) -> Call:

@@ -43,9 +43,13 @@ class Holder:
     """Of modules that have adapters by name."""
 
     adapters: Iterable[str]
-    mixed_pending = (
-        0  # since train(): batches with names that a backward may recompute and has not yet
-    )
+    # Batches with names, since train(), that a backward may recompute and has not yet; and whether there are
+    # any: torch.compile compiles anew for each value of what a forward looks at.
+    mixed_pending = 0
+    mixed_trained = False
+
+    def forget_mixed(self) -> None:
+        self.mixed_pending, self.mixed_trained = 0, False
 
 
 class Pass:
@@ -125,7 +129,7 @@ def names_for(holder: Any) -> Pass | None:
     with _lock:
         others = [p for stack in _stacks.values() for p in stack]
     found = [p for p in others if not p.call and p.names is not None and holder in p.holders]
-    if not found and holder.mixed_pending > 0:  # silence would be another function's gradient
+    if not found and holder.mixed_trained:  # silence would be another function's gradient
         raise RuntimeError(
             "adapter_names: a backward recomputes this layer, and which adapters its rows had is over; run "
             "the backward within finefuse.nn.mixed_batch too (model.train() forgets batches without one)"
@@ -143,6 +147,7 @@ def note(holder: Any) -> None:
         holder.mixed_pending = max(holder.mixed_pending - 1, 0)
     elif holder.training or torch.is_grad_enabled():
         holder.mixed_pending += 1
+    holder.mixed_trained = holder.mixed_pending > 0
 
 
 def _names(model: nn.Module, names: Any) -> tuple[tuple[str, ...], list[Any]]:

@@ -24,9 +24,11 @@ from ._low_rank import (
     Call,
     adapted_product,
     base_product,
+    bias_gradient,
     check_backward,
     check_call,
     check_factors,
+    check_mask,
     drop,
     dropout_of,
     factor_of,
@@ -193,9 +195,7 @@ def _forward(x: Tensor, weight: Tensor | None, *args: Any) -> tuple[Tensor, Tens
     """y (…, out), z (tokens, out) if it is to be kept, h (tokens, rank), norm (out,)."""
     values, (lora_a, lora_b, magnitude, bias, seed, scale, p, keep) = args[:8], args[8:]
     _check(x, x.shape[-1], weight, values, lora_a, lora_b, magnitude, bias, seed)
-    check_dropout(p)
-    if seed is None and p != 0:
-        raise ValueError("seed: None with dropout; allowed: int64, one number")
+    check_mask(p, seed)
     rows, columns = lora_b.shape[0], x.shape[-1]
     shape, tokens = (*x.shape[:-1], rows), math.prod(x.shape[:-1])
     x = x.reshape(tokens, columns).contiguous()
@@ -379,9 +379,7 @@ class _DoraLinear(torch.autograd.Function):
                 dy, x, z, h, norm, weight, *rest[:6], *ctx.blocksizes, lora_a, lora_b, magnitude, seed,
                 scale, dropout, needs,
             )  # fmt: skip
-        dbias = None
-        if bias_:
-            dbias = dy.sum(tuple(range(dy.ndim - 1))) if dy.ndim > 1 else dy
+        dbias = bias_gradient(dy) if bias_ else None
         return (
             dx if x_ else None, dw if w_ else None, dbias, da if a_ else None, db if b_ else None,
             dm if m_ else None, *(None for _ in range(11)),

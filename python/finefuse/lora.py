@@ -21,10 +21,12 @@ from ._low_rank import (
     WEIGHT,
     Member,
     adapted_product,
+    bias_gradient,
     call_of,
     check_backward,
     check_call,
     check_factors,
+    check_mask,
     dropout_of,
     expand,
     has_linear_kernel,
@@ -60,9 +62,7 @@ def _forward(x: Tensor, weight: Tensor | None, *args: Any) -> tuple[Tensor, Tens
     """y (…, out) and h (tokens, rank)."""
     values, (lora_a, lora_b, bias, seed, scale, p) = args[:8], args[8:]
     check_call(x, x.shape[-1], weight, values, lora_a, lora_b, bias, seed)
-    check_dropout(p)
-    if seed is None and p != 0:
-        raise ValueError("seed: None with dropout; allowed: int64, one number")
+    check_mask(p, seed)
     rows, columns = lora_b.shape[0], x.shape[-1]
     shape = (*x.shape[:-1], rows)
     x = x.reshape(math.prod(x.shape[:-1]), columns).contiguous()
@@ -190,9 +190,7 @@ class _LoraLinear(torch.autograd.Function):
             dx, da, db, dw = _BACKWARD(
                 dy, x, h, weight, *rest[:6], *ctx.blocksizes, lora_a, lora_b, seed, scale, dropout, needs
             )  # fmt: skip
-        dbias = None
-        if bias_:
-            dbias = dy.sum(tuple(range(dy.ndim - 1))) if dy.ndim > 1 else dy
+        dbias = bias_gradient(dy) if bias_ else None
         return (
             dx if x_ else None, dw if w_ else None, dbias, da if a_ else None, db if b_ else None,
             *(None for _ in range(11)),
@@ -386,7 +384,7 @@ def _group_backward(
         w_, bias_, a_, b_ = needs[4 * i : 4 * i + 4]
         rows, columns, rank = len(layer.lora_b), layer.lora_a.shape[1], h.shape[1]
         if bias_:
-            grads[4 * i + 1] = dy.sum(tuple(range(dy.ndim - 1))) if dy.ndim > 1 else dy
+            grads[4 * i + 1] = bias_gradient(dy)
         dy = dy.reshape(len(h), rows).contiguous()
         factor = layer.lora_b.t() if needs_x or a_ else None
         g, outer = None, None

@@ -21,8 +21,10 @@ from ._low_rank import (
     NO_FIELDS,
     WEIGHT,
     base_product,
+    bias_gradient,
     call_of,
     check_call,
+    check_mask,
     dropout_of,
     seed_of,
 )
@@ -146,9 +148,7 @@ def _forward(x: Tensor, weight: Tensor | None, *args: Any) -> tuple[Tensor, Tens
     """y (…, out), h (tokens, rank), order and begins."""
     values, (lora_a, lora_b, adapter, scale, bias, seed, p) = args[:8], args[8:]
     _check(x, x.shape[-1], weight, values, lora_a, lora_b, scale, bias, seed)
-    check_dropout(p)
-    if seed is None and p != 0:
-        raise ValueError("seed: None with dropout; allowed: int64, one number")
+    check_mask(p, seed)
     (adapters, rows, _), columns = lora_b.shape, x.shape[-1]
     shape, tokens = (*x.shape[:-1], rows), math.prod(x.shape[:-1])
     _check_adapter(adapter, tokens, x)
@@ -327,9 +327,7 @@ class _Segmented(torch.autograd.Function):
                 dy, x, h, order, begins, weight, *rest[:6], *ctx.blocksizes, lora_a, lora_b, scale, seed,
                 dropout, needs,
             )  # fmt: skip
-        dbias = None
-        if bias_:
-            dbias = dy.sum(tuple(range(dy.ndim - 1))) if dy.ndim > 1 else dy
+        dbias = bias_gradient(dy) if bias_ else None
         return (
             dx if x_ else None, dw if w_ else None, dbias, da if a_ else None, db if b_ else None,
             *(None for _ in range(12)),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .lora import keep_mask, no_autocast
+from .lora import dropped, no_autocast
 
 
 def dora_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Any) -> Tensor:
@@ -34,12 +34,10 @@ def dora_linear(
     zero = norm == 0  # a quotient by it would have NaN for a gradient
     c = torch.where(zero, 0.0, magnitude.to(norm.dtype) / torch.where(zero, 1.0, norm))
     with no_autocast(x):
-        wide = norm.dtype
-        dropped = x.to(wide)
-        if seed is not None:
-            dropped = dropped * keep_mask(dropped, p, seed)
-        update = functional.linear(functional.linear(dropped, lora_a.to(wide)), lora_b.to(wide))
+        d = dropped(x, p, seed)
+        wide = d.dtype
+        update = functional.linear(functional.linear(d, lora_a.to(wide)), lora_b.to(wide))
         base = functional.linear(x, weight)
-        again = base if seed is None else functional.linear(dropped.to(x.dtype), weight)
+        again = base if seed is None else functional.linear(d.to(x.dtype), weight)
         y = base.to(wide) + (c - 1) * again.to(wide) + c * scale * update
         return (y if bias is None else y + bias.to(wide)).to(x.dtype)

@@ -52,6 +52,12 @@ def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(x.device.type, enabled=False)
 
 
+def dropped(x: Tensor, p: Any, seed: Tensor | None) -> Tensor:
+    """D(x) in float32, float64 for float64."""
+    wide = x.to(torch.float64 if x.dtype is torch.float64 else torch.float32)
+    return wide if seed is None else wide * keep_mask(wide, p, seed)
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -64,10 +70,7 @@ def lora_linear(
 ) -> Tensor:
     """The update in float32 (float64 for float64), whatever types the factors have."""
     with no_autocast(x):
-        wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-        dropped = x.to(wide)
-        if seed is not None:
-            dropped = dropped * keep_mask(dropped, p, seed)
-        h = functional.linear(dropped, lora_a.to(wide))
-        update = functional.linear(h, lora_b.to(wide)) * scale
+        d = dropped(x, p, seed)
+        h = functional.linear(d, lora_a.to(d.dtype))
+        update = functional.linear(h, lora_b.to(d.dtype)) * scale
         return functional.linear(x, weight, bias) + update.to(x.dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .lora import keep_mask, no_autocast
+from .lora import dropped, no_autocast
 
 
 def lora_linear_segmented(
@@ -24,14 +24,12 @@ def lora_linear_segmented(
 ) -> Tensor:
     """Each adapter over all rows, of which its own count: it compiles, for no shape depends on the ids."""
     with no_autocast(x):
-        wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-        dropped = x.to(wide)
-        if seed is not None:
-            dropped = dropped * keep_mask(dropped, p, seed)
+        d = dropped(x, p, seed)
+        wide = d.dtype
         ids = adapter.view(x.shape[:-1])[..., None]
         update = torch.zeros((*x.shape[:-1], weight.shape[0]), dtype=wide, device=x.device)
         for a in range(len(lora_a)):
-            h = functional.linear(dropped, lora_a[a].to(wide))
+            h = functional.linear(d, lora_a[a].to(wide))
             own = functional.linear(h, lora_b[a].to(wide)) * scale[a]
             update = torch.where(ids == a, own, update)
         return functional.linear(x, weight, bias) + update.to(x.dtype)
