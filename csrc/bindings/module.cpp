@@ -15,12 +15,12 @@ using namespace finefuse;
 namespace {
 
 struct Cpu {
-  static void check_targets(const Indices& targets, const LogitsShape& shape,
+  static void check_targets(const char* name, const Indices& targets, const LogitsShape& shape,
                             int64_t ignore_index) {
     const int64_t bad = FF_KERNELS(logprobs_kernels)
                             .first_bad_target(targets, shape.rows, shape.vocab, ignore_index);
     if (bad < 0) return;
-    throw py::value_error("targets: element " + std::to_string(bad) + " is " +
+    throw py::value_error(std::string(name) + ": element " + std::to_string(bad) + " is " +
                           std::to_string(targets[bad]) + "; allowed are 0 to " +
                           std::to_string(shape.vocab - 1) + " and ignore_index (" +
                           std::to_string(ignore_index) + ")");
@@ -109,6 +109,11 @@ struct Cpu {
     a.workspace = workspace(dora_workspace(a) * (a.dtype == DType::f64 ? 8 : 4));
     FF_KERNELS(dora_kernels).scale_backward(a);
   }
+  static void run(const Policy& a) { FF_KERNELS(policy_kernels).policy(a); }
+  static void run(const PolicyLogits& a) { FF_KERNELS(policy_kernels).policy_logits(a); }
+  static void run(const ValueLoss& a) { FF_KERNELS(policy_kernels).value_loss(a); }
+  static void run(const GroupAdvantages& a) { FF_KERNELS(policy_kernels).group_advantages(a); }
+  static void run(const Gae& a) { FF_KERNELS(policy_kernels).gae(a); }
   static void run(const Preference& a) { FF_KERNELS(preference_kernels).preference(a); }
 };
 

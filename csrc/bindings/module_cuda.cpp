@@ -12,7 +12,8 @@ namespace {
 
 // Indices lie on the device: the kernels look at them.
 struct Cuda {
-  static void check_targets(const finefuse::Indices&, const finefuse::LogitsShape&, int64_t) {}
+  static void check_targets(const char*, const finefuse::Indices&, const finefuse::LogitsShape&,
+                            int64_t) {}
   static void check_offsets(const finefuse::Indices&, int64_t, int64_t) {}
   static void check_segments(const finefuse::Segments&, int64_t) {}
   static void check_lengths(const char*, const finefuse::Reals&, int64_t) {}

@@ -7,6 +7,8 @@
 #else
 #define FF_HD
 #endif
+// static: no symbol compiled for one instruction set can be picked for another
+#define FF_TABLE FF_HD static inline
 
 namespace finefuse {
 

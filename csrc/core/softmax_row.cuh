@@ -10,18 +10,12 @@
 #include <math.h>
 
 #include "core/cuda_utils.cuh"
+#include "core/logit_rows.h"
 
 namespace finefuse::cuda {
 
 inline constexpr double kLog2e = 1.4426950408889634;
 inline constexpr int kUnroll = 4;  // vectors in flight a thread
-
-// As on the CPU: ref the row's maximum, excess = Σ e^{(z - ref)/T} - 1, dot = Σ (z - ref) e^{(z -
-// ref)/T}, logit_sum = Σ z. The largest term's own 1 is never added to the small ones:
-// log-probabilities and entropies near 0 keep their digits.
-struct RowStats {
-  double ref, excess, dot, logit_sum;
-};
 
 // What one thread has seen: `top` the largest, `ties` how often, `sum` the terms of all others.
 template <class A, bool kEntropy, bool kLogitSum> struct Running {
@@ -117,11 +111,6 @@ __device__ RowStats row_stats(const T* z, int64_t n, double temperature, T* stag
   if (s.excess == -1.0) s.ref = -INFINITY;  // nothing above -inf
   return s;
 }
-
-// dz = e·(a + b·d) + offset with d = z - ref, e = e^{d/T}; `b` is used where kEntropy.
-struct RowGradient {
-  double ref, temperature, a, b, offset;
-};
 
 // `z` may be `out` itself, or the copy in shared memory.
 template <class T, bool kEntropy, Access kAccess>

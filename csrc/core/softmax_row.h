@@ -8,22 +8,11 @@
 #pragma once
 #include <math.h>
 
+#include "core/logit_rows.h"
+#include "core/memory.h"
 #include "core/vec.h"
 
 namespace finefuse::FF_ISA_NS {
-
-// clang-format off
-// ref        a logit at most T below the row's maximum, and the maximum where one stands out
-// excess     Σ e^{(z - ref)/T} - 1, so that lse(z/T) = ref/T + log1p(excess); without the 1 of ref's own
-//            term, log-probabilities and entropies near 0 keep all their digits
-// dot        Σ (z - ref) e^{(z - ref)/T}  (kEntropy), so that H = log1p(excess) - dot/(sum·T)
-// logit_sum  Σ z                          (kLogitSum), for label smoothing
-// clang-format on
-// Accumulated in float per block and lane, then in double (all double for double).
-struct RowStats {
-  double ref, excess, dot, logit_sum;
-  double sum() const { return 1.0 + excess; }
-};
 
 namespace detail {
 
@@ -106,7 +95,8 @@ FF_INLINE void add_block(const T* z, int64_t n, double ref, double c, double flo
 
 // One pass. `ref` is the maximum of the first block and stays there unless a later block rises more
 // than T above it; only then is that block (still in cache) done again and what was summed so far
-// rescaled. So ref always has a term of its own in the sum, e^0 = 1 exactly.
+// rescaled. So ref always has a term of its own in the sum, e^0 = 1 exactly. Accumulated in float
+// per block and lane, then in double (all double for double).
 template <class T, bool kEntropy, bool kLogitSum>
 inline RowStats row_stats(const T* z, int64_t n, double temperature) {
   using detail::kBlock;
@@ -142,11 +132,6 @@ inline RowStats row_stats(const T* z, int64_t n, double temperature) {
   }
   return total;
 }
-
-// dz = e·(a + b·d) + offset with d = z - ref, e = e^{d/T}; `b` is used where kEntropy.
-struct RowGradient {
-  double ref, temperature, a, b, offset;
-};
 
 // kStream writes past the caches: for outputs larger than they are. `out` may be `z` itself.
 template <class T, bool kEntropy, bool kStream>
@@ -197,6 +182,49 @@ inline void row_gradient(const T* z, T* out, int64_t n, const RowGradient& g) {
 
 template <class T> inline void row_zero(T* out, int64_t n) {
   __builtin_memset(out, 0, static_cast<size_t>(n) * sizeof(T));
+}
+
+// ---- the gradient of a batch of rows ----
+
+// Gradients beyond this do not stay in any cache until they are read: write past the caches.
+inline constexpr int64_t kStreamBytes = 16 << 20;
+
+// Advises a fresh gradient to huge pages, before it is written; whether to write past the caches.
+template <class T>
+inline bool prepare_gradient(const LogitRows& gradient, const LogitRows& logits,
+                             const LogitsShape& shape) {
+  if (gradient.data == nullptr || gradient.data == logits.data) return false;
+  const int64_t bytes = shape.rows * shape.vocab * static_cast<int64_t>(sizeof(T));
+  advise_huge_pages(gradient.data, static_cast<size_t>(bytes));
+  return bytes > kStreamBytes;
+}
+
+template <class T>
+inline void write_gradient(const T* z, T* out, int64_t vocab, const RowGradient& g, bool entropy,
+                           bool stream) {
+  if (entropy) {
+    if (stream)
+      row_gradient<T, true, true>(z, out, vocab, g);
+    else
+      row_gradient<T, true, false>(z, out, vocab, g);
+  } else {
+    if (stream)
+      row_gradient<T, false, true>(z, out, vocab, g);
+    else
+      row_gradient<T, false, false>(z, out, vocab, g);
+  }
+}
+
+// Calls one of four functions by the element type of the logits.
+template <class Args>
+inline void by_dtype(const Args& a, void (*f32_f)(const Args&), void (*bf16_f)(const Args&),
+                     void (*f16_f)(const Args&), void (*f64_f)(const Args&)) {
+  switch (a.shape.dtype) {
+    case DType::f32: return f32_f(a);
+    case DType::bf16: return bf16_f(a);
+    case DType::f16: return f16_f(a);
+    case DType::f64: return f64_f(a);
+  }
 }
 
 }  // namespace finefuse::FF_ISA_NS

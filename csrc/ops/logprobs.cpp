@@ -12,50 +12,11 @@
 // block of 2048 elements, double beyond; ignored rows are never read.
 #include "ops/logprobs.h"
 
-#include "core/memory.h"
 #include "core/parallel.h"
 #include "core/softmax_row.h"
 
 namespace finefuse::FF_ISA_NS {
 namespace {
-
-// Gradients beyond this do not stay in any cache until they are read: write past the caches.
-constexpr int64_t kStreamBytes = 16 << 20;
-
-template <class T> T* row(const LogitRows& rows, int64_t r) {
-  const int64_t outer = rows.inner == 0 ? 0 : r / rows.inner;
-  return static_cast<T*>(rows.data) + outer * rows.outer_stride +
-         (r - outer * rows.inner) * rows.inner_stride;
-}
-
-void advise(const LogitRows& gradient, const LogitRows& logits, const LogitsShape& shape,
-            int64_t element) {
-  if (gradient.data != nullptr && gradient.data != logits.data) {
-    advise_huge_pages(gradient.data, static_cast<size_t>(shape.rows * shape.vocab * element));
-  }
-}
-
-template <class T>
-bool streams(const LogitRows& gradient, const LogitRows& logits, const LogitsShape& shape) {
-  return gradient.data != nullptr && gradient.data != logits.data &&
-         shape.rows * shape.vocab * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
-}
-
-template <class T>
-void write_gradient(const T* z, T* out, int64_t vocab, const RowGradient& g, bool entropy,
-                    bool stream) {
-  if (entropy) {
-    if (stream)
-      row_gradient<T, true, true>(z, out, vocab, g);
-    else
-      row_gradient<T, true, false>(z, out, vocab, g);
-  } else {
-    if (stream)
-      row_gradient<T, false, true>(z, out, vocab, g);
-    else
-      row_gradient<T, false, false>(z, out, vocab, g);
-  }
-}
 
 template <class T> void token_logprobs_t(const TokenLogprobs& a) {
   const int64_t rows = a.shape.rows, vocab = a.shape.vocab;
@@ -63,26 +24,24 @@ template <class T> void token_logprobs_t(const TokenLogprobs& a) {
   parallel_for(rows, vocab * sizeof(T), a.place.threads, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t y = a.targets[r];
-      double logp = 0.0, lse = 0.0, entropy = 0.0, ref = 0.0, log_sum = 0.0;
+      double lse = 0.0;
+      RowLogprob row{};
       if (y != a.ignore_index && (y < 0 || y >= vocab)) {
-        logp = lse = entropy = __builtin_nan("");
+        row.logp = lse = row.entropy = __builtin_nan("");
       } else if (y != a.ignore_index) {
-        const T* z = row<T>(a.logits, r);
+        const T* z = row_of<T>(a.logits, r);
         const RowStats s = a.entropy ? row_stats<T, true, false>(z, vocab, a.temperature)
                                      : row_stats<T, false, false>(z, vocab, a.temperature);
-        ref = s.ref;
-        log_sum = log1p(s.excess);
-        lse = ref * inverse_t + log_sum;
-        logp = (load_scalar(z + y) - ref) * inverse_t - log_sum;  // all -inf: -inf + inf, NaN
-        entropy = log_sum - s.dot * inverse_t / s.sum();
+        row = row_logprob(s, load_scalar(z + y), a.temperature);
+        lse = row.ref * inverse_t + row.log_sum;
       }
-      a.logprobs.set(r, logp);
+      a.logprobs.set(r, row.logp);
       if (a.lse) a.lse.set(r, lse);
-      if (a.entropy) a.entropy.set(r, entropy);
+      if (a.entropy) a.entropy.set(r, row.entropy);
       if (a.saved != nullptr) {
-        a.saved[r] = ref;
-        a.saved[rows + r] = log_sum;
-        if (a.entropy) a.saved[2 * rows + r] = entropy;
+        a.saved[r] = row.ref;
+        a.saved[rows + r] = row.log_sum;
+        if (a.entropy) a.saved[2 * rows + r] = row.entropy;
       }
     }
   });
@@ -91,27 +50,23 @@ template <class T> void token_logprobs_t(const TokenLogprobs& a) {
 template <class T> void token_logprobs_backward_t(const TokenLogprobsBackward& a) {
   const int64_t rows = a.shape.rows, vocab = a.shape.vocab;
   const double t = a.temperature, inverse_t = 1.0 / t;
-  const bool stream = streams<T>(a.gradient, a.logits, a.shape);
-  advise(a.gradient, a.logits, a.shape, sizeof(T));
+  const bool stream = prepare_gradient<T>(a.gradient, a.logits, a.shape);
   parallel_for(rows, 2 * vocab * sizeof(T), a.place.threads, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t y = a.targets[r];
-      T* out = row<T>(a.gradient, r);
+      T* out = row_of<T>(a.gradient, r);
       const double g = a.g ? a.g[r] : 0.0, h = a.h ? a.h[r] : 0.0, l = a.l ? a.l[r] : 0.0;
       if (y == a.ignore_index || y < 0 || y >= vocab || (g == 0.0 && h == 0.0 && l == 0.0)) {
         row_zero(out, vocab);
         continue;
       }
-      const T* z = row<T>(a.logits, r);
+      const T* z = row_of<T>(a.logits, r);
       const double ref = a.saved[r], log_sum = a.saved[rows + r];
-      const double entropy = h != 0.0 ? a.saved[2 * rows + r] : 0.0;
-      const double p_scale = exp(-log_sum) * inverse_t;
       const double logp = (load_scalar(z + y) - ref) * inverse_t - log_sum;
-      const double p = exp(logp), plogp = p == 0.0 ? 0.0 : p * (logp + entropy);
-      const RowGradient coefficients{ref, t, p_scale * (l - g - h * (entropy - log_sum)),
-                                     -h * p_scale * inverse_t, 0.0};
-      write_gradient<T>(z, out, vocab, coefficients, h != 0.0, stream);
-      store_scalar(out + y, inverse_t * (-g * expm1(logp) - h * plogp + l * p));
+      const double entropy = h != 0.0 ? a.saved[2 * rows + r] : 0.0;
+      const auto d = logprob_gradient({ref, log_sum, logp, entropy}, t, g, h, l);
+      write_gradient<T>(z, out, vocab, d.row, h != 0.0, stream);
+      store_scalar(out + y, d.at_target);
     }
     if (stream) stream_fence();
   });
@@ -121,8 +76,7 @@ template <class T> void cross_entropy_t(const CrossEntropy& a) {
   const int64_t rows = a.shape.rows, vocab = a.shape.vocab;
   const double eps = a.label_smoothing, offset = eps / static_cast<double>(vocab);
   const bool want_gradient = a.gradient.data != nullptr;
-  const bool stream = streams<T>(a.gradient, a.logits, a.shape);
-  advise(a.gradient, a.logits, a.shape, sizeof(T));
+  const bool stream = prepare_gradient<T>(a.gradient, a.logits, a.shape);
   int64_t count = 0;
   for (int64_t r = 0; r < rows; ++r) count += a.targets[r] != a.ignore_index;
   const double mean = count == 0 ? 0.0 : 1.0 / static_cast<double>(count);
@@ -135,10 +89,10 @@ template <class T> void cross_entropy_t(const CrossEntropy& a) {
       const double w = by_row && a.upstream ? a.upstream[r] : common;
       double loss = 0.0;
       if (y == a.ignore_index || y < 0 || y >= vocab) {
-        if (want_gradient) row_zero(row<T>(a.gradient, r), vocab);
+        if (want_gradient) row_zero(row_of<T>(a.gradient, r), vocab);
         if (y != a.ignore_index) loss = __builtin_nan("");
       } else {
-        const T* z = row<T>(a.logits, r);
+        const T* z = row_of<T>(a.logits, r);
         const RowStats s = eps != 0.0 ? row_stats<T, false, true>(z, vocab, 1.0)
                                       : row_stats<T, false, false>(z, vocab, 1.0);
         const double log_sum = log1p(s.excess);
@@ -149,7 +103,7 @@ template <class T> void cross_entropy_t(const CrossEntropy& a) {
                  eps * (s.ref + log_sum - s.logit_sum / static_cast<double>(vocab));
         }
         if (want_gradient) {
-          T* out = row<T>(a.gradient, r);
+          T* out = row_of<T>(a.gradient, r);
           if (w == 0.0) {
             row_zero(out, vocab);
           } else {
@@ -182,7 +136,7 @@ template <class T> void scale_gradient_t(const ScaleGradient& a) {
   parallel_for(a.shape.rows, 2 * vocab * sizeof(T), a.place.threads,
                [&](int64_t begin, int64_t end) {
                  for (int64_t r = begin; r < end; ++r) {
-                   T* g = row<T>(a.gradient, r);
+                   T* g = row_of<T>(a.gradient, r);
                    if (w == 0.0 || a.targets[r] == a.ignore_index) {
                      row_zero(g, vocab);
                      continue;
@@ -194,17 +148,6 @@ template <class T> void scale_gradient_t(const ScaleGradient& a) {
                    }
                  }
                });
-}
-
-template <class Args>
-void by_dtype(const Args& a, void (*f32_f)(const Args&), void (*bf16_f)(const Args&),
-              void (*f16_f)(const Args&), void (*f64_f)(const Args&)) {
-  switch (a.shape.dtype) {
-    case DType::f32: return f32_f(a);
-    case DType::bf16: return bf16_f(a);
-    case DType::f16: return f16_f(a);
-    case DType::f64: return f64_f(a);
-  }
 }
 
 void token_logprobs(const TokenLogprobs& a) {

@@ -18,12 +18,6 @@
 namespace finefuse::cuda {
 namespace {
 
-template <class T> __device__ T* row(const LogitRows& rows, int64_t r) {
-  const int64_t outer = rows.inner == 0 ? 0 : r / rows.inner;
-  return static_cast<T*>(rows.data) + outer * rows.outer_stride +
-         (r - outer * rows.inner) * rows.inner_stride;
-}
-
 // Thread 0 knows what the row's gradient is; here all of the block do. Also a barrier: whatever was
 // read before may be overwritten after.
 struct Shared {
@@ -53,31 +47,29 @@ template <class T, bool kEntropy>
 __global__ void FF_ROW_BOUNDS token_logprobs_kernel(const TokenLogprobs a) {
   const int64_t rows = a.shape.rows, vocab = a.shape.vocab, r = blockIdx.x, y = a.targets[r];
   const double inverse_t = 1.0 / a.temperature;
-  double logp = 0.0, lse = 0.0, entropy = 0.0, ref = 0.0, log_sum = 0.0;
+  double lse = 0.0;
+  RowLogprob row{};
   if (y == a.ignore_index) {
   } else if (y < 0 || y >= vocab) {
-    logp = lse = entropy = NAN;
+    row.logp = lse = row.entropy = NAN;
     raise(a.place, Flag::targets);
   } else {
-    const T* z = row<T>(a.logits, r);
+    const T* z = row_of<T>(a.logits, r);
     const RowStats s =
         row_stats<T, kEntropy, false, Access::stream>(z, vocab, a.temperature, nullptr);
     if (threadIdx.x == 0) {
-      ref = s.ref;
-      log_sum = log1p(s.excess);
-      lse = ref * inverse_t + log_sum;
-      logp = (to_accumulator(z[y]) - ref) * inverse_t - log_sum;  // all -inf: -inf + inf, NaN
-      entropy = log_sum - s.dot * inverse_t / (1.0 + s.excess);
+      row = row_logprob(s, to_accumulator(z[y]), a.temperature);
+      lse = row.ref * inverse_t + row.log_sum;
     }
   }
   if (threadIdx.x != 0) return;
-  a.logprobs.set(r, logp);
+  a.logprobs.set(r, row.logp);
   if (a.lse) a.lse.set(r, lse);
-  if (a.entropy) a.entropy.set(r, entropy);
+  if (a.entropy) a.entropy.set(r, row.entropy);
   if (a.saved != nullptr) {
-    a.saved[r] = ref;
-    a.saved[rows + r] = log_sum;
-    if (a.entropy) a.saved[2 * rows + r] = entropy;
+    a.saved[r] = row.ref;
+    a.saved[rows + r] = row.log_sum;
+    if (a.entropy) a.saved[2 * rows + r] = row.entropy;
   }
 }
 
@@ -86,24 +78,22 @@ __global__ void FF_ROW_BOUNDS token_logprobs_backward_kernel(const TokenLogprobs
   const int64_t rows = a.shape.rows, vocab = a.shape.vocab, r = blockIdx.x, y = a.targets[r];
   const bool bad = y != a.ignore_index && (y < 0 || y >= vocab);
   if (bad) raise(a.place, Flag::targets);
-  const T* z = row<T>(a.logits, r);
+  const T* z = row_of<T>(a.logits, r);
   Shared mine{};
   if (threadIdx.x == 0) {
     const double g = a.g ? a.g[r] : 0.0, h = kEntropy && a.h ? a.h[r] : 0.0, l = a.l ? a.l[r] : 0.0;
     mine.zero = bad || y == a.ignore_index || (g == 0.0 && h == 0.0 && l == 0.0);
     if (!mine.zero) {
       const double inverse_t = 1.0 / a.temperature, ref = a.saved[r], log_sum = a.saved[rows + r];
-      const double entropy = h != 0.0 ? a.saved[2 * rows + r] : 0.0;
-      const double p_scale = exp(-log_sum) * inverse_t;
       const double logp = (to_accumulator(z[y]) - ref) * inverse_t - log_sum;
-      const double p = exp(logp), plogp = p == 0.0 ? 0.0 : p * (logp + entropy);
-      mine.row = {ref, a.temperature, p_scale * (l - g - h * (entropy - log_sum)),
-                  -h * p_scale * inverse_t, 0.0};
-      mine.at_target = inverse_t * (-g * expm1(logp) - h * plogp + l * p);
+      const double entropy = h != 0.0 ? a.saved[2 * rows + r] : 0.0;
+      const auto d = logprob_gradient({ref, log_sum, logp, entropy}, a.temperature, g, h, l);
+      mine.row = d.row;
+      mine.at_target = d.at_target;
     }
   }
   const Shared shared = broadcast(mine);
-  write_gradient<T, kEntropy, Access::stream>(z, row<T>(a.gradient, r), vocab, y, shared);
+  write_gradient<T, kEntropy, Access::stream>(z, row_of<T>(a.gradient, r), vocab, y, shared);
 }
 
 __device__ bool counts(const CrossEntropy& a, int64_t r) { return a.targets[r] != a.ignore_index; }
@@ -130,7 +120,7 @@ __global__ void FF_ROW_BOUNDS cross_entropy_kernel(const CrossEntropy a) {
   double loss = bad ? NAN : 0.0;
   Shared mine{};
   mine.zero = true;
-  const T* z = row<T>(a.logits, r);
+  const T* z = row_of<T>(a.logits, r);
   T* stage = nullptr;
   if constexpr (kStaged) {
     stage = reinterpret_cast<T*>(dynamic_shared() + reinterpret_cast<uintptr_t>(z) % 16);
@@ -159,7 +149,7 @@ __global__ void FF_ROW_BOUNDS cross_entropy_kernel(const CrossEntropy a) {
   }
   if (!want_gradient) return;
   const Shared shared = broadcast(mine);
-  T* out = row<T>(a.gradient, r);
+  T* out = row_of<T>(a.gradient, r);
   if constexpr (kStaged) {
     write_gradient<T, false, Access::keep>(stage, out, vocab, y, shared);
   } else {
@@ -177,7 +167,7 @@ __global__ void FF_ROW_BOUNDS cross_entropy_sum_kernel(const CrossEntropy a) {
 template <class T> __global__ void FF_ROW_BOUNDS scale_gradient_kernel(const ScaleGradient a) {
   const double w = a.upstream[0];
   if (w == 1.0) return;
-  T* g = row<T>(a.gradient, blockIdx.x);
+  T* g = row_of<T>(a.gradient, blockIdx.x);
   const bool ignored = a.targets[blockIdx.x] == a.ignore_index;  // 0·inf would not be 0
   row_scale<T>(g, g, a.shape.vocab, ignored ? 0.0 : w);
 }

@@ -1,23 +1,10 @@
 // Token log-probabilities and cross-entropy from logits: what crosses from Python to the kernels.
 #pragma once
 #include "core/dispatch.h"
-#include "core/dtype.h"
+#include "core/logit_rows.h"
 #include "core/place.h"
 
 namespace finefuse {
-
-// Rows of `vocab` contiguous elements; row r starts at
-// (r / inner)·outer_stride + (r % inner)·inner_stride elements, so that logits[:, :-1] needs no
-// copy.
-struct LogitRows {
-  void* data;
-  int64_t inner, outer_stride, inner_stride;
-};
-
-struct LogitsShape {
-  DType dtype;
-  int64_t rows, vocab;
-};
 
 // lp = z[y]/T - lse, and with stats H and lse. lse64 (and entropy64) are kept for the backward.
 struct TokenLogprobs {

@@ -4,9 +4,6 @@
 
 #include "ops/preference.h"
 
-// static: no symbol compiled for one instruction set can be picked for another
-#define FF_TABLE FF_HD static inline
-
 namespace finefuse {
 
 // A value with its derivatives by the chosen (w) and the rejected (l) log-ratio, so that a loss is

@@ -21,6 +21,7 @@ BACKENDS = ("auto", "cpu", "cuda", "triton", "eager")
 AUTO = {
     "logprobs": ("cuda", "triton"),  # not measured yet
     "preference": ("cuda", "triton"),  # not measured yet
+    "policy": ("cuda", "triton"),  # not measured yet
     "codebook": ("cuda", "triton"),  # not measured yet
     "lora": ("cuda", "triton"),  # not measured yet
     "dora": ("cuda", "triton"),  # not measured yet
