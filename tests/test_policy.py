@@ -79,7 +79,11 @@ def check_scalar(name, ours, eager, truth, terms):
     if np.ndim(truth):  # a number a token
         check(name, ours, eager, truth)
         return
-    check(name, *(np.array([as_float64(x).item(), terms]) for x in (ours, eager, truth)), dtype=ours.dtype)
+    check(
+        name,
+        *(np.array([as_float64(x).item(), terms]) for x in (ours, eager, truth)),
+        dtype=ours.dtype,
+    )
 
 
 def close(ours, other):
