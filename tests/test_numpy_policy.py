@@ -115,7 +115,8 @@ def compare(name, lp, advantages, **options):
 # ---- from log-probabilities --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+# The kernels know float32 and float64; what is narrower is widened (below).
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_policy_loss(isa, loss, dtype):
     lp, old, ref, weights, A = tokens(dtype=dtype)
@@ -125,7 +126,7 @@ def test_policy_loss(isa, loss, dtype):
     every = {"mask": mask, "weights": weights, "ref_logprobs": ref, "kl_beta": 0.1, **options}
     compare("all", lp, by_token, **every)
     compare("of sequences", lp, A, importance="sequence", reduction="none", **every)
-    if dtype != "float32":  # the kernels know float64 and what is widened to float32
+    if dtype == "float64":
         return
     compare("plain", lp, A, **options)
     compare("no old", lp, A, loss=loss)
