@@ -631,6 +631,8 @@ def test_value_loss(isa, dtype, clip):
         assert_same(ffn.value_loss(*changed, clip=clip, mask=mask * 1.5, return_grad=True), want)
     if clip is None:
         assert_same(ffn.value_loss(*odd[:2], mask=mask, return_grad=True), want)
+        unread = np.full_like(old, np.nan)  # without clip
+        assert_same(ffn.value_loss(*odd[:2], unread, mask=mask, return_grad=True), want)
     for empty in (values[:0], values[:, :0]):
         loss, gradient = ffn.value_loss(empty, empty, empty, clip=clip, return_grad=True)
         assert loss == 0
