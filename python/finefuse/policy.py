@@ -24,8 +24,9 @@ from ._args import (
     check_policy_numbers,
     check_temperature,
     choice,
+    policy_codes,
     policy_importance,
-    policy_loss_named,
+    policy_numbers,
     policy_reduction,
     require,
     segments,
@@ -143,33 +144,6 @@ def _options(floats: Any, codes: Any, has_ref: bool) -> tuple[Any, ...]:
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
-
-
-def _numbers(
-    loss: str, clip_low: Any, clip_high: Any, dual_clip: Any, delta: Any, kl_beta: Any, tau_pos: Any,
-    tau_neg: Any, divisor: Any,
-) -> Any:  # fmt: skip
-    """The floats of the raw ops, defaults filled in."""
-    named = {
-        "clip_low": clip_low,
-        "clip_high": policy_loss_named(loss).clip_high if clip_high is None else clip_high,
-        "dual_clip": inf if dual_clip is None else dual_clip,
-        "delta": inf if delta is None else delta,
-        "kl_beta": kl_beta,
-        "tau_pos": tau_pos,
-        "tau_neg": tau_neg,
-        "num_tokens, max_length": divisor,
-    }
-    return [scalar(name, value) for name, value in named.items()]
-
-
-def _codes(
-    loss: str, importance: str, kl: Any, kl_times_ratio: Any, reduction: str
-) -> tuple[int, int, int, bool, int]:
-    return (
-        SURROGATES[policy_loss_named(loss).surrogate], IMPORTANCE[importance], choice("kl", kl, KL),
-        bool(kl_times_ratio), POLICY_REDUCTIONS[reduction],
-    )  # fmt: skip
 
 
 def _token_vectors(
@@ -411,10 +385,10 @@ def policy_loss(
         loss, reduction, torch.Size(sequences).numel(), None if packed else length, max_length,
         num_tokens,
     )  # fmt: skip
-    floats = _numbers(
-        loss, clip_low, clip_high, dual_clip, delta, kl_beta, tau_pos, tau_neg, divisor
+    floats = policy_numbers(
+        scalar, loss, clip_low, clip_high, dual_clip, delta, kl_beta, tau_pos, tau_neg, divisor
     )
-    codes = _codes(loss, policy_importance(loss, importance), kl, kl_times_ratio, how)
+    codes = policy_codes(loss, policy_importance(loss, importance), kl, kl_times_ratio, how)
     args = (logprobs, mask, *tokens, cu_seqlens, *floats, *codes)
     if runs_eagerly("policy", logprobs):
         if not is_compiling():
@@ -634,10 +608,10 @@ def policy_loss_from_logits(
         and not runs_eagerly("policy", logits)
         and gradient_in_forward(logits)
     ):
-        floats = _numbers(
-            loss, clip_low, clip_high, dual_clip, delta, kl_beta, tau_pos, tau_neg, divisor
+        floats = policy_numbers(
+            scalar, loss, clip_low, clip_high, dual_clip, delta, kl_beta, tau_pos, tau_neg, divisor
         )
-        codes = _codes(loss, whose, kl, kl_times_ratio, how)
+        codes = policy_codes(loss, whose, kl, kl_times_ratio, how)
         value, metrics = _PolicyFromLogits.apply(
             logits, actions, *tokens, cu_seqlens, temperature, entropy_coef, *floats, *codes,
             ignore_index, inplace,
