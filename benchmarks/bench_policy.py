@@ -5,12 +5,15 @@ candidates are measured by, those too that go over them twice or more: GSPO, who
 a sequence first, reads them once more, 3 x. The cases from vectors lie in a cache and count calls.
 
 finefuse also returns what is logged (clipped fractions, approximate KL, entropy); the peers compute their
-loss alone.
+loss alone. Liger has no entropy bonus: it takes part in GRPO. The loop of GAE is not compiled: 32 of its
+steps take Inductor minutes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import finefuse as ff
 import torch
@@ -48,16 +51,19 @@ def ppo(inplace: bool = False) -> Loss:
     return loss
 
 
-def grpo(name: str, kl_beta: float, inplace: bool = False) -> Loss:
+def grpo(inplace: bool = False, **options: Any) -> Loss:
     def loss(
         logits: Tensor, actions: Tensor, old: Tensor, ref: Tensor, advantages: Tensor, mask: Tensor
     ) -> Tensor:
+        given: dict[str, Any] = {"loss": "grpo", "ref_logprobs": ref, "kl_beta": 0.04, **options}
         return ff.policy_loss_from_logits(
-            logits, actions, advantages=advantages, old_logprobs=old, loss=name, mask=mask,
-            ref_logprobs=ref, kl_beta=kl_beta, inplace=inplace,
+            logits, actions, advantages=advantages, old_logprobs=old, mask=mask, inplace=inplace, **given
         ).loss  # fmt: skip
 
     return loss
+
+
+gspo = functools.partial(grpo, loss="gspo", ref_logprobs=None, kl_beta=0.0)
 
 
 def old_and_ref(logprobs: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,8 +94,9 @@ def draw(
 
 def from_logits(
     name: str,
-    runs: dict[str, tuple[str, Loss]],
-    truth: Loss,
+    ours: Callable[..., Loss],
+    plain: Loss,
+    others: dict[str, tuple[str, Loss]],
     passes: int,
     device: str,
     batch: int,
@@ -97,6 +104,14 @@ def from_logits(
     vocab: int,
     dtype: torch.dtype,
 ) -> list[Row]:
+    runs = {
+        "finefuse": (OURS, ours()),
+        "finefuse in place": (OURS, ours(inplace=True)),
+        "torch.compile": (TORCH, peers.compiled(plain)),
+    }
+    if dtype is not torch.float32:
+        runs["torch.compile in float32"] = (TORCH, peers.compiled(peers.in_float32(plain)))
+    runs |= {"eager": (TORCH, plain), **others}
     sequences = name != "PPO + entropy"
     inputs = draw(device, batch, tokens, vocab, dtype, sequences)
     steps = {who: (needs, gradient(loss)) for who, (needs, loss) in runs.items()}
@@ -104,37 +119,10 @@ def from_logits(
         f"{name} {batch}x{tokens}x{vocab} {str(dtype).removeprefix('torch.')}, forward + backward",
         peers.load(steps, device),
         inputs,
-        truth=gradient(truth),
+        truth=gradient(plain),
         samples=[draw(device, 2, 8, vocab, dtype, sequences) for _ in range(4)],
         moved=passes * inputs[0].nbytes,
     )
-
-
-def ppo_runs() -> dict[str, tuple[str, Loss]]:
-    plain = peers.ppo(peers.scores_eager)
-    return {
-        "finefuse": (OURS, ppo()),
-        "finefuse in place": (OURS, ppo(inplace=True)),
-        "torch.compile": (TORCH, peers.compiled(plain)),
-        "eager": (TORCH, plain),
-        "TRL": (TRL, peers.ppo(peers.scores_trl)),
-        "Categorical": (TORCH, peers.ppo(peers.scores_categorical)),
-    }
-
-
-def grpo_runs(sequence: bool) -> dict[str, tuple[str, Loss]]:
-    plain = peers.grpo(peers.logprobs_eager, sequence)
-    name, kl_beta = ("gspo", 0.0) if sequence else ("grpo", 0.04)
-    runs = {
-        "finefuse": (OURS, grpo(name, kl_beta)),
-        "finefuse in place": (OURS, grpo(name, kl_beta, inplace=True)),
-        "torch.compile": (TORCH, peers.compiled(plain)),
-        "eager": (TORCH, plain),
-        "TRL": (TRL, peers.grpo(peers.logprobs_trl, sequence)),
-    }
-    if not sequence:
-        runs["Liger in place"] = (LIGER_TRITON, peers.grpo_liger)
-    return runs
 
 
 def calls(device: str) -> list[Row]:
@@ -205,16 +193,26 @@ def advantages(device: str, batch: int, tokens: int) -> list[Row]:
 
 def run(device: str, quick: bool) -> Iterator[list[Row]]:
     few = (2, 32) if quick else None
+    others: dict[str, tuple[str, Loss]] = {
+        "TRL": (TRL, peers.ppo(peers.scores_trl)),
+        "Categorical": (TORCH, peers.ppo(peers.scores_categorical)),
+    }
+    plain = peers.ppo(peers.scores_eager)
     for shape in PPO[device]:
-        plain = peers.ppo(peers.scores_eager)
         yield from_logits(
-            "PPO + entropy", ppo_runs(), plain, 2, device, *(few or shape[:2]), *shape[2:]
+            "PPO + entropy", ppo, plain, others, 2, device, *(few or shape[:2]), *shape[2:]
         )
-    for name, sequence, passes in (("GRPO + KL", False, 2), ("GSPO", True, 3)):
-        plain, shape = peers.grpo(peers.logprobs_eager, sequence), GRPO[device]
-        yield from_logits(
-            name, grpo_runs(sequence), plain, passes, device, *(few or shape[:2]), *shape[2:]
-        )
+    shape = GRPO[device]
+    shape = (*(few or shape[:2]), *shape[2:])
+    others = {
+        "TRL": (TRL, peers.grpo(peers.logprobs_trl)),
+        "Liger in place": (LIGER_TRITON, peers.grpo_liger),
+    }
+    plain = peers.grpo(peers.logprobs_eager)
+    yield from_logits("GRPO + KL", grpo, plain, others, 2, device, *shape)
+    others = {"TRL": (TRL, peers.grpo(peers.logprobs_trl, sequence=True))}
+    plain = peers.grpo(peers.logprobs_eager, sequence=True)
+    yield from_logits("GSPO", gspo, plain, others, 3, device, *shape)
     yield calls(device)
     for batch, tokens in ((4, 32), (8, 1024), (64, 2048)):
         yield from_logprobs(device, batch, tokens)
