@@ -371,6 +371,24 @@ FF_INLINE void exp_scaled(VecD (&x)[K], VecD (&e)[K], double scale, VecD floor) 
   }
 }
 
+// e^x and, without cancellation, e^x - 1 for |x| <= 700: x = n·ln 2 + f, the series of e^f - 1 to
+// degree 13. Relative errors below 4e-16 but for what n·ln 2 rounds away, 1e-16·|x|. NaN stays NaN.
+FF_INLINE void exp_and_minus_one(VecD x, VecD* e, VecD* minus_one) {
+  constexpr double kSeries[] = {1.0 / 2,       1.0 / 6,        1.0 / 24,        1.0 / 120,
+                                1.0 / 720,     1.0 / 5040,     1.0 / 40320,     1.0 / 362880,
+                                1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+  const VecD magic = splat<VecD>(0x1.8p52);
+  const VecD k = fma(x, splat<VecD>(0x1.71547652b82fep0), magic), n = k - magic;
+  VecD f = fma(n, splat<VecD>(-0x1.62e42fefa39efp-1), x);
+  f = fma(n, splat<VecD>(-0x1.abc9e3b39803fp-56), f);
+  VecD p = splat<VecD>(kSeries[11]);
+  for (int j = 10; j >= 0; --j) p = fma(p, f, splat<VecD>(kSeries[j]));
+  p = fma(p * f, f, f);
+  const VecD power = (VecD)(((VecL)k << 52) + 0x3ff0000000000000);
+  *e = fma(p, power, power);
+  *minus_one = fma(p, power, power - 1.0);
+}
+
 // `floor` above, in units of x: n = -127 (-1023) at x·c.
 template <class A> FF_INLINE double exp_floor(double c) {
   return (sizeof(A) == 4 ? -127.0 : -1023.0) / c;

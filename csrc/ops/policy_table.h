@@ -1,5 +1,9 @@
 // The policy-gradient losses of one token, value and derivative, for CPUs and GPUs, from
 // log-probabilities and from logits. In double whatever the input.
+//
+// Written once for one token and for a vector of them: V is a double or a vector of doubles, in
+// which comparisons are masks and a ? b : c chooses lane by lane, so that there are no branches on
+// what differs between tokens. Math says what V is and has its exponentials.
 #pragma once
 #include <math.h>
 
@@ -10,117 +14,169 @@ namespace finefuse {
 // Beyond e^±60 a ratio is clamped, and no gradient goes through it.
 inline constexpr double kFarthest = 60.0;
 
-FF_TABLE double clamp(double x, double low, double high) {
-  return x < low ? low : x > high ? high : x;  // NaN passes
+struct OneToken {
+  using V = double;
+  FF_TABLE V exponential(V x) { return exp(x); }
+  FF_TABLE V minus_one(V x) { return expm1(x); }
+};
+
+template <class V> FF_TABLE V all_lanes(double x) { return V{} + x; }
+template <class V> FF_TABLE V clamp(V x, double low, double high) {
+  const V lowest = all_lanes<V>(low), highest = all_lanes<V>(high);
+  const V raised = x < lowest ? lowest : x;  // NaN passes
+  return raised > highest ? highest : raised;
 }
 
 // e^x, and its derivative by x.
-struct Ratio {
-  double value, slope;
+template <class V> struct Ratio {
+  V value, slope;
 };
-FF_TABLE Ratio ratio_of(double x) {
-  const double rho = exp(clamp(x, -kFarthest, kFarthest));
-  return {rho, x < -kFarthest || x > kFarthest ? 0.0 : rho};
+template <class Math> FF_TABLE Ratio<typename Math::V> ratio_of(typename Math::V x) {
+  using V = typename Math::V;
+  const V near = clamp(x, -kFarthest, kFarthest), rho = Math::exponential(near);
+  return {rho, near == x ? rho : near != near ? rho : V{}};
 }
 
 // A value with its derivatives by the log-ratio x and by the log-probability of the token itself.
-struct Term {
-  double value, by_x, by_lp;
+template <class V> struct Term {
+  V value, by_x, by_lp;
 };
 
-FF_TABLE Term kl_term(Kl kl, double lp, double ref) {
-  const double d = ref - lp;
+template <class Math>
+FF_TABLE Term<typename Math::V> kl_term(Kl kl, typename Math::V lp, typename Math::V ref) {
+  using V = typename Math::V;
+  const V d = ref - lp, one = all_lanes<V>(1);
   switch (kl) {
-    case Kl::k1: return {-d, 0, 1};
-    case Kl::k2: return {0.5 * d * d, 0, -d};
-    case Kl::k3: {  // e^d - d - 1, without cancellation
-      const double e = expm1(d > kFarthest ? kFarthest : d);
-      return {d > kFarthest ? e - kFarthest : e - d, 0, d > kFarthest ? 0 : -e};
+    case Kl::k1: return {-d, V{}, one};
+    case Kl::k2: return {0.5 * d * d, V{}, -d};
+    case Kl::k3: {  // e^d - 1 - d, d at most 60
+      const V highest = all_lanes<V>(kFarthest), near = d > highest ? highest : d;
+      const V e = Math::minus_one(near);
+      return {e - near, V{}, d > highest ? V{} : -e};
     }
   }
-  return {__builtin_nan(""), 0, 0};
+  return {all_lanes<V>(__builtin_nan("")), V{}, V{}};
 }
 
 // The table: a surrogate objective each, of the ratio rho = e^x and the advantage A.
-FF_TABLE Term surrogate_term(const PolicyOptions& o, double lp, double x, Ratio rho, double A) {
+template <class Math>
+FF_TABLE Term<typename Math::V> surrogate_term(const PolicyOptions& o, typename Math::V lp,
+                                               typename Math::V x, Ratio<typename Math::V> rho,
+                                               typename Math::V A) {
+  using V = typename Math::V;
+  const V zero{};
   switch (o.surrogate) {
     case Surrogate::clipped: {  // -min(min(rho, delta)·A, clip(rho)·A), at most -c·A where A < 0
-      const double capped = rho.value > o.delta ? o.delta : rho.value;
-      const double clipped = clamp(rho.value, o.lowest, o.highest);
-      const bool first = !(clipped * A < capped * A);
-      const bool flat = first ? rho.value > o.delta : clipped != rho.value;
-      const double value = -(first ? capped : clipped) * A;
-      if (A < 0 && value > -A * o.dual_clip) return {-A * o.dual_clip, 0, 0};
-      return {value, flat ? 0 : -A * rho.slope, 0};
+      const V delta = all_lanes<V>(o.delta), limit = -A * o.dual_clip;
+      const V capped = rho.value > delta ? delta : rho.value;
+      const V clipped = clamp(rho.value, o.lowest, o.highest);
+      const V by_capped = rho.value > delta ? zero : rho.slope;
+      const V by_clipped = clipped != rho.value ? zero : rho.slope;  // NaN is in `capped`
+      const auto second = clipped * A < capped * A;
+      const V value = -(second ? clipped : capped) * A;
+      const auto held = (A < zero) & (value > limit);
+      return {held ? limit : value, held ? zero : -A * (second ? by_clipped : by_capped), zero};
     }
-    case Surrogate::reinforce: return {A == 0 ? 0 : -A * lp, 0, -A};
+    case Surrogate::reinforce: return {A == zero ? zero : -A * lp, zero, -A};
     case Surrogate::cispo: {  // -sg(min(rho, cap))·A·lp
-      const double c = (rho.value > o.highest ? o.highest : rho.value) * A;
-      return {c == 0 ? 0 : -c * lp, 0, -c};
+      const V cap = all_lanes<V>(o.highest), c = (rho.value > cap ? cap : rho.value) * A;
+      return {c == zero ? zero : -c * lp, zero, -c};
     }
     case Surrogate::sapo: {  // -A·S(tau·(rho - 1))·4/tau
-      const double tau = A > 0 ? o.tau_pos : o.tau_neg;
-      const double e = exp(-tau * (rho.value - 1)), s = 1 / (1 + e);
-      return {-A * s * 4 / tau, -4 * A * s * (e * s) * rho.slope, 0};
+      const V tau = A > zero ? all_lanes<V>(o.tau_pos) : all_lanes<V>(o.tau_neg);
+      const V e = Math::exponential(clamp(-tau * (rho.value - 1.0), -700, 700));
+      const V s = 1.0 / (1.0 + e);
+      return {-A * s * 4.0 / tau, -4.0 * A * s * (e * s) * rho.slope, zero};
     }
     case Surrogate::vespo: {  // -sg(e^{lambda + k·log w - lambda·w})·A·lp
-      const double k = A >= 0 ? 2 : 3, lambda = A >= 0 ? 3 : 2;
-      const double log_w = clamp(x, -18.420680743952367, 20);  // ln 1e-8
-      const double c = exp(lambda + k * log_w - lambda * exp(log_w)) * A;
-      return {c == 0 ? 0 : -c * lp, 0, -c};
+      const auto up = A >= zero;
+      const V k = up ? all_lanes<V>(2) : all_lanes<V>(3);
+      const V lambda = up ? all_lanes<V>(3) : all_lanes<V>(2);
+      const V log_w = clamp(x, -18.420680743952367, 20);  // ln 1e-8
+      const V exponent = lambda + k * log_w - lambda * Math::exponential(log_w);
+      const V c = Math::exponential(clamp(exponent, -700, 700)) * A;
+      return {c == zero ? zero : -c * lp, zero, -c};
     }
   }
-  return {__builtin_nan(""), 0, 0};
+  return {all_lanes<V>(__builtin_nan("")), zero, zero};
 }
 
-// -1: the ratio was below the bounds where that changes the loss (A < 0); 1: above them.
-FF_TABLE int clipped_side(const PolicyOptions& o, double rho, double A) {
-  if (o.surrogate != Surrogate::clipped && o.surrogate != Surrogate::cispo) return 0;
-  return A < 0 && rho < o.lowest ? -1 : A > 0 && rho > o.highest ? 1 : 0;
-}
+// ---- one token, or a vector of them ----
 
-// What log w adds of each token for a sequence's ratio.
-FF_TABLE double log_ratio(const PolicyOptions& o, double lp, double old) {
-  const double x = lp - old;
-  return o.surrogate == Surrogate::vespo ? clamp(x, -20, 20) : x;
-}
+template <class V> struct Token {
+  V lp, old, ref, weight, advantage;
+  bool has_old, has_kl;  // without old log-probabilities those of now stand for them
+};
 
-// ---- one token from the arrays ----
+// The loss of a token and its derivatives; 1 where its ratio was below the bounds and that changes
+// the loss (A < 0), or above them (A > 0); k3 of (lp, old).
+template <class V> struct TokenLoss {
+  V value, by_x, by_lp, low, high, approx_kl;
+};
 
-// The log-ratio of token t; without old log-probabilities those of now stand for them.
-FF_TABLE double log_ratio_at(const PolicyTokens& a, const PolicyOptions& o, int64_t t, double lp) {
-  return a.old_logprobs ? log_ratio(o, lp, a.old_logprobs[t]) : 0.0;
-}
+// The log-ratio in force is the token's own (Importance::token) or `sequence_x`, of a sequence with
+// n tokens that count.
+template <class Math>
+FF_TABLE TokenLoss<typename Math::V> token_loss(const PolicyOptions& o,
+                                                const Token<typename Math::V>& t, double sequence_x,
+                                                double n) {
+  using V = typename Math::V;
+  const V zero{}, one = all_lanes<V>(1);
+  const bool by_token = o.importance == Importance::token;
+  const bool w = o.importance == Importance::sum;  // vespo's: a KL goes by the token's own ratio
+  const V own_x = t.has_old ? t.lp - t.old : zero;
+  Ratio<V> own{one, one};
+  if (t.has_old && (by_token || (w && o.kl_times_ratio))) own = ratio_of<Math>(own_x);
+  const V x = by_token ? own_x : all_lanes<V>(sequence_x);
+  const Ratio<V> rho = by_token ? own : ratio_of<Math>(x);
+  const V A = t.advantage;
 
-// The loss of token t of a sequence with n tokens that count, where x is the log-ratio in force.
-FF_TABLE Term token_term(const PolicyTokens& a, const PolicyOptions& o, int64_t t, double lp,
-                         double x, double A, double n) {
-  const Ratio rho = ratio_of(x);
-  Term term = surrogate_term(o, lp, x, rho, A);
-  double weight = a.weights ? a.weights[t] : 1;
-  if (o.importance == Importance::whole) weight /= n;
-  if (weight == 0) term = {0, 0, 0};
-  term = {weight * term.value, weight * term.by_x, weight * term.by_lp};
-  if (a.ref_logprobs && o.kl_beta != 0) {
-    const Term kl = kl_term(o.kl, lp, a.ref_logprobs[t]);
+  Term<V> term = surrogate_term<Math>(o, t.lp, x, rho, A);
+  const V weight = o.importance == Importance::whole ? t.weight / n : t.weight;
+  term.value = weight == zero ? zero : weight * term.value;
+  term.by_x = weight == zero ? zero : weight * term.by_x;
+  term.by_lp = weight == zero ? zero : weight * term.by_lp;
+  if (t.has_kl) {
+    const Term<V> kl = kl_term<Math>(o.kl, t.lp, t.ref);
     if (!o.kl_times_ratio) {
       term.value += o.kl_beta * kl.value;
       term.by_lp += o.kl_beta * kl.by_lp;
-    } else {  // by the token's own ratio where that of the sequence is vespo's w
-      const bool own = o.importance == Importance::sum;
-      const Ratio r = own && a.old_logprobs ? ratio_of(lp - a.old_logprobs[t]) : rho;
-      const double slope = o.kl_beta * kl.value * r.slope;
+    } else {
+      const Ratio<V> r = w ? own : rho;
+      const V slope = o.kl_beta * kl.value * r.slope;
       term.value += o.kl_beta * kl.value * r.value;
-      term.by_lp += o.kl_beta * kl.by_lp * r.value + (own ? slope : 0);
-      term.by_x += own ? 0 : slope;
+      term.by_lp += o.kl_beta * kl.by_lp * r.value + (w ? slope : zero);
+      term.by_x += w ? zero : slope;
     }
   }
-  return term;
+  TokenLoss<V> out{term.value, term.by_x, term.by_lp, zero, zero, zero};
+  if (o.surrogate == Surrogate::clipped || o.surrogate == Surrogate::cispo) {
+    const V lowest = all_lanes<V>(o.lowest), highest = all_lanes<V>(o.highest);
+    out.low = (A < zero) & (rho.value < lowest) ? one : zero;
+    out.high = (A > zero) & (rho.value > highest) ? one : zero;
+  }
+  if (t.has_old) out.approx_kl = kl_term<Math>(Kl::k3, t.lp, t.old).value;
+  return out;
 }
 
-// k3 of (lp, old) of token t.
-FF_TABLE double approx_kl_at(const PolicyTokens& a, int64_t t, double lp) {
-  return a.old_logprobs ? kl_term(Kl::k3, lp, a.old_logprobs[t]).value : 0.0;
+// ---- what a sequence and a batch make of it ----
+
+// Token t from the arrays.
+FF_TABLE Token<double> token_at(const PolicyTokens& a, const PolicyOptions& o, int64_t t, double lp,
+                                double advantage) {
+  Token<double> token{
+      lp, 0, 0, 1, advantage, static_cast<bool>(a.old_logprobs), a.ref_logprobs && o.kl_beta != 0};
+  if (a.old_logprobs) token.old = a.old_logprobs[t];
+  if (token.has_kl) token.ref = a.ref_logprobs[t];
+  if (a.weights) token.weight = a.weights[t];
+  return token;
+}
+
+// What token t adds to the log-ratio of its sequence.
+FF_TABLE double log_ratio_at(const PolicyTokens& a, const PolicyOptions& o, int64_t t, double lp) {
+  if (!a.old_logprobs) return 0.0;
+  const double x = lp - a.old_logprobs[t];
+  return o.surrogate == Surrogate::vespo ? clamp(x, -20, 20) : x;
 }
 
 // What a token's loss is multiplied by: n tokens count in its sequence, `all` in the batch.
@@ -142,19 +198,19 @@ FF_TABLE double clipped_share(const PolicyOptions& o, double n, double all, int6
   return o.importance == Importance::token ? 1 / all : 1 / (n * static_cast<double>(sequences));
 }
 
-FF_TABLE double value_loss_at(const ValueLoss& a, int64_t t, double* slope) {
-  const double v = a.values[t], free = v - a.returns[t];
-  double used = free;
-  *slope = free;
-  if (a.old_values) {
-    const double old = a.old_values[t], inside = clamp(v, old - a.clip, old + a.clip);
-    const double held = inside - a.returns[t];
-    if (held * held > free * free) {
-      used = held;
-      *slope = inside == v ? held : 0;
-    }
-  }
-  return 0.5 * used * used;
+// ½·max((v - R)², (clip(v, old ± c) - R)²) and its derivative by v.
+template <class V> struct ValueTerm {
+  V value, slope;
+};
+template <class V>
+FF_TABLE ValueTerm<V> value_term(V v, V target, V old, double clip, bool clipped) {
+  const V free = v - target;
+  if (!clipped) return {0.5 * free * free, free};
+  const V low = old - clip, high = old + clip, raised = v < low ? low : v;
+  const V inside = raised > high ? high : raised, held = inside - target;
+  const auto further = held * held > free * free;
+  const V used = further ? held : free;
+  return {0.5 * used * used, further ? (inside == v ? held : V{}) : free};
 }
 
 }  // namespace finefuse
