@@ -177,6 +177,17 @@ template <int K> __device__ inline void block_sum(double (&x)[K]) {
   }
 }
 
+// For every thread; without a barrier before the next.
+template <int K> __device__ inline void block_sum_all(double (&x)[K]) {
+  __shared__ double sums[K];
+  block_sum(x);
+  if (threadIdx.x == 0) {
+    for (int k = 0; k < K; ++k) sums[k] = x[k];
+  }
+  __syncthreads();
+  for (int k = 0; k < K; ++k) x[k] = sums[k];
+}
+
 template <class A> __device__ inline A block_max(A x) {
   __shared__ A partial[kMaxWarps];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = (blockDim.x + 31) / 32;

@@ -179,17 +179,22 @@ void run(void (*kernel)(Args), unsigned blocks, int block, size_t dynamic, const
   }
 }
 
-template <class V> V shuffle_xor(V value, int mask) {
+// What lane `from` of the warp passes.
+template <class V> V shuffle(V value, unsigned from) {
   static_assert(sizeof(V) <= 8);
   const int turn = self().shuffles++ % 2;  // a thread may be one shuffle ahead of another
   memcpy(self().slot[turn], &value, sizeof(V));
   wait(State::shuffle);
-  memcpy(&value, threads[threadIdx.x ^ static_cast<unsigned>(mask)].slot[turn], sizeof(V));
+  memcpy(&value, threads[threadIdx.x / 32 * 32 + from].slot[turn], sizeof(V));
   return value;
 }
 
 }  // namespace cuda_on_cpu
 
 template <class V> V __shfl_xor_sync(unsigned, V value, int mask) {
-  return cuda_on_cpu::shuffle_xor(value, mask);
+  return cuda_on_cpu::shuffle(value, threadIdx.x % 32 ^ static_cast<unsigned>(mask));
+}
+template <class V> V __shfl_up_sync(unsigned, V value, unsigned delta) {
+  const unsigned lane = threadIdx.x % 32;
+  return cuda_on_cpu::shuffle(value, lane < delta ? lane : lane - delta);
 }
