@@ -28,7 +28,8 @@ struct Coefficients {
 
 // Thread 0 knows what the row's gradient is; here all of the block do. Also a barrier: whatever was
 // read before may be overwritten after.
-__device__ inline Coefficients broadcast(const Coefficients& mine) {
+// Read where it is used: kept in registers, it would push others out of them.
+__device__ inline const Coefficients& broadcast(const Coefficients& mine) {
   __shared__ Coefficients shared;
   if (threadIdx.x == 0) shared = mine;
   __syncthreads();

@@ -68,7 +68,7 @@ __global__ void FF_ROW_BOUNDS token_logprobs_backward_kernel(const TokenLogprobs
       mine.at_target = d.at_target;
     }
   }
-  const Coefficients shared = broadcast(mine);
+  const Coefficients& shared = broadcast(mine);
   write_gradient<T, kEntropy, Access::stream>(z, row_of<T>(a.gradient, r), vocab, y, shared);
 }
 
@@ -122,7 +122,7 @@ __global__ void FF_ROW_BOUNDS cross_entropy_kernel(const CrossEntropy a) {
       a.loss.set(r, loss);
   }
   if (!want_gradient) return;
-  const Coefficients shared = broadcast(mine);
+  const Coefficients& shared = broadcast(mine);
   T* out = row_of<T>(a.gradient, r);
   if constexpr (kStaged) {
     write_gradient<T, false, Access::keep>(stage, out, vocab, y, shared);

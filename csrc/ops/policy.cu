@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kTokenThreads) policy_count_kernel(const Polic
 
 // The gradient of a token may depend on all of its sequence, through the ratio: then the tokens are
 // gone through twice more, from L2.
-__global__ void __launch_bounds__(kTokenThreads) policy_kernel(const Policy a) {
+__global__ void __launch_bounds__(kTokenThreads, 2) policy_kernel(const Policy a) {
   const PolicyTokens& tokens = a.tokens;
   const PolicyOptions& o = a.options;
   const int64_t i = blockIdx.x, sequences = tokens.sequences;
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kTokenThreads) policy_logits_share_kernel(cons
   const double n = i < 0 ? NAN : a.scratch[i];  // NaN: bad offsets
   row[0] = n != n ? NAN : token_share(a.options, n, all[0], tokens.sequences);
   row[1] = static_cast<double>(i);
-  row[2] = all[0];
+  row[3] = all[0];
 }
 
 // kStaged: the row fits in shared memory, and the gradient reads it there. It is written with the
@@ -184,24 +184,25 @@ __global__ void FF_ROW_BOUNDS policy_logits_kernel(const PolicyLogits a) {
     const PolicyTokens& tokens = a.tokens;
     const PolicyOptions& o = a.options;
     double* row = sums_of(a, r);
-    const double share = row[0], all = row[2], upstream = a.upstream ? a.upstream[0] : 1.0;
     const int64_t i = tokens.by_token ? r : static_cast<int64_t>(row[1]);
     const double A = i < 0 ? NAN : tokens.advantages[i];
     const RowLogprob s = row_logprob(stats, to_accumulator(z[y]), a.temperature);
     const double x = log_ratio_at(tokens, o, r, s.logp);
-    const Term term = token_term(tokens, o, r, s.logp, x, A, 1);  // n: not of a token's ratio
-    const double g = upstream * share * (term.by_lp + term.by_x);
-    const double h = -upstream * a.entropy_coef / all;
-    row[0] = share * term.value;
     row[1] = clipped_side(o, ratio_of(x).value, A);
     row[2] = approx_kl_at(tokens, r, s.logp);
+    const Term term = token_term(tokens, o, r, s.logp, x, A, 1);  // n: not of a token's ratio
+    // read late: every register counts here
+    const double share = row[0], all = row[3], upstream = a.upstream ? a.upstream[0] : 1.0;
+    row[0] = share * term.value;
     row[3] = s.entropy;
+    const double g = upstream * share * (term.by_lp + term.by_x);
+    const double h = -upstream * a.entropy_coef / all;
     mine.zero = g == 0.0 && h == 0.0;
     const LogprobGradient d = logprob_gradient(s, a.temperature, g, h, 0.0);
     mine.row = d.row;
     mine.at_target = d.at_target;
   }
-  const Coefficients shared = broadcast(mine);
+  const Coefficients& shared = broadcast(mine);
   if constexpr (kStaged) {
     write_gradient<T, true, Access::keep>(stage, out, vocab, y, shared);
   } else {
