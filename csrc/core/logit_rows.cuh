@@ -26,11 +26,10 @@ struct Coefficients {
   bool zero;
 };
 
-// Thread 0 knows what the row's gradient is; here all of the block do. Also a barrier: whatever was
-// read before may be overwritten after.
-// Read where it is used: kept in registers, it would push others out of them.
-__device__ inline const Coefficients& broadcast(const Coefficients& mine) {
-  __shared__ Coefficients shared;
+// What thread 0 knows of the row; here all of the block do. Also a barrier: whatever was read before
+// may be overwritten after. Read where it is used: kept in registers, it would push others out.
+template <class V> __device__ const V& broadcast(const V& mine) {
+  __shared__ V shared;
   if (threadIdx.x == 0) shared = mine;
   __syncthreads();
   return shared;

@@ -164,14 +164,13 @@ __global__ void __launch_bounds__(kTokenThreads) policy_logits_share_kernel(cons
 template <class T, bool kStaged>
 __global__ void FF_ROW_BOUNDS policy_logits_kernel(const PolicyLogits a) {
   const int64_t vocab = a.shape.vocab, r = blockIdx.x, y = a.actions[r];
-  T* out = row_of<T>(a.gradient, r);
   if (y == a.ignore_index || y < 0 || y >= vocab) {
     const bool ignored = y == a.ignore_index;
     if (!ignored) raise(a.place, Flag::targets);
     if (threadIdx.x < kPolicyRowSums) {
       sums_of(a, r)[threadIdx.x] = threadIdx.x > 0 || ignored ? 0.0 : NAN;
     }
-    row_zero(out, vocab);
+    row_zero(row_of<T>(a.gradient, r), vocab);
     return;
   }
   const T* z = row_of<T>(a.logits, r);
@@ -179,6 +178,9 @@ __global__ void FF_ROW_BOUNDS policy_logits_kernel(const PolicyLogits a) {
   if constexpr (kStaged) stage = stage_of(z);
   const RowStats stats = row_stats<T, true, false, kStaged ? Access::stream : Access::keep>(
       z, vocab, a.temperature, stage);
+  RowLogprob known{};
+  if (threadIdx.x == 0) known = row_logprob(stats, to_accumulator(z[y]), a.temperature);
+  const RowLogprob& s = broadcast(known);
   Coefficients mine{};
   if (threadIdx.x == 0) {
     const PolicyTokens& tokens = a.tokens;
@@ -186,7 +188,6 @@ __global__ void FF_ROW_BOUNDS policy_logits_kernel(const PolicyLogits a) {
     double* row = sums_of(a, r);
     const int64_t i = tokens.by_token ? r : static_cast<int64_t>(row[1]);
     const double A = i < 0 ? NAN : tokens.advantages[i];
-    const RowLogprob s = row_logprob(stats, to_accumulator(z[y]), a.temperature);
     const double x = log_ratio_at(tokens, o, r, s.logp);
     row[1] = clipped_side(o, ratio_of(x).value, A);
     row[2] = approx_kl_at(tokens, r, s.logp);
@@ -203,6 +204,7 @@ __global__ void FF_ROW_BOUNDS policy_logits_kernel(const PolicyLogits a) {
     mine.at_target = d.at_target;
   }
   const Coefficients& shared = broadcast(mine);
+  T* out = row_of<T>(a.gradient, r);
   if constexpr (kStaged) {
     write_gradient<T, true, Access::keep>(stage, out, vocab, y, shared);
   } else {
