@@ -86,10 +86,11 @@ __device__ double share(const CrossEntropy& a) {
   return a.reduction == Reduction::mean ? a.scratch[a.shape.rows] : 1.0;
 }
 
-// kStaged: the row fits in shared memory, and the gradient reads it there.
+// kStaged: the row fits in shared memory, of one block or of a cluster of them, and the gradient
+// reads it there.
 template <class T, bool kSmoothing, bool kStaged>
 __global__ void FF_ROW_BOUNDS cross_entropy_kernel(const CrossEntropy a) {
-  const int64_t vocab = a.shape.vocab, r = blockIdx.x, y = a.targets[r];
+  const int64_t vocab = a.shape.vocab, r = row_of_block<kStaged>(), y = a.targets[r];
   const bool by_row = a.reduction == Reduction::none, want_gradient = a.gradient.data != nullptr;
   const bool ignored = y == a.ignore_index, bad = !ignored && (y < 0 || y >= vocab);
   if (bad) raise(a.place, Flag::targets);
@@ -97,15 +98,18 @@ __global__ void FF_ROW_BOUNDS cross_entropy_kernel(const CrossEntropy a) {
   Coefficients mine{};
   mine.zero = true;
   const T* z = row_of<T>(a.logits, r);
-  T* stage = nullptr;
-  if constexpr (kStaged) stage = stage_of(z);
+  const RowPart part = row_part<kStaged>(z, vocab);
+  const T* own = z + part.begin;
   if (!ignored && !bad) {
-    const RowStats s = row_stats<T, false, kSmoothing, kStaged ? Access::stream : Access::keep>(
-        z, vocab, 1.0, stage);
+    RowStats s = row_stats<T, false, kSmoothing, kStaged ? Access::stream : Access::keep>(
+        own, part.count, 1.0, kStaged ? stage_of(own) : nullptr);
+    // before any block of the cluster writes there
+    const double z_y = threadIdx.x == 0 ? to_accumulator(z[y]) : 0.0;
+    if constexpr (kStaged) s = row_stats_of_all(s, 1.0);
     if (threadIdx.x == 0) {
       const double eps = kSmoothing ? a.label_smoothing : 0.0, n = static_cast<double>(vocab);
       const double log_sum = log1p(s.excess);
-      const double logp = to_accumulator(z[y]) - s.ref - log_sum;  // all -inf: -inf + inf, NaN
+      const double logp = z_y - s.ref - log_sum;  // all -inf: -inf + inf, NaN
       loss = -logp;
       if (kSmoothing) loss = (1.0 - eps) * loss + eps * (s.ref + log_sum - s.logit_sum / n);
       const double upstream = a.upstream ? a.upstream[by_row ? r : 0] : 1.0;
@@ -115,7 +119,7 @@ __global__ void FF_ROW_BOUNDS cross_entropy_kernel(const CrossEntropy a) {
       mine.at_target = w * (expm1(logp) + eps - offset);
     }
   }
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 0 && part.first) {
     if (!by_row)
       a.scratch[r] = loss;
     else if (a.loss)
@@ -123,9 +127,10 @@ __global__ void FF_ROW_BOUNDS cross_entropy_kernel(const CrossEntropy a) {
   }
   if (!want_gradient) return;
   const Coefficients& shared = broadcast(mine);
-  T* out = row_of<T>(a.gradient, r);
+  T* out = row_of<T>(a.gradient, r) + part.begin;
   if constexpr (kStaged) {
-    write_gradient<T, false, Access::keep>(stage, out, vocab, y, shared);
+    write_gradient<T, false, Access::keep>(stage_of(own), out, part.count, y - part.begin, shared);
+    if (!ignored && !bad) row_end();
   } else {
     write_gradient<T, false, Access::stream>(z, out, vocab, y, shared);
   }

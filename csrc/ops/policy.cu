@@ -159,56 +159,82 @@ __global__ void __launch_bounds__(kTokenThreads) policy_logits_share_kernel(cons
   row[3] = all[0];
 }
 
-// kStaged: the row fits in shared memory, and the gradient reads it there. It is written with the
-// term of the entropy whether there is one or not: an instruction an element beside memory.
+// What the block remembers of its row between the passes, in shared memory: registers are short
+// while thread 0 works out the gradient.
+template <class T> struct RowToken {
+  const T* z;  // of the part that is this block's
+  T* out;
+  int64_t count, y, sequence;
+  double z_y, share, all;
+  bool first;
+};
+
+// kStaged: the row fits in shared memory, of one block or of a cluster of them, and the gradient
+// reads it there. It is written with the term of the entropy whether there is one or not: an
+// instruction an element beside memory.
 template <class T, bool kStaged>
 __global__ void FF_ROW_BOUNDS policy_logits_kernel(const PolicyLogits a) {
-  const int64_t vocab = a.shape.vocab, r = blockIdx.x, y = a.actions[r];
+  __shared__ RowToken<T> token;
+  const int64_t vocab = a.shape.vocab, r = row_of_block<kStaged>(), y = a.actions[r];
+  const T* z = row_of<T>(a.logits, r);
+  const RowPart part = row_part<kStaged>(z, vocab);
+  double* row = sums_of(a, r);
   if (y == a.ignore_index || y < 0 || y >= vocab) {
     const bool ignored = y == a.ignore_index;
     if (!ignored) raise(a.place, Flag::targets);
-    if (threadIdx.x < kPolicyRowSums) {
-      sums_of(a, r)[threadIdx.x] = threadIdx.x > 0 || ignored ? 0.0 : NAN;
+    if (part.first && threadIdx.x < kPolicyRowSums) {
+      row[threadIdx.x] = threadIdx.x > 0 || ignored ? 0.0 : NAN;
     }
-    row_zero(row_of<T>(a.gradient, r), vocab);
+    row_zero(row_of<T>(a.gradient, r) + part.begin, part.count);
     return;
   }
-  const T* z = row_of<T>(a.logits, r);
-  T* stage = nullptr;
-  if constexpr (kStaged) stage = stage_of(z);
-  const RowStats stats = row_stats<T, true, false, kStaged ? Access::stream : Access::keep>(
-      z, vocab, a.temperature, stage);
+  if (threadIdx.x == 0) {  // before any block of the cluster writes there
+    T* out = row_of<T>(a.gradient, r) + part.begin;
+    token = {z + part.begin,       out,    part.count, y - part.begin, static_cast<int64_t>(row[1]),
+             to_accumulator(z[y]), row[0], row[3],     part.first};
+  }
+  RowStats stats;
+  if constexpr (kStaged) {
+    const T* own = z + part.begin;
+    stats =
+        row_stats<T, true, false, Access::stream>(own, part.count, a.temperature, stage_of(own));
+    stats = row_stats_of_all(stats, a.temperature);
+  } else {
+    stats = row_stats<T, true, false, Access::keep>(z, vocab, a.temperature, nullptr);
+  }
   RowLogprob known{};
-  if (threadIdx.x == 0) known = row_logprob(stats, to_accumulator(z[y]), a.temperature);
+  if (threadIdx.x == 0) known = row_logprob(stats, token.z_y, a.temperature);
   const RowLogprob& s = broadcast(known);
   Coefficients mine{};
   if (threadIdx.x == 0) {
     const PolicyTokens& tokens = a.tokens;
     const PolicyOptions& o = a.options;
-    double* row = sums_of(a, r);
-    const int64_t i = tokens.by_token ? r : static_cast<int64_t>(row[1]);
+    const int64_t t = row_of_block<kStaged>(), i = tokens.by_token ? t : token.sequence;
     const double A = i < 0 ? NAN : tokens.advantages[i];
-    const double x = log_ratio_at(tokens, o, r, s.logp);
-    row[1] = clipped_side(o, ratio_of(x).value, A);
-    row[2] = approx_kl_at(tokens, r, s.logp);
-    const Term term = token_term(tokens, o, r, s.logp, x, A, 1);  // n: not of a token's ratio
-    // read late: every register counts here
-    const double share = row[0], all = row[3], upstream = a.upstream ? a.upstream[0] : 1.0;
-    row[0] = share * term.value;
-    row[3] = s.entropy;
-    const double g = upstream * share * (term.by_lp + term.by_x);
-    const double h = -upstream * a.entropy_coef / all;
+    const double x = log_ratio_at(tokens, o, t, s.logp);
+    const Term term = token_term(tokens, o, t, s.logp, x, A, 1);  // n: not of a token's ratio
+    if (token.first) {
+      double* sums = sums_of(a, t);
+      sums[0] = token.share * term.value;
+      sums[1] = clipped_side(o, ratio_of(x).value, A);
+      sums[2] = approx_kl_at(tokens, t, s.logp);
+      sums[3] = s.entropy;
+    }
+    const double upstream = a.upstream ? a.upstream[0] : 1.0;
+    const double g = upstream * token.share * (term.by_lp + term.by_x);
+    const double h = -upstream * a.entropy_coef / token.all;
     mine.zero = g == 0.0 && h == 0.0;
     const LogprobGradient d = logprob_gradient(s, a.temperature, g, h, 0.0);
     mine.row = d.row;
     mine.at_target = d.at_target;
   }
   const Coefficients& shared = broadcast(mine);
-  T* out = row_of<T>(a.gradient, r);
   if constexpr (kStaged) {
-    write_gradient<T, true, Access::keep>(stage, out, vocab, y, shared);
+    write_gradient<T, true, Access::keep>(stage_of(token.z), token.out, token.count, token.y,
+                                          shared);
+    row_end();
   } else {
-    write_gradient<T, true, Access::stream>(z, out, vocab, y, shared);
+    write_gradient<T, true, Access::stream>(token.z, token.out, token.count, token.y, shared);
   }
 }
 
