@@ -208,7 +208,8 @@ __global__ void FF_ROW_BOUNDS policy_logits_kernel(const PolicyLogits a) {
   Coefficients mine{};
   if (threadIdx.x == 0) {
     const PolicyTokens& tokens = a.tokens;
-    const PolicyOptions& o = a.options;
+    PolicyOptions o = a.options;
+    o.importance = Importance::token;  // the only one here: the compiler drops the rest
     const int64_t t = row_of_block<kStaged>(), i = tokens.by_token ? t : token.sequence;
     const double A = i < 0 ? NAN : tokens.advantages[i];
     const double x = log_ratio_at(tokens, o, t, s.logp);
