@@ -62,7 +62,7 @@ def run(backend, loss, z, y, A):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("vocab", (*ROWS, *LONG))
+@pytest.mark.parametrize("vocab", [*ROWS, *LONG])
 def test_rows_in_clusters(vocab, dtype):
     """As on the CPU, and the same bits again."""
     z, y = batch(vocab, dtype)

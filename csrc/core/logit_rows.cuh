@@ -17,8 +17,7 @@ template <class F> void by_dtype(DType dtype, const F& f) {
   }
 }
 
-// ---- the gradient of a row
-// -----------------------------------------------------------------------
+// ---- the gradient of a row ----------------------------------------------------------------------
 
 struct Coefficients {
   RowGradient row;
@@ -36,7 +35,7 @@ template <class V> __device__ const V& broadcast(const V& mine) {
   return shared;
 }
 
-// Of a part of the row, y is counted from where that begins.
+// Of a part of a row (in shared memory: Access::keep) y is counted from where that begins.
 template <class T, bool kEntropy, Access kAccess>
 __device__ void write_gradient(const T* z, T* out, int64_t vocab, int64_t y,
                                const Coefficients& g) {
@@ -46,12 +45,11 @@ __device__ void write_gradient(const T* z, T* out, int64_t vocab, int64_t y,
   }
   row_gradient<T, kEntropy, kAccess>(z, out, vocab, g.row);
   __syncthreads();
-  if (threadIdx.x == 0 && y >= 0 && y < vocab)
-    store_value(out + y, static_cast<Accumulator<T>>(g.at_target));
+  const bool here = kAccess == Access::stream || (y >= 0 && y < vocab);
+  if (threadIdx.x == 0 && here) store_value(out + y, static_cast<Accumulator<T>>(g.at_target));
 }
 
-// ---- a row in shared memory
-// ----------------------------------------------------------------------
+// ---- a row in shared memory ---------------------------------------------------------------------
 //
 // One block keeps the row, or, where it is too long for that, a cluster of blocks, each a part:
 // they tell each other what they found in theirs. A kernel over rows asks row_part() which row is

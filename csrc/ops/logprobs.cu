@@ -68,7 +68,7 @@ __global__ void FF_ROW_BOUNDS token_logprobs_backward_kernel(const TokenLogprobs
       mine.at_target = d.at_target;
     }
   }
-  const Coefficients& shared = broadcast(mine);
+  const Coefficients shared = broadcast(mine);  // a copy: ptxas spills without
   write_gradient<T, kEntropy, Access::stream>(z, row_of<T>(a.gradient, r), vocab, y, shared);
 }
 

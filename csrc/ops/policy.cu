@@ -36,8 +36,7 @@ __device__ double own_sum(const double* x, int64_t count) {
   return sum;
 }
 
-// ---- from log-probabilities: a block a sequence
-// --------------------------------------------------
+// ---- from log-probabilities: a block a sequence -------------------------------------------------
 
 // scratch: five arrays of as many numbers as there are sequences, in the order of kPolicySums.
 
@@ -124,8 +123,7 @@ __global__ void __launch_bounds__(kTokenThreads) policy_sum_kernel(const Policy 
   for (int k = 0; a.metrics && k < 3; ++k) a.metrics.set(k, sums[k + 1]);
 }
 
-// ---- from logits: a block a row
-// -------------------------------------------------------------------
+// ---- from logits: a block a row -----------------------------------------------------------------
 
 __device__ double* sums_of(const PolicyLogits& a, int64_t r) {
   return a.scratch + a.tokens.sequences + r * kPolicyRowSums;
@@ -260,8 +258,7 @@ __global__ void __launch_bounds__(kMaxThreads) policy_logits_sum_kernel(const Po
   a.metrics.set(3, entropy);
 }
 
-// ---- value loss: a block kValueBlock tokens
-// -------------------------------------------------------
+// ---- value loss: a block kValueBlock tokens -----------------------------------------------------
 
 template <class F> __device__ void value_block(const ValueLoss& a, const F& f) {
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kValueBlock;
@@ -298,8 +295,7 @@ __global__ void __launch_bounds__(kTokenThreads) value_loss_gradient_kernel(cons
   value_block(a, [&](int64_t t, bool, double, double slope) { a.gradient.set(t, share * slope); });
 }
 
-// ---- advantages of groups: a warp a group
-// ---------------------------------------------------------
+// ---- advantages of groups: a warp a group -------------------------------------------------------
 
 struct Moments {
   double count, mean, deviation;
@@ -355,8 +351,7 @@ __global__ void __launch_bounds__(kTokenThreads) group_advantages_kernel(const G
   }
 }
 
-// ---- GAE: a block a sequence, a scan from its end
-// -------------------------------------------------
+// ---- GAE: a block a sequence, a scan from its end -----------------------------------------------
 
 // What follows a token: its advantage and its value.
 struct After {
