@@ -4,9 +4,10 @@
 //   token_logprobs            sizeof(T) + 0               memory
 //   token_logprobs_backward   sizeof(T) + sizeof(T)       memory
 //   cross_entropy             sizeof(T) + sizeof(T)       memory; the gradient reads the row from
-//   shared
-//                                                         memory, or a longer one again, from L2 as
-//                                                         far as it stayed there
+//                                                         shared memory of one block or of a
+//                                                         cluster (core/logit_rows.cuh), or a
+//                                                         longer one again, from L2 as far as it
+//                                                         stayed there
 //
 // float32 a thread, float64 between threads and for a row's coefficients (float64 throughout for
 // float64). Fixed order of sums: the same bits every time. A target out of range is not followed:

@@ -1,8 +1,8 @@
 // Policy-gradient losses, value loss and advantages on NVIDIA GPUs.
 //
 //   kernel            reads + writes               bound by                      split
-//   policy_logits     sizeof(T) + sizeof(T) of a   memory; the gradient reads    a block a row
-//                     logit                        the row from shared memory,
+//   policy_logits     sizeof(T) + sizeof(T) of a   memory; the gradient reads    a block a row, or
+//                     logit                        the row from shared memory,   a cluster
 //                                                  or a longer one again
 //   policy            up to 6 + 1 numbers a token  memory where there are many   a block a sequence
 //                                                  tokens, else the launches
