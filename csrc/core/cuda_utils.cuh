@@ -162,6 +162,12 @@ __device__ inline double warp_sum(double x) {
   return x;
 }
 
+__device__ inline double warp_max(double x) {
+  for (int offset = 16; offset > 0; offset /= 2)
+    x = max_of(x, __shfl_xor_sync(0xffffffffu, x, offset));
+  return x;
+}
+
 // Sums over the block, the same bits every time; valid in thread 0. Needs a barrier before the
 // next.
 template <int K> __device__ inline void block_sum(double (&x)[K]) {
@@ -175,6 +181,17 @@ template <int K> __device__ inline void block_sum(double (&x)[K]) {
   if (warp == 0) {
     for (int k = 0; k < K; ++k) x[k] = warp_sum(lane < warps ? partial[k][lane] : 0.0);
   }
+}
+
+// For every thread; without a barrier before the next.
+template <int K> __device__ inline void block_sum_all(double (&x)[K]) {
+  __shared__ double sums[K];
+  block_sum(x);
+  if (threadIdx.x == 0) {
+    for (int k = 0; k < K; ++k) sums[k] = x[k];
+  }
+  __syncthreads();
+  for (int k = 0; k < K; ++k) x[k] = sums[k];
 }
 
 template <class A> __device__ inline A block_max(A x) {
@@ -193,6 +210,50 @@ __device__ inline void raise(const Place& place, Flag flag) {
   if (threadIdx.x == 0) place.flags[static_cast<int>(flag)] = 1;
 }
 
+// ---- a cluster of blocks ------------------------------------------------------------------------
+//
+// Blocks that run together and see each other's shared memory: sm_90 and newer, and only where the
+// launch asked for it. Otherwise a block is a cluster of its own.
+
+__device__ __forceinline__ unsigned cluster_size() {
+#if defined(FF_CUDA_ON_CPU)
+  return cuda_on_cpu::cluster_size;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  unsigned n;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(n));
+  return n;
+#else
+  return 1;
+#endif
+}
+
+// All threads of all blocks of the cluster arrive before one goes on; also a barrier of the block.
+__device__ __forceinline__ void cluster_arrive() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if defined(FF_CUDA_ON_CPU)
+  cuda_on_cpu::wait(cuda_on_cpu::State::cluster);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+// The same variable in shared memory of another block of the cluster.
+template <class V> __device__ __forceinline__ const V* in_block(const V* p, unsigned rank) {
+#if defined(FF_CUDA_ON_CPU)
+  return cuda_on_cpu::in_block(p, rank);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const V* q;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(q) : "l"(p), "r"(rank));
+  return q;
+#else
+  return rank == 0 ? p : nullptr;
+#endif
+}
+
 // ---- launches -----------------------------------------------------------------------------------
 
 inline void check(cudaError_t error, const char* what) {
@@ -201,16 +262,34 @@ inline void check(cudaError_t error, const char* what) {
   }
 }
 
-// Blocks are counted in one dimension, up to 2^31 - 1. No allocation, no synchronisation.
+// Blocks are counted in one dimension, up to 2^31 - 1, `cluster` in a row together. No allocation,
+// no synchronisation.
 template <class Args>
-void launch(void (*kernel)(Args), int64_t blocks, int threads, size_t shared, const Args& args) {
+void launch(void (*kernel)(Args), int64_t blocks, int threads, size_t shared, const Args& args,
+            int cluster = 1) {
   if (blocks <= 0) return;
   if (blocks > 2147483647) throw std::runtime_error("CUDA: more than 2^31 - 1 rows");
 #if defined(FF_CUDA_ON_CPU)
-  cuda_on_cpu::run(kernel, static_cast<unsigned>(blocks), threads, shared, args);
+  cuda_on_cpu::run(kernel, static_cast<unsigned>(blocks), threads, shared, args,
+                   static_cast<unsigned>(cluster));
 #else
   Args copy = args;
   void* pointers[] = {&copy};
+  if (cluster > 1) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = shared;
+    config.stream = static_cast<cudaStream_t>(args.place.stream);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers), "launch");
+    return;
+  }
   check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
                          dim3(static_cast<unsigned>(threads)), pointers, shared,
                          static_cast<cudaStream_t>(args.place.stream)),

@@ -112,11 +112,12 @@ __device__ RowStats row_stats(const T* z, int64_t n, double temperature, T* stag
   return s;
 }
 
-// `z` may be `out` itself, or the copy in shared memory.
+// `z` may be `out` itself, or the copy in shared memory (Access::keep).
 template <class T, bool kEntropy, Access kAccess>
 __device__ void row_gradient(const T* z, T* out, int64_t n, const RowGradient& g) {
   using A = Accumulator<T>;
   constexpr int N = Vector<T>::kSize;
+  constexpr int kAhead = kAccess == Access::keep ? 2 : kUnroll;  // shared memory answers sooner
   const A c = static_cast<A>(kLog2e / g.temperature), ref = static_cast<A>(g.ref);
   const A a = static_cast<A>(g.a), b = static_cast<A>(g.b), offset = static_cast<A>(g.offset);
   const auto value = [&](T x) {
@@ -136,8 +137,8 @@ __device__ void row_gradient(const T* z, T* out, int64_t n, const RowGradient& g
   const Span span = vector_span<T>(z, out, n);
   const int64_t step = static_cast<int64_t>(blockDim.x) * N;
   int64_t i = span.head + static_cast<int64_t>(threadIdx.x) * N;
-  for (; i + (kUnroll - 1) * step < span.tail; i += kUnroll * step) {
-    vectors.template operator()<kUnroll>(i, step);
+  for (; i + (kAhead - 1) * step < span.tail; i += kAhead * step) {
+    vectors.template operator()<kAhead>(i, step);
   }
   for (; i < span.tail; i += step) vectors.template operator()<1>(i, step);
   for (i = threadIdx.x; i < span.head; i += blockDim.x) store_value(out + i, value(z[i]));

@@ -4,44 +4,21 @@
 //   token_logprobs            sizeof(T) + 0               memory
 //   token_logprobs_backward   sizeof(T) + sizeof(T)       memory
 //   cross_entropy             sizeof(T) + sizeof(T)       memory; the gradient reads the row from
-//   shared
-//                                                         memory, or a longer one again, from L2 as
-//                                                         far as it stayed there
+//                                                         shared memory of one block or of a
+//                                                         cluster (core/logit_rows.cuh), or a
+//                                                         longer one again, from L2 as far as it
+//                                                         stayed there
 //
 // float32 a thread, float64 between threads and for a row's coefficients (float64 throughout for
 // float64). Fixed order of sums: the same bits every time. A target out of range is not followed:
 // its row becomes NaN, its gradient 0, and a flag is set.
 #include "core/cuda_utils.cuh"
-#include "core/softmax_row.cuh"
+#include "core/logit_rows.cuh"
+#include "core/segments.cuh"
 #include "ops/logprobs.h"
 
 namespace finefuse::cuda {
 namespace {
-
-// Thread 0 knows what the row's gradient is; here all of the block do. Also a barrier: whatever was
-// read before may be overwritten after.
-struct Shared {
-  RowGradient row;
-  double at_target;
-  bool zero;
-};
-__device__ Shared broadcast(const Shared& mine) {
-  __shared__ Shared shared;
-  if (threadIdx.x == 0) shared = mine;
-  __syncthreads();
-  return shared;
-}
-
-template <class T, bool kEntropy, Access kAccess>
-__device__ void write_gradient(const T* z, T* out, int64_t vocab, int64_t y, const Shared& g) {
-  if (g.zero) {
-    row_zero(out, vocab);
-    return;
-  }
-  row_gradient<T, kEntropy, kAccess>(z, out, vocab, g.row);
-  __syncthreads();
-  if (threadIdx.x == 0) store_value(out + y, static_cast<Accumulator<T>>(g.at_target));
-}
 
 template <class T, bool kEntropy>
 __global__ void FF_ROW_BOUNDS token_logprobs_kernel(const TokenLogprobs a) {
@@ -79,7 +56,7 @@ __global__ void FF_ROW_BOUNDS token_logprobs_backward_kernel(const TokenLogprobs
   const bool bad = y != a.ignore_index && (y < 0 || y >= vocab);
   if (bad) raise(a.place, Flag::targets);
   const T* z = row_of<T>(a.logits, r);
-  Shared mine{};
+  Coefficients mine{};
   if (threadIdx.x == 0) {
     const double g = a.g ? a.g[r] : 0.0, h = kEntropy && a.h ? a.h[r] : 0.0, l = a.l ? a.l[r] : 0.0;
     mine.zero = bad || y == a.ignore_index || (g == 0.0 && h == 0.0 && l == 0.0);
@@ -92,7 +69,7 @@ __global__ void FF_ROW_BOUNDS token_logprobs_backward_kernel(const TokenLogprobs
       mine.at_target = d.at_target;
     }
   }
-  const Shared shared = broadcast(mine);
+  const Coefficients shared = broadcast(mine);  // a copy: ptxas spills without
   write_gradient<T, kEntropy, Access::stream>(z, row_of<T>(a.gradient, r), vocab, y, shared);
 }
 
@@ -110,28 +87,30 @@ __device__ double share(const CrossEntropy& a) {
   return a.reduction == Reduction::mean ? a.scratch[a.shape.rows] : 1.0;
 }
 
-// kStaged: the row fits in shared memory, and the gradient reads it there.
+// kStaged: the row fits in shared memory, of one block or of a cluster of them, and the gradient
+// reads it there.
 template <class T, bool kSmoothing, bool kStaged>
 __global__ void FF_ROW_BOUNDS cross_entropy_kernel(const CrossEntropy a) {
-  const int64_t vocab = a.shape.vocab, r = blockIdx.x, y = a.targets[r];
+  const int64_t vocab = a.shape.vocab, r = row_of_block<kStaged>(), y = a.targets[r];
   const bool by_row = a.reduction == Reduction::none, want_gradient = a.gradient.data != nullptr;
   const bool ignored = y == a.ignore_index, bad = !ignored && (y < 0 || y >= vocab);
   if (bad) raise(a.place, Flag::targets);
   double loss = bad ? NAN : 0.0;
-  Shared mine{};
+  Coefficients mine{};
   mine.zero = true;
   const T* z = row_of<T>(a.logits, r);
-  T* stage = nullptr;
-  if constexpr (kStaged) {
-    stage = reinterpret_cast<T*>(dynamic_shared() + reinterpret_cast<uintptr_t>(z) % 16);
-  }
+  const RowPart part = row_part<kStaged>(z, vocab);
+  const T* own = z + part.begin;
   if (!ignored && !bad) {
-    const RowStats s = row_stats<T, false, kSmoothing, kStaged ? Access::stream : Access::keep>(
-        z, vocab, 1.0, stage);
+    RowStats s = row_stats<T, false, kSmoothing, kStaged ? Access::stream : Access::keep>(
+        own, part.count, 1.0, kStaged ? stage_of(own) : nullptr);
+    // before any block of the cluster writes there
+    const double z_y = threadIdx.x == 0 ? to_accumulator(z[y]) : 0.0;
+    if constexpr (kStaged) s = row_stats_of_all(s, 1.0);
     if (threadIdx.x == 0) {
       const double eps = kSmoothing ? a.label_smoothing : 0.0, n = static_cast<double>(vocab);
       const double log_sum = log1p(s.excess);
-      const double logp = to_accumulator(z[y]) - s.ref - log_sum;  // all -inf: -inf + inf, NaN
+      const double logp = z_y - s.ref - log_sum;  // all -inf: -inf + inf, NaN
       loss = -logp;
       if (kSmoothing) loss = (1.0 - eps) * loss + eps * (s.ref + log_sum - s.logit_sum / n);
       const double upstream = a.upstream ? a.upstream[by_row ? r : 0] : 1.0;
@@ -141,17 +120,18 @@ __global__ void FF_ROW_BOUNDS cross_entropy_kernel(const CrossEntropy a) {
       mine.at_target = w * (expm1(logp) + eps - offset);
     }
   }
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 0 && part.first) {
     if (!by_row)
       a.scratch[r] = loss;
     else if (a.loss)
       a.loss.set(r, loss);
   }
   if (!want_gradient) return;
-  const Shared shared = broadcast(mine);
-  T* out = row_of<T>(a.gradient, r);
+  const Coefficients& shared = broadcast(mine);
+  T* out = row_of<T>(a.gradient, r) + part.begin;
   if constexpr (kStaged) {
-    write_gradient<T, false, Access::keep>(stage, out, vocab, y, shared);
+    write_gradient<T, false, Access::keep>(stage_of(own), out, part.count, y - part.begin, shared);
+    if (!ignored && !bad) row_end();
   } else {
     write_gradient<T, false, Access::stream>(z, out, vocab, y, shared);
   }
@@ -174,26 +154,13 @@ template <class T> __global__ void FF_ROW_BOUNDS scale_gradient_kernel(const Sca
 
 // ---- sequences: one block a segment ------------------------------------------------------------
 
-constexpr int kSegmentThreads = 128;
-
-template <class Args> struct Segment {
-  int64_t begin, end;
-  bool bad;
-  __device__ Segment(const Args& a, int64_t i) {
-    if (a.offsets.data == nullptr) {
-      begin = i * a.length, end = begin + a.length, bad = false;
-      return;
-    }
-    begin = a.offsets[i], end = a.offsets[i + 1];
-    bad = begin < 0 || begin > end || end > a.total || (i == 0 && begin != 0) ||
-          (i == a.segments - 1 && end != a.total);
-    if (bad) begin = end = 0, raise(a.place, Flag::cu_seqlens);
-  }
-};
+template <class Args> __device__ Segment segment(const Args& a, int64_t i) {
+  return segment_at(a.offsets, a.segments, a.length, a.total, i, a.place);
+}
 
 __global__ void __launch_bounds__(kSegmentThreads) sequence_sums_kernel(const SequenceSums a) {
   const int64_t i = blockIdx.x;
-  const Segment s(a, i);
+  const Segment s = segment(a, i);
   double sums[2] = {0, 0};
   for (int64_t t = s.begin + threadIdx.x; t < s.end; t += blockDim.x) {
     if (a.mask != nullptr && !a.mask[t]) continue;
@@ -206,18 +173,11 @@ __global__ void __launch_bounds__(kSegmentThreads) sequence_sums_kernel(const Se
   a.sums.set(i, a.average && sums[1] > 0 ? sums[0] / sums[1] : sums[0]);
 }
 
-// Tokens that bad offsets leave to no segment.
-__global__ void __launch_bounds__(kSegmentThreads)
-    sequence_fill_kernel(const SequenceSumsBackward a) {
-  const int64_t t = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (t < a.total) a.out.set(t, NAN);
-}
-
 __global__ void __launch_bounds__(kSegmentThreads)
     sequence_sums_backward_kernel(const SequenceSumsBackward a) {
   __shared__ double divisor;
   const int64_t i = blockIdx.x;
-  const Segment s(a, i);
+  const Segment s = segment(a, i);
   if (a.average) {
     double kept[1] = {0};
     for (int64_t t = s.begin + threadIdx.x; t < s.end; t += blockDim.x) {
@@ -235,53 +195,12 @@ __global__ void __launch_bounds__(kSegmentThreads)
 
 // ---- launches -----------------------------------------------------------------------------------
 
-// Calls f with a value of the element type.
-template <class F> void by_dtype(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::f32: return f(float{});
-    case DType::bf16: return f(bf16{});
-    case DType::f16: return f(f16{});
-    case DType::f64: return f(double{});
-  }
-}
-
-template <class T, class Args> int threads_for(const Args& a) {
-  return row_threads(a.shape.vocab * static_cast<int64_t>(sizeof(T)));
-}
-
-// Half of what a multiprocessor has: two blocks a multiprocessor, so that one loads while the other
-// computes.
-int64_t stage_limit() {
-#if defined(FF_CUDA_ON_CPU)
-  return 16 << 10;
-#else
-  int device = 0, per_sm = 0, per_block = 0;
-  check(cudaGetDevice(&device), "device");
-  check(cudaDeviceGetAttribute(&per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
-        "device");
-  check(cudaDeviceGetAttribute(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "device");
-  const int half = per_sm / 2 - 4096;  // what the block itself and the driver take
-  return half < per_block ? half : per_block;
-#endif
-}
-
 template <class T, bool kSmoothing> void launch_cross_entropy(const CrossEntropy& a) {
-  // of the row, plus as much as it is misaligned
-  const int64_t bytes = (a.shape.vocab * static_cast<int64_t>(sizeof(T)) + 31) / 16 * 16;
-  const int64_t limit = stage_limit();
-  if (a.gradient.data != nullptr && bytes <= limit) {
-    const auto kernel = cross_entropy_kernel<T, kSmoothing, true>;
-#if !defined(FF_CUDA_ON_CPU)
-    // the same for every call: another thread may be launching the same kernel
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(limit)),
-          "shared memory");
-#endif
-    launch(kernel, a.shape.rows, threads_for<T>(a), static_cast<size_t>(bytes), a);
-  } else {
-    launch(cross_entropy_kernel<T, kSmoothing, false>, a.shape.rows, threads_for<T>(a), 0, a);
-  }
+  const auto twice = cross_entropy_kernel<T, kSmoothing, false>;
+  if (a.gradient.data == nullptr)  // which nobody reads again
+    launch(twice, a.shape.rows, threads_for<T>(a), 0, a);
+  else
+    launch_rows<T>(cross_entropy_kernel<T, kSmoothing, true>, twice, a);
 }
 
 }  // namespace
@@ -324,10 +243,7 @@ void run(const ScaleGradient& a) {
 void run(const SequenceSums& a) { launch(sequence_sums_kernel, a.segments, kSegmentThreads, 0, a); }
 
 void run(const SequenceSumsBackward& a) {
-  if (a.offsets.data != nullptr) {
-    launch(sequence_fill_kernel, (a.total + kSegmentThreads - 1) / kSegmentThreads, kSegmentThreads,
-           0, a);
-  }
+  if (a.offsets.data != nullptr) fill_segments(a.out, a.total, a.place);
   launch(sequence_sums_backward_kernel, a.segments, kSegmentThreads, 0, a);
 }
 

@@ -95,7 +95,9 @@ struct ValueLoss {
   Place place;
 };
 inline constexpr int64_t kValueBlock = 4096;  // tokens a partial sum is over
-inline int64_t value_loss_blocks(int64_t total) { return (total + kValueBlock - 1) / kValueBlock; }
+FF_HD inline int64_t value_loss_blocks(int64_t total) {
+  return (total + kValueBlock - 1) / kValueBlock;
+}
 
 enum class AdvantageScale : int { none = 0, group = 1, batch = 2 };
 
