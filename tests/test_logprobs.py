@@ -536,7 +536,7 @@ def raw_calls(grad=False):
     yield RAW.sequence_logprobs_forward.default, (lp, mask, None, True)
     yield RAW.sequence_logprobs_forward.default, (lp[0, :3].detach(), None, ends, False)
     yield RAW.sequence_logprobs_backward.default, (torch.ones(2), mask, None, [2, 5], True)
-    yield RAW.cross_entropy_scale.default, (out.clone(), targets, torch.tensor(2.0), IGNORE)
+    yield RAW.scale_gradient.default, (out.clone(), targets, torch.tensor(2.0), IGNORE)
 
 
 @pytest.mark.parametrize("case", range(len(list(raw_calls()))))

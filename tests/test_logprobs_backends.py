@@ -457,7 +457,7 @@ def test_nothing_out_of_bounds(backend, vocab, dtype, at_end):
         saved = raw.token_logprobs_stats_forward(logits, targets, 1.0, IGNORE)[3]
         raw.token_logprobs_backward(logits, targets, saved, one, one, one, out, 1.0, IGNORE)
         raw.cross_entropy_forward_backward(logits, targets, out, 0.1, IGNORE, 2)
-        raw.cross_entropy_scale(out, targets, torch.tensor(2.0), IGNORE)
+        raw.scale_gradient(out, targets, torch.tensor(2.0), IGNORE)
     assert torch.isfinite(out).all()
 
 

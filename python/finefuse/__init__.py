@@ -19,6 +19,7 @@ __version__ = _version("finefuse")
 
 __all__ = [
     "CodebookTensor",
+    "PolicyOutput",
     "PreferenceOutput",
     "backend",
     "bandit",
@@ -27,6 +28,8 @@ __all__ = [
     "cross_entropy",
     "dequantize",
     "dora_norm",
+    "gae",
+    "group_advantages",
     "info",
     "learn_codebook",
     "lora_linear",
@@ -34,12 +37,15 @@ __all__ = [
     "lora_linear_segmented",
     "merge_lora",
     "nn",
+    "policy_loss",
+    "policy_loss_from_logits",
     "preference_loss",
     "preference_loss_from_logits",
     "quantize",
     "sequence_logprobs",
     "token_logprobs",
     "unmerge_lora",
+    "value_loss",
 ]
 
 _ISA = _os.environ.get("FINEFUSE_ISA")
@@ -65,6 +71,14 @@ if _find_spec("torch") is not None:
     from .dora import dora_norm
     from .logprobs import cross_entropy, sequence_logprobs, token_logprobs
     from .lora import lora_linear, lora_linear_group, merge_lora, unmerge_lora
+    from .policy import (
+        PolicyOutput,
+        gae,
+        group_advantages,
+        policy_loss,
+        policy_loss_from_logits,
+        value_loss,
+    )
     from .preference import PreferenceOutput, preference_loss, preference_loss_from_logits
     from .segmented import lora_linear_segmented
 else:

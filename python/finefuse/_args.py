@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "float64": 3}
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
@@ -17,6 +17,39 @@ REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 PREFERENCE_LOSSES = {"sigmoid": 0, "ipo": 1, "hinge": 2}
 # Losses that divide each log-ratio by its completion's length unless told otherwise.
 LENGTH_NORMALIZED = ("ipo",)
+
+# csrc/ops/policy.h, enums; csrc/ops/policy_table.h has the formulas.
+SURROGATES = {"clipped": 0, "reinforce": 1, "cispo": 2, "sapo": 3, "vespo": 4}
+IMPORTANCE = {"token": 0, "mean": 1, "sum": 2, "whole": 3}
+KL = {"k1": 0, "k2": 1, "k3": 2}
+POLICY_REDUCTIONS = {
+    "none": 0, "sum": 1, "tokens": 2, "sequences": 3, "sequence_sums": 4, "divisor": 5,
+}  # fmt: skip
+
+
+class PolicyLoss(NamedTuple):
+    """A policy-gradient loss: a surrogate of the ratio, what the ratio is over, how tokens add up."""
+
+    surrogate: str
+    importance: str
+    reduction: str  # of POLICY_REDUCTIONS; the divisor: "max_length" or "num_tokens"
+    clip_high: float = 0.2
+
+
+POLICY_LOSSES = {
+    "reinforce": PolicyLoss("reinforce", "token", "tokens"),
+    "rloo": PolicyLoss("clipped", "whole", "sequence_sums"),
+    "ppo": PolicyLoss("clipped", "token", "tokens"),
+    "grpo": PolicyLoss("clipped", "token", "sequences"),
+    "bnpo": PolicyLoss("clipped", "token", "tokens"),
+    "dr_grpo": PolicyLoss("clipped", "token", "max_length"),
+    "dapo": PolicyLoss("clipped", "token", "num_tokens"),
+    "luspo": PolicyLoss("clipped", "mean", "sequence_sums"),
+    "gspo": PolicyLoss("clipped", "mean", "sequences"),
+    "cispo": PolicyLoss("cispo", "token", "num_tokens", clip_high=5.0),
+    "sapo": PolicyLoss("sapo", "token", "sequences"),
+    "vespo": PolicyLoss("vespo", "sum", "num_tokens"),
+}
 
 _COLDEST, _HOTTEST = 1e-30, 1e30  # beyond, z/T leaves float32
 
@@ -58,11 +91,11 @@ def check_label_smoothing(value: Any, top: str = "1") -> None:
     require(ok, "label_smoothing", value, f"0 to {top}")
 
 
-def check_row_shapes(logits: Sequence[int], targets: Sequence[int]) -> None:
+def check_row_shapes(logits: Sequence[int], targets: Sequence[int], name: str = "targets") -> None:
     """The shapes of logits (…, V), V at least 1, and of targets (…)."""
     if len(logits) == 0 or tuple(logits[:-1]) != tuple(targets):
         raise ValueError(
-            f"targets: shape {tuple(targets)}; logits of shape {tuple(logits)} need "
+            f"{name}: shape {tuple(targets)}; logits of shape {tuple(logits)} need "
             f"{tuple(logits[:-1])}"
         )
     if logits[-1] == 0:
@@ -104,18 +137,21 @@ def overlaps(shape: Sequence[int], strides: Sequence[int], itemsize: int = 1) ->
 
 
 def segments(
-    shape: Sequence[int], mask: Sequence[int] | None, cu_seqlens: Sequence[int] | None
+    shape: Sequence[int],
+    mask: Sequence[int] | None,
+    cu_seqlens: Sequence[int] | None,
+    name: str = "token_lp",
 ) -> tuple[list[int], int]:
     """(shape of the sums, length of a segment, for cu_seqlens their mean) from the three shapes."""
     if mask is not None and tuple(mask) != tuple(shape):
         raise ValueError(f"mask: shape {tuple(mask)}; allowed: {tuple(shape)}")
     if cu_seqlens is None:
         if len(shape) == 0:
-            raise ValueError("token_lp: a scalar; allowed: (…, tokens)")
+            raise ValueError(f"{name}: a scalar; allowed: (…, tokens)")
         return list(shape[:-1]), shape[-1]
     if len(shape) != 1 or len(cu_seqlens) != 1 or cu_seqlens[0] < 1:
         raise ValueError(
-            f"cu_seqlens: shape {tuple(cu_seqlens)} with token_lp of shape {tuple(shape)}; "
+            f"cu_seqlens: shape {tuple(cu_seqlens)} with {name} of shape {tuple(shape)}; "
             "allowed: (sequences + 1,) with (tokens,)"
         )
     count = cu_seqlens[0] - 1
@@ -170,6 +206,114 @@ def check_reference(
         raise ValueError(f"ref_logits: shape {tuple(ref_logits)}; logits have {tuple(logits)}")
     if ref_logprobs is not None and tuple(ref_logprobs) != (logits[0],):
         raise ValueError(f"ref_logprobs: shape {tuple(ref_logprobs)}; allowed: ({logits[0]},)")
+
+
+def policy_loss_named(loss: Any) -> PolicyLoss:
+    if not isinstance(loss, str) or loss not in POLICY_LOSSES:
+        choice("loss", loss, dict.fromkeys(POLICY_LOSSES, 0))
+    return POLICY_LOSSES[loss]
+
+
+def policy_importance(loss: str, importance: Any) -> str:
+    """Whose ratio, of IMPORTANCE: the loss's own or what `importance` says."""
+    own = policy_loss_named(loss).importance
+    if importance is None:
+        return own
+    choice("importance", importance, {"token": 0, "sequence": 1})
+    if own in ("sum", "whole"):
+        if importance == "token":
+            raise ValueError(f"importance: 'token'; loss={loss!r} is of the sequence's ratio")
+        return own
+    return "token" if importance == "token" else "mean"
+
+
+def policy_reduction(
+    loss: str, reduction: Any, sequences: int, length: int | None, max_length: Any, num_tokens: Any
+) -> tuple[str, Any]:
+    """(of POLICY_REDUCTIONS, divisor); `length` of the rows, None for packed sequences.
+
+    The loss's own reduction (None), "none", "sum", "mean" (over tokens), or another loss's.
+    """
+    kind = policy_loss_named(loss).reduction
+    if reduction is not None:
+        own = {name: known.reduction for name, known in POLICY_LOSSES.items()}
+        kinds = {"none": "none", "sum": "sum", "mean": "tokens", **own}
+        choice("reduction", reduction, dict.fromkeys(kinds, 0))
+        kind = kinds[reduction]
+    if kind == "max_length":
+        longest = length if max_length is None else max_length
+        if longest is None:
+            raise ValueError(
+                f"max_length: None; reduction {reduction or loss!r} of packed sequences needs it"
+            )
+        return "divisor", longest * sequences
+    if kind == "num_tokens":
+        return ("tokens", 1.0) if num_tokens is None else ("divisor", num_tokens)
+    return kind, 1.0
+
+
+def check_policy_numbers(
+    has_ref: bool, clip_low: float, clip_high: float, dual_clip: float, delta: float, kl_beta: float,
+    tau_pos: float, tau_neg: float, divisor: float,
+) -> None:  # fmt: skip
+    """The ranges of the numbers of a policy loss; dual_clip and delta are inf where there is none."""
+    require(0.0 <= clip_low < inf, "clip_low", clip_low, "0 and above")
+    require(0.0 <= clip_high < inf, "clip_high", clip_high, "0 and above")
+    require(dual_clip > 1.0, "dual_clip", dual_clip, "above 1, or None")
+    require(delta > 0.0, "delta", delta, "positive, or None")
+    require(-inf < kl_beta < inf, "kl_beta", kl_beta, "finite")
+    require(0.0 < tau_pos < inf, "tau_pos", tau_pos, "positive and finite")
+    require(0.0 < tau_neg < inf, "tau_neg", tau_neg, "positive and finite")
+    require(0.0 <= divisor < inf, "num_tokens, max_length", divisor, "0 and above")
+    if kl_beta != 0.0 and not has_ref:
+        raise ValueError(f"kl_beta: {kl_beta!r}; it needs ref_logprobs")
+
+
+def advantages_by_token(
+    shape: Sequence[int], advantages: Sequence[int], packed: int | None, name: str = "advantages"
+) -> bool:
+    """Whether there is one a token, rather than one a sequence; `packed`: the number of sequences."""
+    shape, given = tuple(shape), tuple(advantages)
+    if given == shape:
+        return True
+    sequences = shape[:-1] if packed is None else (packed,)
+    if given not in (sequences, (*sequences, 1)):
+        raise ValueError(
+            f"{name}: shape {given}; allowed: {shape}, {sequences} or {(*sequences, 1)}"
+        )
+    return False
+
+
+def check_group_size(count: int, group_size: Any) -> None:
+    if not isinstance(group_size, int) or isinstance(group_size, bool):
+        raise TypeError(f"group_size: an int, not {group_size!r}")
+    require(group_size >= 1, "group_size", group_size, "1 and above")
+    if count % group_size:
+        raise ValueError(f"group_size: {group_size}; {count} rewards are no multiple of it")
+
+
+ADVANTAGE_SCALES = {"none": 0, "group": 1, "batch": 2}
+BASELINES = {"mean": 0, "leave_one_out": 1}
+
+
+def check_gae(rewards: Sequence[int], values: Sequence[int], mask: Sequence[int] | None) -> bool:
+    """The shapes of rewards (…, T), values (…, T) or (…, T + 1), mask (…, T); whether the latter."""
+    if len(rewards) == 0:
+        raise ValueError("rewards: a scalar; allowed: (…, T)")
+    longer = (*rewards[:-1], rewards[-1] + 1)
+    if tuple(values) not in (tuple(rewards), longer):
+        raise ValueError(
+            f"values: shape {tuple(values)}; allowed: {tuple(rewards)} or, with the value after the "
+            f"end, {longer}"
+        )
+    if mask is not None and tuple(mask) != tuple(rewards):
+        raise ValueError(f"mask: shape {tuple(mask)}; allowed: {tuple(rewards)}")
+    return tuple(values) == longer
+
+
+def check_discounts(gamma: Any, lam: Any) -> None:
+    require(0.0 <= gamma <= 1.0, "gamma", gamma, "0 to 1")
+    require(0.0 <= lam <= 1.0, "lam", lam, "0 to 1")
 
 
 def check_lora_shapes(weight: Sequence[int], lora_a: Sequence[int], lora_b: Sequence[int]) -> None:

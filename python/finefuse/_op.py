@@ -58,6 +58,8 @@ INDEX_DTYPES = (torch.int64, torch.int32)
 get_num_threads = torch.get_num_threads
 _grad_enabled = torch.is_grad_enabled
 _modes = torch._C._len_torch_dispatch_stack
+# The hooks in force, or None; torch before 2.7 cannot tell.
+_saved_tensor_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _is_wrapped = torch._is_functional_tensor
 _transforms = torch._C._are_functorch_transforms_active
 _profiling = torch._C._autograd._profiler_enabled
@@ -354,15 +356,18 @@ def logit_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Layout]:
     return logit_rows(logits.contiguous(), targets)
 
 
-def check_rows(logits: Tensor, targets: Tensor) -> None:
+def check_rows(logits: Tensor, targets: Tensor, name: str = "targets") -> None:
     """Raise what is wrong with logits (…, V) and targets (…), if anything is."""
     float_tensor("logits", logits)
     if targets.dtype not in INDEX_DTYPES:
-        raise TypeError(f"targets: dtype {targets.dtype}; allowed: int64, int32")
-    check_row_shapes(logits.shape, targets.shape)
+        raise TypeError(f"{name}: dtype {targets.dtype}; allowed: int64, int32")
+    check_row_shapes(logits.shape, targets.shape, name)
 
 
-# ---- gradients in place ------------------------------------------------------------------------
+# ---- gradients of the logits --------------------------------------------------------------------
+
+
+SPENT = "inplace=True: the logits were consumed by the first backward"
 
 
 def gradient_buffer(logits: Tensor, inplace: bool) -> Tensor:
@@ -377,3 +382,54 @@ def gradient_buffer(logits: Tensor, inplace: bool) -> Tensor:
 def consumed(logits: Tensor) -> None:
     """Let autograd know that the logits were overwritten: whoever saved them then raises."""
     torch.autograd.graph.increment_version(logits)
+
+
+def row_gradient(name: str, g: Tensor | None, targets: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """An upstream gradient, one number a row, as the kernel reads it."""
+    if g is None:
+        return None
+    same_device(name, g, "logits", targets)
+    if g.shape != targets.shape:
+        raise ValueError(f"{name}: shape {tuple(g.shape)}; allowed: {tuple(targets.shape)}")
+    if g.dtype is dtype and g.is_contiguous():
+        return g
+    return g.to(dtype).contiguous()
+
+
+def scalar_gradient(g: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
+    same_device("g", g, "logits", logits)
+    if g.numel() != 1:
+        raise ValueError(f"g: shape {tuple(g.shape)}; allowed: a scalar")
+    return g if g.dtype is dtype else g.to(dtype)
+
+
+def gradient_rows(logits: Tensor, targets: Tensor, out: Tensor) -> tuple[Tensor, Any, Tensor, Any]:
+    """Rows of the logits and of the gradient; in place both are the same rows."""
+    rows, layout = logit_rows(logits, targets)
+    if out.shape != logits.shape or out.dtype != logits.dtype:
+        raise ValueError(
+            f"out: {tuple(out.shape)} {out.dtype}; the logits are {tuple(logits.shape)} {logits.dtype}"
+        )
+    same_device("out", out, "logits", logits)
+    if out.is_contiguous() and logits.is_contiguous():
+        return rows, layout, out, layout
+    if out.data_ptr() == logits.data_ptr() and out.stride() == logits.stride():
+        return rows, layout, rows, layout
+    return rows, layout, *logit_rows(out, targets)
+
+
+def write_back(out: Tensor, out_rows: Tensor) -> None:
+    """Where the strides of `out` made the kernel write into a copy."""
+    if out_rows.data_ptr() != out.data_ptr():
+        out.copy_(out_rows)
+
+
+def gradient_in_forward(logits: Tensor) -> bool:
+    """Whether a loss that visits each row once makes its gradient in the forward.
+
+    Not in float16, where p/N underflows before a loss scaler's factor arrives, and not where saved-tensor
+    hooks (checkpointing, offloading) would rather not keep it; then the backward makes it.
+    """
+    if is_compiling() or logits.dtype is torch.float16:
+        return False
+    return _saved_tensor_hooks is None or _saved_tensor_hooks(False) is None

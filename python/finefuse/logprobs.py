@@ -20,29 +20,33 @@ from ._args import (
 )
 from ._op import (
     INDEX_DTYPES,
+    SPENT,
     accumulator,
     check_rows,
     composite,
     consumed,
     float_tensor,
     gradient_buffer,
+    gradient_in_forward,
+    gradient_rows,
     index_tensor,
     is_compiling,
     kernel,
     logit_rows,
     once_differentiable,
     raw_op,
+    row_gradient,
     runs_eagerly,
     same_device,
     scalar,
+    scalar_gradient,
     wants_gradient,
+    write_back,
 )
 from .eager import logprobs as _eager
 
 _int32 = torch.int32
 _float64 = torch.float64
-# The hooks in force, or None; torch before 2.7 cannot tell.
-_saved_tensor_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 _LOGPROBS = kernel("logprobs", "token_logprobs")
@@ -116,48 +120,6 @@ def _check_saved(saved: Tensor, targets: Tensor, entropy: bool) -> None:
         )
 
 
-def _row_gradient(
-    name: str, g: Tensor | None, targets: Tensor, dtype: torch.dtype
-) -> Tensor | None:
-    """An upstream gradient, one number a row, as the kernel reads it."""
-    if g is None:
-        return None
-    same_device(name, g, "logits", targets)
-    if g.shape != targets.shape:
-        raise ValueError(f"{name}: shape {tuple(g.shape)}; allowed: {tuple(targets.shape)}")
-    if g.dtype is dtype and g.is_contiguous():
-        return g
-    return g.to(dtype).contiguous()
-
-
-def _scalar_gradient(g: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
-    same_device("g", g, "logits", logits)
-    if g.numel() != 1:
-        raise ValueError(f"g: shape {tuple(g.shape)}; allowed: a scalar")
-    return g if g.dtype is dtype else g.to(dtype)
-
-
-def _gradient_rows(logits: Tensor, targets: Tensor, out: Tensor) -> tuple[Tensor, Any, Tensor, Any]:
-    """Rows of the logits and of the gradient; in place both are the same rows."""
-    rows, layout = logit_rows(logits, targets)
-    if out.shape != logits.shape or out.dtype != logits.dtype:
-        raise ValueError(
-            f"out: {tuple(out.shape)} {out.dtype}; the logits are {tuple(logits.shape)} {logits.dtype}"
-        )
-    same_device("out", out, "logits", logits)
-    if out.is_contiguous() and logits.is_contiguous():
-        return rows, layout, out, layout
-    if out.data_ptr() == logits.data_ptr() and out.stride() == logits.stride():
-        return rows, layout, rows, layout
-    return rows, layout, *logit_rows(out, targets)
-
-
-def _write_back(out: Tensor, out_rows: Tensor) -> None:
-    """Where the strides of `out` made the kernel write into a copy."""
-    if out_rows.data_ptr() != out.data_ptr():
-        out.copy_(out_rows)
-
-
 def _backward(
     logits: Tensor,
     targets: Tensor,
@@ -169,17 +131,17 @@ def _backward(
     temperature: float,
     ignore_index: int,
 ) -> None:
-    rows, layout, out_rows, out_layout = _gradient_rows(logits, targets, out)
+    rows, layout, out_rows, out_layout = gradient_rows(logits, targets, out)
     check_temperature(temperature)
     _check_saved(saved, targets, entropy=h is not None)
     dtype = accumulator(logits.dtype)
     targets = targets.contiguous()
     _LOGPROBS_BACKWARD(
         rows, layout, out_rows, out_layout, targets, targets.dtype is _int32, ignore_index,
-        temperature, saved, _row_gradient("g", g, targets, dtype),
-        _row_gradient("h", h, targets, dtype), _row_gradient("l", l, targets, dtype),
+        temperature, saved, row_gradient("g", g, targets, dtype),
+        row_gradient("h", h, targets, dtype), row_gradient("l", l, targets, dtype),
     )  # fmt: skip
-    _write_back(out, out_rows)
+    write_back(out, out_rows)
 
 
 _ROWS = "Tensor logits, Tensor targets"
@@ -225,9 +187,6 @@ def _check_eager(logits: Tensor, targets: Tensor, ignore_index: int) -> None:
 # ---- token_logprobs: autograd and the public function ------------------------------------------
 
 
-_SPENT = "inplace=True: the logits were consumed by the first backward"
-
-
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -254,7 +213,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logits, targets, saved = ctx.saved_tensors
         temperature, (ignore_index, _, inplace) = ctx.options
         if ctx.spent:
-            raise RuntimeError(_SPENT)
+            raise RuntimeError(SPENT)
         out = gradient_buffer(logits, inplace)
         _BACKWARD(logits, targets, saved, g, h, l, out, temperature, ignore_index)
         if inplace and not is_compiling():
@@ -366,7 +325,7 @@ def _cross_entropy(
     dtype = accumulator(logits.dtype)
     out_rows: Tensor | None = None
     if out is not None:
-        rows, layout, out_rows, out_layout = _gradient_rows(logits, targets, out)
+        rows, layout, out_rows, out_layout = gradient_rows(logits, targets, out)
     else:
         rows, layout = logit_rows(logits, targets)
         out_layout = layout
@@ -376,9 +335,9 @@ def _cross_entropy(
         loss = targets.new_empty(targets.shape if reduction == 0 else (), dtype=dtype)
     if upstream is not None:
         upstream = (
-            _row_gradient("g", upstream, targets, dtype)
+            row_gradient("g", upstream, targets, dtype)
             if reduction == 0
-            else _scalar_gradient(upstream, logits, dtype)
+            else scalar_gradient(upstream, logits, dtype)
         )
     if reduction != 0:
         scratch = targets.new_empty((targets.numel() + 1,), dtype=_float64)
@@ -387,7 +346,7 @@ def _cross_entropy(
         label_smoothing, reduction, loss, scratch, upstream,
     )  # fmt: skip
     if out is not None and out_rows is not None:
-        _write_back(out, out_rows)
+        write_back(out, out_rows)
     return loss
 
 
@@ -399,14 +358,14 @@ def _ce_forward(
     )
 
 
-def _ce_scale(gradient: Tensor, targets: Tensor, g: Tensor, ignore_index: int) -> None:
+def _scale(gradient: Tensor, targets: Tensor, g: Tensor, ignore_index: int) -> None:
     rows, layout = logit_rows(gradient, targets)
     targets = targets.contiguous()
     _SCALE_GRADIENT(
         rows, layout, targets, targets.dtype is _int32, ignore_index,
-        _scalar_gradient(g, gradient, accumulator(gradient.dtype)),
+        scalar_gradient(g, gradient, accumulator(gradient.dtype)),
     )  # fmt: skip
-    _write_back(gradient, rows)
+    write_back(gradient, rows)
 
 
 def _ce_forward_backward(
@@ -453,9 +412,9 @@ _CE_FORWARD_BACKWARD = raw_op(
     fake=_ce_fake,
 )
 # The gradient that the forward made meets its upstream gradient, in place; skipped at 1.
-_CE_SCALE = raw_op(
-    "cross_entropy_scale(Tensor(a!) gradient, Tensor targets, Tensor g, int ignore_index) -> ()",
-    run=_ce_scale,
+SCALE = raw_op(
+    "scale_gradient(Tensor(a!) gradient, Tensor targets, Tensor g, int ignore_index) -> ()",
+    run=_scale,
     fake=lambda *args: None,
 )
 _CE_BACKWARD = raw_op(
@@ -463,13 +422,6 @@ _CE_BACKWARD = raw_op(
     run=_ce_backward,
     fake=lambda *args: None,
 )
-
-
-def _early(logits: Tensor) -> bool:
-    """Whether the forward makes the gradient: see _CrossEntropy."""
-    if is_compiling() or logits.dtype is torch.float16:
-        return False
-    return _saved_tensor_hooks is None or _saved_tensor_hooks(False) is None
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -491,7 +443,7 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         options = (label_smoothing, ignore_index, reduction)
         ctx.gradient = None
-        if reduction != 0 and _early(logits):
+        if reduction != 0 and gradient_in_forward(logits):
             out = ctx.gradient = gradient_buffer(logits, inplace)
             loss = _CE_FORWARD_BACKWARD(logits, targets, out, *options)
             if inplace:
@@ -510,10 +462,10 @@ class _CrossEntropy(torch.autograd.Function):
         out, ctx.gradient = ctx.gradient, None
         if out is not None:
             ctx.spent = ctx.inplace
-            _CE_SCALE(out, ctx.targets, g, ctx.options[1])
+            SCALE(out, ctx.targets, g, ctx.options[1])
             return out, None, None, None, None, None
         if ctx.spent:
-            raise RuntimeError(_SPENT)
+            raise RuntimeError(SPENT)
         logits, targets = ctx.saved_tensors
         out = gradient_buffer(logits, ctx.inplace)
         _CE_BACKWARD(logits, targets, g, out, *ctx.options)
@@ -652,7 +604,7 @@ _SEQUENCE_BACKWARD = raw_op(
 )
 
 
-def _check_offsets(offsets: list[int], total: int) -> None:
+def check_offsets(offsets: list[int], total: int) -> None:
     """What kernels check on the CPU."""
     for i, (before, offset) in enumerate(zip([0, *offsets[:-1]], offsets, strict=True)):
         if (
@@ -723,7 +675,7 @@ def sequence_logprobs(
     if runs_eagerly("logprobs", token_lp):
         _segments(token_lp.shape, mask, cu_seqlens)
         if token_lp.is_cpu and cu_seqlens is not None and not is_compiling():
-            _check_offsets(cu_seqlens.tolist(), token_lp.shape[0])
+            check_offsets(cu_seqlens.tolist(), token_lp.shape[0])
         return _eager.sequence_logprobs(token_lp, mask, cu_seqlens, average)
     if wants_gradient(token_lp):
         return _SequenceLogprobs.apply(token_lp, mask, cu_seqlens, average)
