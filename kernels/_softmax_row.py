@@ -19,7 +19,6 @@ LN2 = tl.constexpr(0.6931471805599453)
 # Beyond any exponent that leaves something of 2^-x, and finite: x·2^-x is 0 and not inf·0.
 FAR = tl.constexpr(1e30)
 MINUS_INF = tl.constexpr(float("-inf"))
-NAN = tl.constexpr(float("nan"))
 LOWEST_32 = tl.constexpr(-3.4028234663852886e38)
 LOWEST_64 = tl.constexpr(-1.7976931348623157e308)
 
@@ -105,7 +104,7 @@ def row_stats(z, middle, vocab, c, ENTROPY, LOGIT_SUM, BLOCK, EVICTION):
     at_top = m == top  # the first of these is the maximum itself, the others are ties, 1 each
     ties = tl.sum(at_top.to(tl.int32), 0) - 1
     excess = tl.sum(tl.where(at_top, s, (1.0 + s) * e).to(tl.float64), 0) + ties
-    excess = tl.where(top == -MINUS_INF, NAN, excess)
+    excess = tl.where(top == -MINUS_INF, float("nan"), excess)
     dot = tl.sum(((dot + tl.minimum(a, FAR) * (1.0 + s)) * e).to(tl.float64), 0)
     # nothing but -inf
     ref = tl.where(excess == -1.0, MINUS_INF, top.to(tl.float64))

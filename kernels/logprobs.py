@@ -36,7 +36,6 @@ from ._common import (
 from ._softmax_row import (
     LN2,
     LOG2E,
-    NAN,
     logit,
     logprob_gradient,
     middle,
@@ -80,9 +79,9 @@ def token_logprobs_kernel(
         if entropy is not None:
             entropy_r = log_sum + dot * LN2 / (1.0 + excess)
     elif kept:
-        logp = number(NAN)
-        lse_r = number(NAN)
-        entropy_r = number(NAN)
+        logp = number(float("nan"))
+        lse_r = number(float("nan"))
+        entropy_r = number(float("nan"))
         tl.store(flags + BAD_TARGETS, 1)
     tl.store(logprobs + r, logp)
     if entropy is not None:
@@ -242,7 +241,7 @@ def cross_entropy_kernel(
             out = row_of(gradient, r, gradient_inner, gradient_outer_stride, gradient_inner_stride)
             write_zeros(out, integer(vocab), BLOCK)
         if kept:
-            loss_r = number(NAN)
+            loss_r = number(float("nan"))
             tl.store(flags + BAD_TARGETS, 1)
     if scratch is not None:
         tl.store(scratch + r, loss_r)
@@ -344,7 +343,7 @@ def sequence_sums_kernel(
         acc += tl.load(logprobs + t + lane, mask=keep, other=0.0).to(tl.float64)
         count += keep.to(tl.int64)
     kept = tl.where(average != 0, tl.maximum(tl.sum(count, 0), 1), 1)
-    tl.store(sums + i, tl.where(good, tl.sum(acc, 0) / kept.to(tl.float64), NAN))
+    tl.store(sums + i, tl.where(good, tl.sum(acc, 0) / kept.to(tl.float64), float("nan")))
 
 
 @triton.jit(do_not_specialize=["segments", "length", "total", "average"])
@@ -354,7 +353,7 @@ def sequence_sums_backward_kernel(
     i = tl.program_id(0).to(tl.int64)
     begin, end, good = segment(offsets, i, segments, length, total, flags)
     lane = tl.arange(0, BLOCK)
-    g = tl.where(good, tl.load(gradient + i).to(tl.float64), NAN)
+    g = tl.where(good, tl.load(gradient + i).to(tl.float64), float("nan"))
     if average != 0:
         kept = end - begin
         if mask is not None:

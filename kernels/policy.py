@@ -38,7 +38,6 @@ from ._common import (
 from ._softmax_row import (
     LN2,
     LOG2E,
-    NAN,
     logit,
     logprob_gradient,
     row_of,
@@ -227,7 +226,7 @@ def _or(vectors, some):
 
 @triton.jit(do_not_specialize=["ignored", "sequences", "length", "total", "stride", "by_row"])
 def policy_count_kernel(
-    marks, ignored, offsets, sequences, length, total, scratch, stride, by_row, flags,
+    scratch, stride, by_row, marks, ignored, offsets, sequences, length, total, flags,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """n of a sequence: tokens whose mark (mask, action) is not `ignored`; NaN where the offsets are bad.
@@ -242,7 +241,7 @@ def policy_count_kernel(
             mark = tl.load(marks + t + lane, mask=live, other=0).to(tl.int64)
             live = live & (mark != ignored)
         count += live.to(tl.int64)
-    n = tl.where(good, tl.sum(count, 0).to(tl.float64), NAN)
+    n = tl.where(good, tl.sum(count, 0).to(tl.float64), float("nan"))
     tl.store(scratch + i * stride, n)
     rows = scratch + sequences
     for t in range(begin, tl.where(by_row != 0, end, begin), BLOCK):
@@ -288,18 +287,18 @@ def policy_share_kernel(
     share = tl.where(reduction == REDUCE_SEQUENCES, _one_over(n) * by_sequence, share)
     share = tl.where(reduction == REDUCE_SEQUENCE_SUMS, by_sequence, share)
     share = tl.where(reduction == REDUCE_DIVISOR, _one_over(number(divisor)), share)
-    tl.store(item + 1, tl.where(n == n, share, NAN), mask=inside)
+    tl.store(item + 1, tl.where(n == n, share, float("nan")), mask=inside)
     tl.store(item + 2, each, mask=inside)
 
 
 def _counts(
-    marks, ignored, offsets, sequences, length, total, scratch, stride, by_row, share, place
+    scratch, stride, by_row, marks, ignored, offsets, sequences, length, total, share, place
 ):
     """Leaves n, share and 1/all in scratch, for each sequence or for each row."""
-    _, reduction, divisor = share
+    reduction, divisor = share
     launch(
-        policy_count_kernel, sequences, marks, ignored, offsets, sequences, length, total, scratch,
-        stride, int(by_row), place[1], BLOCK=512, num_warps=4,
+        policy_count_kernel, sequences, scratch, stride, int(by_row), marks, ignored, offsets,
+        sequences, length, total, place[1], BLOCK=512, num_warps=4,
     )  # fmt: skip
     first, items, item_stride = (
         (sequences, total, ROW_SUMS.value) if by_row else (0, sequences, stride)
@@ -321,11 +320,11 @@ def _counts(
     ]
 )  # fmt: skip
 def policy_kernel(
-    logprobs, mask, offsets, sequences, length, total, old, has_old, ref, has_ref,
+    scratch, logprobs, mask, offsets, sequences, length, total, old, has_old, ref, has_ref,
     weights, has_weights, advantages, by_token, importance, with_kl, kl_times_ratio,
     kl_beta: tl.float64, lowest: tl.float64, highest: tl.float64, dual_clip: tl.float64,
     delta: tl.float64, tau_pos: tl.float64, tau_neg: tl.float64,
-    upstream, has_upstream, out, has_out, gradient, scratch, flags,
+    upstream, has_upstream, out, has_out, gradient, flags,
     SURROGATE: tl.constexpr, KL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One sequence. Where the ratio is the sequence's, its log is added up first, and a token's gradient is
@@ -385,7 +384,7 @@ def policy_kernel(
             by_ratio += tl.where(counted, g * by_x, 0.0)
             dz = g * (by_lp + tl.where(own, by_x, 0.0)) + to_each
             tl.store(gradient + at, tl.where(keep, dz, 0.0), mask=inside)
-            value = tl.where(good, tl.where(keep, value, 0.0), NAN)
+            value = tl.where(good, tl.where(keep, value, 0.0), float("nan"))
             tl.store(out + at, value, mask=lane < tl.where(has_out != 0, end - t, 0))
         to_each = tl.sum(by_ratio, 0)
         to_each = tl.where(importance == BY_MEAN, to_each / some, to_each)
@@ -423,14 +422,14 @@ def policy(
         flag_tokens_of_no_sequence(total, place)
         return
     _counts(
-        mask, 0, offsets, sequences, length, total, scratch, SUMS.value, False,
-        (importance, reduction, divisor), place,
+        scratch, SUMS.value, False, mask, 0, offsets, sequences, length, total,
+        (reduction, divisor), place,
     )  # fmt: skip
     launch(
-        policy_kernel, sequences, logprobs, mask, offsets, sequences, length, total,
+        policy_kernel, sequences, scratch, logprobs, mask, offsets, sequences, length, total,
         *_or((old_logprobs, ref_logprobs, weights), logprobs), advantages, int(by_token),
         importance, *numbers, *_or((upstream, out if by_element else None), logprobs), gradient,
-        scratch, place[1], **constants, BLOCK=512, num_warps=4,
+        place[1], **constants, BLOCK=256, num_warps=4,
     )  # fmt: skip
     launch(
         policy_sums_kernel, 1, scratch, sequences, *_or((None if by_element else out,), logprobs),
@@ -448,13 +447,13 @@ def policy(
     ]
 )  # fmt: skip
 def policy_logits_kernel(
-    logits, inner, outer_stride, inner_stride,
+    scratch, logits, inner, outer_stride, inner_stride,
     gradient, gradient_inner, gradient_outer_stride, gradient_inner_stride,
     actions, ignore_index, vocab, temperature: tl.float64, entropy_coef: tl.float64, sequences,
     old, has_old, ref, has_ref, weights, has_weights, advantages, by_token,
     with_kl, kl_times_ratio, kl_beta: tl.float64, lowest: tl.float64, highest: tl.float64,
     dual_clip: tl.float64, delta: tl.float64, tau_pos: tl.float64, tau_neg: tl.float64,
-    upstream, has_upstream, scratch, flags,
+    upstream, has_upstream, flags,
     SURROGATE: tl.constexpr, KL: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row: what policy_table.h says of its token, and the gradient in the same visit."""
@@ -512,7 +511,7 @@ def policy_logits_kernel(
     else:
         write_zeros(out, integer(vocab), BLOCK)
         if kept:
-            loss = number(NAN)
+            loss = number(float("nan"))
             tl.store(flags + BAD_TARGETS, 1)
     tl.store(row, loss)
     tl.store(row + 1, side)
@@ -538,7 +537,9 @@ def policy_logits_sums_kernel(
         low += (side < 0.0).to(tl.float64)
         high += (side > 0.0).to(tl.float64)
     loss = _sum(first, n, ROW_SUMS, BLOCK)
-    loss = tl.where(total == total, loss, NAN)  # bad offsets, also of a sequence without rows
+    loss = tl.where(
+        total == total, loss, float("nan")
+    )  # bad offsets, also of a sequence without rows
     entropy = each * _sum(first + 3, n, ROW_SUMS, BLOCK)
     coef = number(entropy_coef)
     loss = tl.where(coef == 0.0, loss, loss - coef * entropy)
@@ -555,7 +556,7 @@ def policy_logits(
     advantages, by_token, options, upstream, out, metrics, scratch, place,
 ):  # fmt: skip
     _, rows, vocab, *strides = layout
-    constants, numbers, share = _table(options, ref_logprobs)
+    constants, numbers, (_, *share) = _table(options, ref_logprobs)
     if sequences == 0:
         wrong = float("nan") if rows > 0 else 0.0
         for array in (out, metrics, *([gradient] if rows > 0 else [])):
@@ -563,14 +564,14 @@ def policy_logits(
                 array.fill_(wrong)
         flag_tokens_of_no_sequence(rows, place)
         return
-    _counts(actions, ignore_index, offsets, sequences, length, rows, scratch, 1, True, share, place)
+    _counts(scratch, 1, True, actions, ignore_index, offsets, sequences, length, rows, share, place)
     block, warps = tile(layout, logits.element_size(), 3, twice=True)
     if rows > 0:
         launch(
-            policy_logits_kernel, rows, logits, *strides, gradient, *gradient_layout[3:],
+            policy_logits_kernel, rows, scratch, logits, *strides, gradient, *gradient_layout[3:],
             actions, ignore_index, vocab, temperature, entropy_coef, sequences,
             *_or((old_logprobs, ref_logprobs, weights), advantages), advantages, int(by_token),
-            *numbers, *_or((upstream,), advantages), scratch, place[1],
+            *numbers, *_or((upstream,), advantages), place[1],
             **constants, ENTROPY=entropy_coef != 0.0, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     launch(
@@ -604,7 +605,7 @@ def _value_term(values, returns, old_values, has_old, mask, clip, at, inside):
 
 @triton.jit(do_not_specialize=["has_old", "total", "blocks"])
 def value_loss_sums_kernel(
-    values, returns, old_values, has_old, mask, clip: tl.float64, total, blocks, scratch,
+    scratch, values, returns, old_values, has_old, mask, clip: tl.float64, total, blocks,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
@@ -624,7 +625,7 @@ def value_loss_sums_kernel(
 
 @triton.jit(do_not_specialize=["has_old", "total", "blocks", "has_gradient"])
 def value_loss_kernel(
-    values, returns, old_values, has_old, mask, clip: tl.float64, total, blocks, scratch,
+    scratch, values, returns, old_values, has_old, mask, clip: tl.float64, total, blocks,
     out, gradient, has_gradient, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The mean, by the first program, and the gradient."""
@@ -648,7 +649,7 @@ def value_loss(values, wide, total, returns, old_values, mask, clip, out, gradie
         out.zero_()
         return
     blocks = -(-total // VALUE_BLOCK.value)
-    given = values, returns, *_or((old_values,), values), mask, float(clip), total, blocks, scratch
+    given = scratch, values, returns, *_or((old_values,), values), mask, float(clip), total, blocks
     launch(value_loss_sums_kernel, blocks, *given, BLOCK=1024, num_warps=4)
     launch(
         value_loss_kernel, blocks if gradient is not None else 1, *given, out,
@@ -666,14 +667,14 @@ def _moments(rewards, begin, end, BLOCK):
     count = tl.zeros((BLOCK,), tl.float64)
     total = tl.zeros((BLOCK,), tl.float64)
     for t in range(begin, end, BLOCK):
-        r = tl.load(rewards + t + lane, mask=lane < end - t, other=NAN).to(tl.float64)
+        r = tl.load(rewards + t + lane, mask=lane < end - t, other=float("nan")).to(tl.float64)
         count += (r == r).to(tl.float64)
         total += tl.where(r == r, r, 0.0)
     n = tl.sum(count, 0)
     mean = tl.sum(total, 0) * _one_over(n)
     squares = tl.zeros((BLOCK,), tl.float64)
     for t in range(begin, end, BLOCK):
-        r = tl.load(rewards + t + lane, mask=lane < end - t, other=NAN).to(tl.float64)
+        r = tl.load(rewards + t + lane, mask=lane < end - t, other=float("nan")).to(tl.float64)
         squares += tl.where(r == r, (r - mean) * (r - mean), 0.0)
     deviation = tl.sqrt(tl.sum(squares, 0) / tl.where(n > 1.0, n - 1.0, 1.0))
     return n, mean, tl.where(n > 1.0, deviation, 0.0)
