@@ -671,7 +671,7 @@ def _moments(rewards, begin, end, BLOCK):
         count += (r == r).to(tl.float64)
         total += tl.where(r == r, r, 0.0)
     n = tl.sum(count, 0)
-    mean = tl.sum(total, 0) * _one_over(n)
+    mean = tl.sum(total, 0) / tl.where(n == 0.0, 1.0, n)  # of equal rewards exactly they
     squares = tl.zeros((BLOCK,), tl.float64)
     for t in range(begin, end, BLOCK):
         r = tl.load(rewards + t + lane, mask=lane < end - t, other=float("nan")).to(tl.float64)
@@ -692,7 +692,7 @@ def group_advantages_kernel(
         _, _, deviation = _moments(rewards, integer(0), groups * size, BLOCK)
     factor = tl.where(scale == SCALE_NONE, number(1.0), 1.0 / (deviation + 1e-4))
     # r - the mean of the n - 1 others = (r - mean)·n/(n - 1)
-    others = tl.where(n > 1.0, n * _one_over(n - 1.0), 0.0)
+    others = tl.where(n > 1.0, n / tl.where(n > 1.0, n - 1.0, 1.0), 0.0)
     factor = tl.where(leave_one_out != 0, factor * others, factor)
     lane = tl.arange(0, BLOCK)
     for t in range(0, size, BLOCK):
