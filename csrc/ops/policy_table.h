@@ -103,10 +103,17 @@ FF_TABLE Term token_term(const PolicyTokens& a, const PolicyOptions& o, int64_t 
   term = {weight * term.value, weight * term.by_x, weight * term.by_lp};
   if (a.ref_logprobs && o.kl_beta != 0) {
     const Term kl = kl_term(o.kl, lp, a.ref_logprobs[t]);
-    const double beta = o.kl_beta, factor = o.kl_times_ratio ? beta * rho.value : beta;
-    term.value += factor * kl.value;
-    term.by_lp += factor * kl.by_lp;
-    if (o.kl_times_ratio) term.by_x += beta * kl.value * rho.slope;
+    if (!o.kl_times_ratio) {
+      term.value += o.kl_beta * kl.value;
+      term.by_lp += o.kl_beta * kl.by_lp;
+    } else {  // by the token's own ratio where that of the sequence is vespo's w
+      const bool own = o.importance == Importance::sum;
+      const Ratio r = own && a.old_logprobs ? ratio_of(lp - a.old_logprobs[t]) : rho;
+      const double slope = o.kl_beta * kl.value * r.slope;
+      term.value += o.kl_beta * kl.value * r.value;
+      term.by_lp += o.kl_beta * kl.by_lp * r.value + (own ? slope : 0);
+      term.by_x += own ? 0 : slope;
+    }
   }
   return term;
 }

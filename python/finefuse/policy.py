@@ -292,7 +292,7 @@ class _Policy(torch.autograd.Function):
         if ctx.by_token:
             ctx.save_for_backward(logprobs, mask, *rest[:5])
         else:
-            ctx.save_for_backward(gradient, logprobs)
+            ctx.save_for_backward(gradient, mask, logprobs)
         ctx.backend = _backend.chosen
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
@@ -306,7 +306,11 @@ class _Policy(torch.autograd.Function):
             return None, *nothing
         if ctx.by_token:
             return _BACKWARD(g, *ctx.saved_tensors, *ctx.numbers), *nothing
-        return ctx.saved_tensors[0] * g, *nothing
+        gradient, mask, _ = ctx.saved_tensors
+        gradient = gradient * g
+        if mask is not None:  # 0·inf is not 0
+            gradient.masked_fill_(~mask, 0)
+        return gradient, *nothing
 
 
 def policy_loss(

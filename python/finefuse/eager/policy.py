@@ -100,19 +100,22 @@ def policy_loss(logprobs: Tensor, mask: Tensor | None, *rest: Any) -> tuple[Tens
     else:
         x = lp - tokens(old)
     approx_kl = _kl("k3", lp, tokens(old)).sum() / total if old is not None else lp.new_zeros(())
+    own = _ratio(x)
     if whose != "token":
         x = sums(x.clamp(-20, 20) if kind == "vespo" else x)
         x = (x / n.clamp(min=1) if whose == "mean" else x)[sequence]
     rho = _ratio(x)
     value = _surrogate(kind, lp, x, rho, A, low, high, dual_clip, delta, tau_pos, tau_neg)
     if weights is not None:
-        factor = tokens(weights)
-        value = torch.where(factor == 0, 0, factor * value)
+        weight = tokens(weights)
+        value = torch.where(weight == 0, 0, weight * value)
     if whose == "whole":
         value = value / each
     if ref is not None:
         term = kl_beta * _kl(kl, lp, tokens(ref))
-        value = value + (term * rho if kl_times_ratio else term)
+        # by the token's own ratio where that of the sequence is vespo's w
+        factor = own if whose == "sum" else rho
+        value = value + (term * factor if kl_times_ratio else term)
     value = torch.where(live, value, 0)
     sides = torch.stack(_clipped(kind, rho, A, low, high)).to(lp.dtype) * live
     share = 1 / total if whose == "token" else 1 / (each * batch)

@@ -150,6 +150,7 @@ def policy_loss(
         kept = [t for t in span if live[t]]
         n = len(kept)
         xs = {t: 0.0 if old is None else lp[t] - old[t] for t in kept}
+        own = dict(xs)
         if kind == "vespo":
             xs = {t: min(max(x, -20), 20) for t, x in xs.items()}
         if whose != "token" and n:
@@ -170,9 +171,14 @@ def policy_loss(
             rho, slope = ratio(xs[t])
             if ref is not None:
                 k, d_k = kl_term(kl, lp[t], ref[t])
-                value += kl_beta * k * (rho if kl_times_ratio else 1)
-                d_lp += kl_beta * d_k * (rho if kl_times_ratio else 1)
-                d_x += kl_beta * k * slope if kl_times_ratio else 0.0
+                # the KL's ratio is a token's where that of the sequence is vespo's w
+                by, by_slope = ratio(own[t]) if kind == "vespo" else (rho, slope)
+                value += kl_beta * k * (by if kl_times_ratio else 1)
+                d_lp += kl_beta * d_k * (by if kl_times_ratio else 1)
+                if kl_times_ratio and kind == "vespo":
+                    d_lp += kl_beta * k * by_slope
+                elif kl_times_ratio:
+                    d_x += kl_beta * k * by_slope
             g = share * (1.0 if upstream is None else np.asarray(upstream).reshape(-1)[t])
             values[t] = value
             result += share * value
