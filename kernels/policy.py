@@ -18,8 +18,8 @@ are in a fixed order, without atomics. What is masked out is never read.
 
 The host functions have the names, arguments and meaning of csrc/bindings/ops.h; `place` is (stream, flags).
 They allocate nothing and wait for nothing. An action out of range is never followed: its row's loss is NaN,
-its gradient 0, and a flag is set. Bad offsets lead nowhere: what they cover is NaN, and so are the reduced
-loss and the metrics.
+its gradient 0, and a flag is set. Bad offsets lead nowhere: a flag is set, and loss, metrics and gradients
+are NaN.
 """
 
 import triton
@@ -55,6 +55,7 @@ SAPO = tl.constexpr(3)
 VESPO = tl.constexpr(4)
 BY_TOKEN = tl.constexpr(0)
 BY_MEAN = tl.constexpr(1)
+BY_SUM = tl.constexpr(2)
 BY_WHOLE = tl.constexpr(3)
 K1 = tl.constexpr(0)
 K2 = tl.constexpr(1)
@@ -101,8 +102,15 @@ def _log_ratio(lp, old, has_old, SURROGATE):
     """Without old log-probabilities those of now stand for them."""
     x = lp - old
     if SURROGATE == VESPO:
-        x = _clamp(x, number(-20.0), number(20.0))
+        x = _clamp(x, -20.0, 20.0)
     return tl.where(has_old != 0, x, 0.0)
+
+
+@triton.jit
+def _ratio(x):
+    """(e^x, its derivative)."""
+    rho = tl.exp(_clamp(x, -FARTHEST, FARTHEST))
+    return rho, tl.where((x < -FARTHEST) | (x > FARTHEST), 0.0, rho)
 
 
 @triton.jit
@@ -133,7 +141,7 @@ def _surrogate(
     by_x = tl.full(lp.shape, 0.0, tl.float64)
     by_lp = by_x
     if SURROGATE == CLIPPED:  # -min(min(rho, delta)·A, clip(rho)·A), at most -c·A where A < 0
-        capped = tl.where(rho > number(delta), number(delta), rho)
+        capped = tl.where(rho > delta, delta, rho)
         clipped = _clamp(rho, lowest, highest)
         second = clipped * A < capped * A
         value = -tl.where(second, clipped, capped) * A
@@ -141,9 +149,9 @@ def _surrogate(
         by_x = tl.where(
             second,
             tl.where(clipped != rho, 0.0, by_x),
-            tl.where(rho > number(delta), 0.0, by_x),
+            tl.where(rho > delta, 0.0, by_x),
         )
-        bound = -A * number(dual_clip)
+        bound = -A * dual_clip
         over = (A < 0.0) & (value > bound)
         value = tl.where(over, bound, value)
         by_x = tl.where(over, 0.0, by_x)
@@ -155,15 +163,15 @@ def _surrogate(
         value = tl.where(c == 0.0, 0.0, -c * lp)
         by_lp = -c
     elif SURROGATE == SAPO:  # -A·S(tau·(rho - 1))·4/tau
-        tau = tl.where(A > 0.0, number(tau_pos), number(tau_neg))
+        tau = tl.where(A > 0.0, number(tau_pos), tau_neg)
         e = tl.exp(-tau * (rho - 1.0))
         s = 1.0 / (1.0 + e)
         value = -A * s * 4.0 / tau
         by_x = -4.0 * A * s * (e * s) * slope
     else:
         tl.static_assert(SURROGATE == VESPO)  # -sg(e^{lambda + k·log w - lambda·w})·A·lp
-        k = tl.where(A >= 0.0, number(2.0), number(3.0))
-        log_w = _clamp(x, number(LOWEST_LOG_W), number(20.0))
+        k = tl.where(A >= 0.0, number(2.0), 3.0)
+        log_w = _clamp(x, LOWEST_LOG_W, 20.0)
         c = tl.exp(5.0 - k + k * log_w - (5.0 - k) * tl.exp(log_w)) * A
         value = tl.where(c == 0.0, 0.0, -c * lp)
         by_lp = -c
@@ -173,14 +181,12 @@ def _surrogate(
 @triton.jit
 def _term(
     lp, x, A, weight, old, has_old, ref, with_kl, kl_times_ratio, kl_beta,
-    clip_lowest, clip_highest, dual_clip, delta, tau_pos, tau_neg, SURROGATE, KL,
+    lowest, highest, dual_clip, delta, tau_pos, tau_neg, own_kl, SURROGATE, KL,
 ):  # fmt: skip
     """(loss, by_x, by_lp, low, high, k3): a token's loss with its derivatives by the log-ratio x in force and
-    by its own log-probability, whether its ratio was clipped, the approximate KL."""
-    lowest = number(clip_lowest)
-    highest = number(clip_highest)
-    rho = tl.exp(_clamp(x, -number(FARTHEST), number(FARTHEST)))
-    slope = tl.where((x < -FARTHEST) | (x > FARTHEST), 0.0, rho)
+    by its own log-probability, whether its ratio was clipped, the approximate KL. own_kl: KL by the token's
+    own ratio where that of the sequence is vespo's w."""
+    rho, slope = _ratio(x)
     value, by_x, by_lp = _surrogate(
         lp, x, rho, slope, A, lowest, highest, dual_clip, delta, tau_pos, tau_neg, SURROGATE
     )
@@ -189,12 +195,19 @@ def _term(
     by_x = tl.where(none, 0.0, weight * by_x)
     by_lp = tl.where(none, 0.0, weight * by_lp)
     if with_kl != 0:
-        beta = number(kl_beta)
         k, k_by_lp = _kl(lp, ref, KL)
-        factor = tl.where(kl_times_ratio != 0, beta * rho, beta)
-        value += factor * k
-        by_lp += factor * k_by_lp
-        by_x += tl.where(kl_times_ratio != 0, beta * k * slope, 0.0)
+        factor = tl.where(kl_times_ratio != 0, rho, 1.0)
+        through = tl.where(kl_times_ratio != 0, k * slope, 0.0)
+        if own_kl:
+            own, own_slope = _ratio(tl.where(has_old != 0, lp - old, 0.0))
+            factor = tl.where(kl_times_ratio != 0, own, 1.0)
+            k_by_lp = factor * k_by_lp + tl.where(kl_times_ratio != 0, k * own_slope, 0.0)
+            through = tl.zeros_like(through)
+        else:
+            k_by_lp = factor * k_by_lp
+        value += kl_beta * (factor * k)
+        by_lp += kl_beta * k_by_lp
+        by_x += kl_beta * through
     k3 = tl.full(lp.shape, 0.0, tl.float64)
     if has_old != 0:
         k3, _ = _kl(lp, old, K3)
@@ -287,7 +300,7 @@ def policy_share_kernel(
     share = tl.where(reduction == REDUCE_SEQUENCES, _one_over(n) * by_sequence, share)
     share = tl.where(reduction == REDUCE_SEQUENCE_SUMS, by_sequence, share)
     share = tl.where(reduction == REDUCE_DIVISOR, _one_over(number(divisor)), share)
-    tl.store(item + 1, tl.where(n == n, share, float("nan")), mask=inside)
+    tl.store(item + 1, tl.where(each == each, share, float("nan")), mask=inside)
     tl.store(item + 2, each, mask=inside)
 
 
@@ -330,7 +343,7 @@ def policy_kernel(
     """One sequence. Where the ratio is the sequence's, its log is added up first, and a token's gradient is
     in the losses of all: then the tokens are gone through once more to write it."""
     i = tl.program_id(0).to(tl.int64)
-    begin, end, good = segment(offsets, i, sequences, length, total, flags)
+    begin, end, _ = segment(offsets, i, sequences, length, total, flags)
     sums = scratch + i * SUMS
     n = tl.load(sums)
     share = tl.load(sums + 1)
@@ -373,7 +386,8 @@ def policy_kernel(
             value, by_x, by_lp, is_low, is_high, k3 = _term(
                 lp, x, A.to(tl.float64), weight, before, has_old,
                 _optional(ref, has_ref, at, keep, 0.0), with_kl, kl_times_ratio, kl_beta,
-                lowest, highest, dual_clip, delta, tau_pos, tau_neg, SURROGATE, KL,
+                lowest, highest, dual_clip, delta, tau_pos, tau_neg, importance == BY_SUM,
+                SURROGATE, KL,
             )  # fmt: skip
             g = share * _optional(upstream, has_upstream, at, keep, 1.0)
             counted = keep & (lane < tl.where(visit == 0, end - t, 0))
@@ -384,7 +398,7 @@ def policy_kernel(
             by_ratio += tl.where(counted, g * by_x, 0.0)
             dz = g * (by_lp + tl.where(own, by_x, 0.0)) + to_each
             tl.store(gradient + at, tl.where(keep, dz, 0.0), mask=inside)
-            value = tl.where(good, tl.where(keep, value, 0.0), float("nan"))
+            value = tl.where(each == each, tl.where(keep, value, 0.0), float("nan"))
             tl.store(out + at, value, mask=lane < tl.where(has_out != 0, end - t, 0))
         to_each = tl.sum(by_ratio, 0)
         to_each = tl.where(importance == BY_MEAN, to_each / some, to_each)
@@ -463,10 +477,11 @@ def policy_logits_kernel(
     inside = (y >= 0) & (y < vocab)
     row = scratch + sequences + r * ROW_SUMS
     out = row_of(gradient, r, gradient_inner, gradient_outer_stride, gradient_inner_stride)
-    loss = number(0.0)
-    side = number(0.0)
-    k3 = number(0.0)
-    entropy = number(0.0)
+    none = number(0.0)
+    loss = none
+    side = none
+    k3 = none
+    entropy = none
     if kept & inside:
         WIDE: tl.constexpr = logits.dtype.element_ty == tl.float64
         z = row_of(logits, r, inner, outer_stride, inner_stride)
@@ -488,25 +503,23 @@ def policy_logits_kernel(
             lp, _log_ratio(lp, before, has_old, SURROGATE), A,
             _optional(weights, has_weights, r, kept, 1.0), before, has_old,
             _optional(ref, has_ref, r, kept, 0.0), with_kl, kl_times_ratio, kl_beta,
-            lowest, highest, dual_clip, delta, tau_pos, tau_neg, SURROGATE, KL,
+            lowest, highest, dual_clip, delta, tau_pos, tau_neg, False, SURROGATE, KL,
         )  # fmt: skip
         loss *= share
-        side = tl.where(high, 1.0, tl.where(low, -1.0, number(0.0)))
+        side = tl.where(high, 1.0, tl.where(low, -1.0, none))
         up = tl.load(upstream, mask=has_upstream != 0, other=1.0).to(tl.float64)
         g = up * share * (by_lp + by_x)
-        h = number(0.0)
+        h = none
         if ENTROPY:
-            h = -up * number(entropy_coef) * each
+            h = -up * entropy_coef * each
         # in place, a warp that is ahead would overwrite what others read; and so this row's share
         tl.debug_barrier()
         if (g == 0.0) & (h == 0.0):
             write_zeros(out, integer(vocab), BLOCK)
         else:
-            a, b, at_y = logprob_gradient(
-                g, h, number(0.0), lp, log_sum, entropy, inverse_t, ENTROPY
-            )
+            a, b, at_y = logprob_gradient(g, h, none, lp, log_sum, entropy, inverse_t, ENTROPY)
             write_gradient(
-                z, out, integer(vocab), y, at_y, ref_z, c, a, b, number(0.0), ENTROPY, BLOCK, True
+                z, out, integer(vocab), y, at_y, ref_z, c, a, b, none, ENTROPY, BLOCK, True
             )
     else:
         write_zeros(out, integer(vocab), BLOCK)
@@ -595,7 +608,7 @@ def _value_term(values, returns, old_values, has_old, mask, clip, at, inside):
     slope = used
     if has_old != 0:
         old = tl.load(old_values + at, mask=keep, other=0.0).to(tl.float64)
-        near = _clamp(v, old - number(clip), old + number(clip))
+        near = _clamp(v, old - clip, old + clip)
         held = near - target
         larger = held * held > used * used
         slope = tl.where(larger, tl.where(near == v, held, 0.0), slope)

@@ -1,10 +1,12 @@
 """Policy-gradient losses, value loss and advantages on every backend beside the CPU's.
 
 On a reduced grid: what is common to all backends, the arguments and the autograd, is in test_policy.py.
+Few rows and sequences: one takes Triton's interpreter some hundredths of a second.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 
@@ -74,11 +76,12 @@ def usable(loss, options):
 # ---- from log-probabilities ------------------------------------------------------------------------
 
 
-# 5 × 17: one of the sequences has no tokens. 2 × 700: several blocks of a sequence's tokens.
-@pytest.mark.parametrize("shape", [(5, 17), (2, 700)], ids=str)
+# 3 × 17: one of the sequences has no tokens. 1 × 700: several blocks of a sequence's tokens.
+@pytest.mark.parametrize("shape", [(3, 17), (1, 700)], ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_from_logprobs(place, loss, shape):
-    for i, name in enumerate(OPTIONS if shape == (5, 17) else ("plain", "sequence")):
+    some = list(OPTIONS)[list(LOSSES).index(loss) % 2 :: 2]  # with each loss every other set
+    for i, name in enumerate(some if shape == (3, 17) else ("sequence",)):
         options = usable(loss, name)
         v = vectors(*shape, WIDE[i % 2], by_token=options.get("by_token", False))
         kwargs = {"loss": loss, **arguments(v, options)}
@@ -96,9 +99,9 @@ def test_from_logprobs(place, loss, shape):
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "rloo", "dr_grpo"])
 def test_reductions(place, reduction):
     for loss in ("ppo", "gspo", "vespo", "rloo"):
-        v = vectors(4, 9)
+        v = vectors(3, 9)
         kwargs = {"loss": loss, "reduction": reduction, **arguments(v, OPTIONS["kl times ratio"])}
-        up = torch.randn(4, 9) if reduction == "none" else None
+        up = torch.randn(3, 9) if reduction == "none" else None
         out, grad = run(place, v.lp, v.advantages, kwargs, up)
         e, e_grad = run_eager(v.lp, v.advantages, kwargs, up)
         t = truth(v.lp, v.advantages, kwargs, None if up is None else up.double().numpy())
@@ -165,8 +168,10 @@ def test_without_old_logprobs(place):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_from_logits(place, loss, dtype):
-    for i, name in enumerate(("plain", "kl", "k2", "temperatures")):
-        logits, actions, v = batch(3, 3, 257, dtype)  # an odd tail
+    names = ("plain", "kl") if dtype == torch.float32 else ("k2", "temperatures")
+    for i, name in enumerate(names):
+        logits, actions, v = batch(2, 2, 257, dtype)  # an odd tail
+        v.mask[:] = torch.tensor([[True, False], [True, True]])
         kwargs = {
             "loss": loss, "entropy_coef": 0.02 * (i % 2), "temperature": 0.8,
             **arguments(v, usable(loss, name)),
@@ -192,6 +197,8 @@ def test_from_logits(place, loss, dtype):
 @pytest.mark.parametrize("vocab", [1, 3001, 32768, 33001, *([151936] if GPU else [])])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_long_rows(place, vocab, dtype):
+    if place.backend == "eager":
+        pytest.skip("plain torch has plain torch's errors")
     logits, actions, v = batch(1, 2, vocab, dtype)
     kwargs = {"loss": "grpo", "entropy_coef": 0.1, **arguments(v, OPTIONS["kl"])}
     out, grad = run_logits(place, logits, actions, v.advantages, kwargs)
@@ -206,26 +213,27 @@ def test_long_rows(place, vocab, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_minus_infinity_and_nan(place, dtype):
-    logits, actions, v = batch(2, 3, 300, dtype)
+    logits, actions, v = batch(2, 2, 300, dtype)
+    ones = torch.ones(2)  # losses of one sign: nothing cancels
     logits[..., ::3] = -math.inf
     actions = actions // 3 * 3 + 1
     v.mask[:] = True
     kwargs = {"entropy_coef": 0.1, "mask": v.mask, "loss": "ppo", "kl_beta": 0.2}
     lp = torch.log_softmax(logits.double(), -1).gather(-1, actions[..., None])[..., 0]
     kwargs |= {"old_logprobs": (lp + 0.1).to(v.old.dtype), "ref_logprobs": lp.to(v.old.dtype)}
-    out, grad = run_logits(place, logits, actions, v.advantages, kwargs)
-    loss_t, dz, entropy, _ = truth_from_logits(logits, actions, v.advantages, **kwargs)
+    out, grad = run_logits(place, logits, actions, ones, kwargs)
+    loss_t, dz, entropy, _ = truth_from_logits(logits, actions, ones, **kwargs)
     check("loss", out[0], loss_t, loss_t)
     check("gradient", grad, dz, dz)
     check("entropy", out[4], entropy, entropy)
     actions[0, 1] = 0  # an action of probability 0: its ratio is e^-60, its gradient 0
     kwargs |= {"entropy_coef": 0.0, "kl_beta": 0.0}
-    out, grad = run_logits(place, logits, actions, v.advantages, kwargs)
+    out, grad = run_logits(place, logits, actions, ones, kwargs)
     assert torch.isfinite(out[0])
     assert (grad[0, 1] == 0).all()
     for bad in (math.nan, math.inf):
         logits[0, 0, 5] = bad
-        out, grad = run_logits(place, logits, actions, torch.ones(2), kwargs)
+        out, grad = run_logits(place, logits, actions, ones, kwargs)
         assert torch.isnan(out[0])
         assert torch.isnan(grad[0, 0]).all()
         assert torch.isfinite(grad[1]).all()
@@ -233,9 +241,9 @@ def test_minus_infinity_and_nan(place, dtype):
 
 def test_strides(place):
     """Slices without a copy, rows that are not aligned, int32 actions and offsets."""
-    base = torch.randn(3, 6, 258)
-    y = torch.randint(0, 257, (3, 5))
-    A, old = torch.randn(3), -torch.rand(3, 5) * 6
+    base = torch.randn(2, 3, 258)
+    y = torch.randint(0, 257, (2, 2))
+    A, old = torch.randn(2), -torch.rand(2, 2) * 6
     moved, y, A, old = place.put(base, y, A, old)
     logits = moved[:, :-1, 1:]
     results = []
@@ -244,15 +252,15 @@ def test_strides(place):
         out = ff.policy_loss_from_logits(x, actions, advantages=A, old_logprobs=old, loss="grpo")
         out.loss.backward()
         results.append((out.loss.item(), x.grad.cpu()))
-    flat = logits.reshape(15, 257).requires_grad_()
+    flat = logits.reshape(4, 257).requires_grad_()
     for index in (torch.int32, torch.int64):
         flat.grad = None
         out = ff.policy_loss_from_logits(
             flat, y.view(-1), advantages=A, old_logprobs=old.view(-1), loss="grpo",
-            cu_seqlens=torch.tensor([0, 5, 10, 15], dtype=index, device=place.device),
+            cu_seqlens=torch.tensor([0, 2, 4], dtype=index, device=place.device),
         )  # fmt: skip
         out.loss.backward()
-        results.append((out.loss.item(), flat.grad.view(3, 5, 257).cpu()))
+        results.append((out.loss.item(), flat.grad.view(2, 2, 257).cpu()))
     for loss, grad in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-6)
         torch.testing.assert_close(grad, results[0][1])
@@ -270,9 +278,9 @@ def test_empty(place):
             assert [o.item() for o in out] == [0.0] * 5
             out = ff.policy_loss(z[..., 0], advantages=A, loss=loss)
             assert [o.item() for o in out[:4]] == [0.0] * 4
-    z = torch.full((2, 3, 5), math.nan, device=place.device, requires_grad=True)
-    y = torch.full((2, 3), IGNORE, device=place.device)
-    A = torch.full((2,), math.nan, device=place.device)
+    z = torch.full((1, 2, 5), math.nan, device=place.device, requires_grad=True)
+    y = torch.full((1, 2), IGNORE, device=place.device)
+    A = torch.full((1,), math.nan, device=place.device)
     for loss in LOSSES:
         z.grad = None
         out = ff.policy_loss_from_logits(z, y, advantages=A, loss=loss, entropy_coef=0.1)
@@ -290,22 +298,20 @@ def test_empty(place):
 @pytest.mark.parametrize("loss", ["ppo", "gspo"])  # in one pass, in two
 def test_bad_actions_are_flagged(place, loss):
     """Never followed: the loss is NaN, the other rows' gradients are right, and check() says so."""
-    logits, actions, v = batch(2, 3, 50)
-    A = v.advantages
-    _, want = run_logits(place, logits, actions, A, {"loss": "ppo"})
+    logits, actions, v = batch(1, 3, 50)
+    A, kwargs = v.advantages, {"loss": loss, "old_logprobs": v.old}
+    _, want = run_logits(place, logits, actions, A, kwargs)
     for bad in (-1, 50, 2**31, -(2**40)):
-        actions[1, 0] = bad
+        actions[0, 1] = bad
         if place.backend == "eager" and place.device == "cpu":
-            with pytest.raises(ValueError, match=f"element 3 is {bad}"):
-                run_logits(place, logits, actions, A, {"loss": loss})
+            with pytest.raises(ValueError, match=f"element 1 is {bad}"):
+                run_logits(place, logits, actions, A, kwargs)
             continue
-        out, grad = run_logits(place, logits, actions, A, {"loss": loss})
+        out, grad = run_logits(place, logits, actions, A, kwargs)
         assert torch.isnan(out[0])
-        assert (torch.isnan(grad[1, 0]) | (grad[1, 0] == 0)).all()
+        assert (torch.isnan(grad[0, 1]) | (grad[0, 1] == 0)).all()
         if loss == "ppo":
-            rest = torch.ones(2, 3, dtype=torch.bool)
-            rest[1, 0] = False
-            torch.testing.assert_close(grad[rest], want[rest])
+            torch.testing.assert_close(grad[0, ::2], want[0, ::2])
         if place.backend != "eager":
             with pytest.raises(ValueError, match="an element was neither in"):
                 ff.check()
@@ -313,33 +319,30 @@ def test_bad_actions_are_flagged(place, loss):
 
 
 def test_bad_offsets_are_flagged(place):
+    forms = itertools.cycle((("ppo", "grpo"), ("gspo", "sum"), ("ppo", "none")))
     for ends in (
-        [0, 5, 3, 9],
-        [1, 2, 3, 9],
-        [0, 2, 3, 8],
-        [0, -4, 3, 9],
-        [0, 2, 400, 9],
-        [0, 10, 9, 9],
+        [0, 3, 2, 4],
+        [1, 2, 3, 4],
+        [0, 2, 3, 3],
+        [0, -4, 3, 4],
+        [0, 2, 400, 4],
+        [0, 5, 4, 4],
     ):
         cu_seqlens = torch.tensor(ends)
-        for reduction in ("grpo", "sum", "none"):
-            for loss in ("ppo", "gspo"):
-                kwargs = {"loss": loss, "reduction": reduction, "cu_seqlens": cu_seqlens}
-                lp, old = torch.randn(2, 9) * 0.1
-                kwargs |= {"old_logprobs": old}
-                if place.backend == "eager":
-                    if place.device == "cpu":
-                        with pytest.raises(ValueError, match="cu_seqlens: element"):
-                            run(place, lp, torch.ones(3), kwargs, torch.ones(()))
-                    continue
-                out, _ = run(place, lp, torch.ones(3), kwargs, torch.ones(()))
-                assert torch.isnan(out[0]).any(), ends
-                with pytest.raises(ValueError, match="cu_seqlens: did not rise"):
-                    ff.check()
+        loss, reduction = next(forms)
+        kwargs = {"loss": loss, "reduction": reduction, "cu_seqlens": cu_seqlens}
+        given = -torch.rand(4), torch.ones(3), kwargs, torch.ones(())
         if place.backend == "eager":
+            if place.device == "cpu":
+                with pytest.raises(ValueError, match="cu_seqlens: element"):
+                    run(place, *given)
             continue
-        out, grad = run_logits(
-            place, torch.randn(9, 5), torch.zeros(9, dtype=torch.long), torch.ones(3),
+        out, _ = run(place, *given)
+        assert torch.isnan(out[0]).any(), ends
+        with pytest.raises(ValueError, match="cu_seqlens: did not rise"):
+            ff.check()
+        out, _ = run_logits(
+            place, torch.randn(4, 5), torch.zeros(4, dtype=torch.long), torch.ones(3),
             {"loss": "grpo", "cu_seqlens": cu_seqlens},
         )  # fmt: skip
         assert torch.isnan(out[0]), ends
@@ -357,8 +360,8 @@ def test_as_on_the_cpu(place, dtype):
     """The one-pass op with an upstream gradient and without, and every output it has."""
     if place.backend == "eager":
         pytest.skip("has no raw op")
-    logits, actions, v = batch(3, 4, 1501, dtype)
-    actions[~v.mask] = IGNORE
+    logits, actions, v = batch(2, 2, 1501, dtype)
+    actions[1, 0] = IGNORE
     tokens = [
         v.old.to(v.weights.dtype), v.ref.to(v.weights.dtype), v.weights, v.advantages.to(v.weights.dtype),
         None,
@@ -386,7 +389,7 @@ def test_as_on_the_cpu(place, dtype):
 
 
 def test_same_bits_every_time(place):
-    logits, actions, v = batch(3, 5, 5000, torch.bfloat16)
+    logits, actions, v = batch(1, 3, 5000, torch.bfloat16)
     kwargs = {"entropy_coef": 0.1, **arguments(v, OPTIONS["kl"])}
     for loss in ("grpo", "gspo"):
         first, second = (
@@ -415,8 +418,6 @@ def test_value_loss(place, dtype):
             )
             check("loss", loss.detach().cpu(), t, t)
             check("gradient", x.grad.cpu(), dt, dt)
-            with torch.no_grad():
-                assert torch.equal(ff.value_loss(x, a, b, clip=clip, mask=keep), loss)
     empty = torch.zeros(0, dtype=dtype, device=place.device, requires_grad=True)
     loss = ff.value_loss(empty, empty)
     loss.backward()
@@ -446,13 +447,12 @@ def test_group_advantages(place, scale, baseline):
 
 
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
-@pytest.mark.parametrize("shape", [(1,), (3, 1), (2, 3, 40), (2, 700)], ids=str)  # 700: two blocks
+@pytest.mark.parametrize("shape", [(1,), (3, 1), (2, 1, 40), (1, 700)], ids=str)  # 700: two blocks
 def test_gae(place, shape, dtype):
     r, longer = torch.randn(shape).to(dtype), torch.randn(*shape[:-1], shape[-1] + 1).to(dtype)
     mask = torch.rand(shape) < 0.8
     for values, m, gamma, lam in (
-        (longer[..., :-1], None, 0.97, 0.9), (longer, None, 1.0, 1.0), (longer, mask, 0.97, 0.9),
-        (longer[..., :-1], mask, 1.0, 0.0), (longer, mask, 0.0, 0.5),
+        (longer[..., :-1], None, 0.97, 0.9), (longer, mask, 1.0, 1.0), (longer, mask, 0.97, 0.0),
     ):  # fmt: skip
         hidden = r if m is None else r.masked_fill(~m, math.nan)
         x, v, keep = place.put(hidden, values, m)
