@@ -74,7 +74,7 @@ def _is_compiled(variant: Any) -> None:
 @pytest.fixture(scope="session")
 def quick_interpreter() -> None:
     """Triton's interpreter looks through all of triton.language at each call of a function inside a kernel
-    for what the kernel's start has replaced already, and finds nothing: half of the time of these tests."""
+    for what the kernel's start has replaced already, and finds nothing: a third of these tests' time."""
     if GPU:
         return
     from triton.runtime import interpreter
