@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-FAMILIES = ("bandit", "codebook", "dora", "logprobs", "lora", "preference", "segmented")
+FAMILIES = ("bandit", "codebook", "dora", "logprobs", "lora", "policy", "preference", "segmented")
 RESULTS = Path(__file__).parent / "results"
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 

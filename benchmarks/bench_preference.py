@@ -5,7 +5,6 @@ Bytes at least: a forward reads the logits once; with the gradient they are read
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 
 import finefuse as ff
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import peers
-from .measure import Inputs, Row, Run, compare, compare_calls, errors, forward, gradient, repeated
+from .measure import Inputs, Row, Run, compare, compare_small, forward, gradient
 from .peers import LIGER, OURS, TORCH, TRL
 
 # sequences, tokens, vocabulary, type
@@ -98,18 +97,9 @@ def from_vectors(device: str, pairs: int) -> list[Row]:
         "eager": (TORCH, step(peers.dpo_from_vectors)),
         "Liger": (LIGER, step(peers.dpo_from_vectors_liger)),
     }
-    runs = {
-        name: (needs, repeated(functools.partial(one, *vectors), 100))
-        for name, (needs, one) in steps.items()
-    }
     case = f"DPO from vectors of {pairs}, forward + backward"
-    rows = compare_calls(case, peers.load(runs, device), device, 100, rounds=31)
-    checked = list(peers.load(steps, device).values())
-    for row, error in zip(
-        rows, errors(checked, step(peers.dpo_from_vectors), [tuple(vectors)]), strict=True
-    ):
-        row.error = error
-    return rows
+    runs = peers.load(steps, device)
+    return compare_small(case, runs, tuple(vectors), step(peers.dpo_from_vectors), calls=100)
 
 
 def run(device: str, quick: bool) -> Iterator[list[Row]]:

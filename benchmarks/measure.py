@@ -6,6 +6,7 @@ that a drifting machine favours whoever comes first.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -60,6 +61,7 @@ def gradient(function: Callable[..., Tensor]) -> Run:
     """Forward and backward of a scalar function; the gradient of its first argument."""
 
     def run(leaf: Tensor, *rest: Tensor) -> Tensor:
+        leaf.grad = None
         function(leaf, *rest).backward()
         assert leaf.grad is not None
         return leaf.grad
@@ -254,4 +256,15 @@ def compare_calls(
     interleaved(rows, list(runs.values()), turn, rounds, 10.0, lambda: None, twice=False)
     for row in rows:
         row.times = [t / calls for t in row.times]
+    return rows
+
+
+def compare_small(
+    case: str, runs: dict[str, Run], inputs: Inputs, truth: Run, calls: int
+) -> list[Row]:
+    """A case of vectors that fit into a cache: times as of `compare_calls`, errors on the same inputs."""
+    repeats = {name: repeated(functools.partial(r, *inputs), calls) for name, r in runs.items()}
+    rows = compare_calls(case, repeats, inputs[0].device.type, calls, rounds=31)
+    for row, error in zip(rows, errors(list(runs.values()), truth, [inputs]), strict=True):
+        row.error = error
     return rows

@@ -78,6 +78,113 @@ def cross_entropy_liger(logits: Tensor, targets: Tensor) -> Tensor:
     return liger_cross_entropy(logits, targets)
 
 
+# ---- policy gradients: log-probabilities and entropies of the tokens, then the clipped loss -----
+
+Scores = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (log-probability, entropy) of tokens
+
+
+def ppo(scores: Scores) -> Loss:
+    """PPO with an entropy bonus from logits; advantages by token."""
+
+    def loss(logits: Tensor, actions: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+        logprobs, entropy = scores(logits, actions)
+        return clipped(logprobs - old, advantages).mean() - 0.01 * entropy.mean()
+
+    return loss
+
+
+def grpo(logprobs: Loss, sequence: bool = False) -> Loss:
+    """GRPO with its KL or, by the ratio of a sequence, GSPO, from logits; advantages by sequence."""
+
+    def loss(logits: Tensor, actions: Tensor, *rest: Tensor) -> Tensor:
+        return grpo_from_logprobs(logprobs(logits, actions), *rest, sequence=sequence)
+
+    return loss
+
+
+def in_float32(loss: Loss) -> Loss:
+    """For logits in 16 bits: compiled, it is often faster or more accurate; in eager it copies them."""
+
+    def widened(logits: Tensor, *rest: Tensor) -> Tensor:
+        return loss(logits.float(), *rest)
+
+    return widened
+
+
+def clipped(log_ratio: Tensor, advantages: Tensor) -> Tensor:
+    ratio = log_ratio.exp()
+    return -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+
+
+def grpo_from_logprobs(
+    logprobs: Tensor,
+    old: Tensor,
+    ref: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    sequence: bool = False,
+) -> Tensor:
+    """As TRL's trainer has it; GSPO without the KL."""
+    x = logprobs - old
+    if sequence:
+        x = ((x * mask).sum(-1) / mask.sum(-1).clamp(min=1)).unsqueeze(-1)
+    loss = clipped(x, advantages.unsqueeze(-1))
+    if not sequence:
+        d = ref - logprobs
+        loss = loss + 0.04 * (d.exp() - d - 1)
+    return ((loss * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
+
+
+def scores_eager(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    every = torch.log_softmax(logits, -1)
+    logprobs = every.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+    return logprobs, -(every.exp() * every).sum(-1)
+
+
+def scores_categorical(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    policy = torch.distributions.Categorical(logits=logits)
+    return policy.log_prob(actions), policy.entropy()
+
+
+def scores_trl(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    from trl.trainer.utils import selective_log_softmax_and_entropy
+
+    return selective_log_softmax_and_entropy(logits, actions)
+
+
+def grpo_liger(
+    logits: Tensor, actions: Tensor, old: Tensor, ref: Tensor, advantages: Tensor, mask: Tensor
+) -> Tensor:
+    """It leaves the last logits of a sequence out by itself; the mask must leave out the same."""
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    old, ref, actions, mask = (t[:, :-1].contiguous() for t in (old, ref, actions, mask))
+    return triton_grpo_loss(
+        logits, old, ref, actions, advantages, mask, temperature=1.0, beta=0.04, eps_low=0.2,
+        eps_high=0.2, loss_type="grpo", reduce=True,
+    )[0]  # fmt: skip
+
+
+def value_loss(values: Tensor, returns: Tensor, old: Tensor, mask: Tensor) -> Tensor:
+    """As TRL's PPO trainer had it."""
+    held = torch.clamp(values, old - 0.2, old + 0.2)
+    worse = torch.max(torch.square(values - returns), torch.square(held - returns))
+    return 0.5 * (worse * mask).sum() / mask.sum()
+
+
+def gae(rewards: Tensor, values: Tensor) -> Tensor:
+    """As TRL's PPO trainer had it; the advantages."""
+    last, length, backwards = 0.0, rewards.shape[1], []
+    for t in reversed(range(length)):
+        following = values[:, t + 1] if t < length - 1 else 0.0
+        delta = rewards[:, t] + 0.99 * following - values[:, t]
+        last = delta + 0.99 * 0.95 * last
+        backwards.append(last)
+    advantages = torch.stack(backwards[::-1], dim=1)
+    advantages + values  # the returns
+    return advantages
+
+
 def nf4_decoded(
     codes: Tensor, table: Tensor, absmax: Tensor, blocksize: int, dtype: torch.dtype
 ) -> Tensor:

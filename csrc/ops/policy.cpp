@@ -1,11 +1,13 @@
 // Policy-gradient losses, value loss and advantages on the CPU.
 //
-//   pass              reads + writes                     bound by
-//   policy            up to 6 + 1 numbers a token        an exponential or two a token, about 20 ns
-//   policy_logits     sizeof(T) + sizeof(T) a logit      memory; the gradient reads the row from
-//   cache value_loss        3 + 1 numbers a token              memory group_advantages  1 + 1
-//   numbers a reward             nothing: there are as many as sequences gae               2 + 2
-//   numbers a token              the latency of the recursion, 8 cycles
+// clang-format off
+//   pass              reads + writes                  bound by
+//   policy            up to 6 + 1 numbers a token     an exponential or two a token, about 20 ns
+//   policy_logits     sizeof(T) + sizeof(T) a logit   memory; the gradient reads the row from cache
+//   value_loss        3 + 1 numbers a token           memory
+//   group_advantages  1 + 1 numbers a reward          nothing: there are as many as sequences
+//   gae               2 + 2 numbers a token           the latency of the recursion, 8 cycles
+// clang-format on
 //
 // All arithmetic of a token is double (policy_table.h). Sequences, or rows, are split over threads
 // whole and sums are added in order, so nothing depends on the number of threads. What is masked

@@ -6,7 +6,7 @@ csrc/ops/*.h.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 from typing import Any, NamedTuple
 
@@ -250,6 +250,33 @@ def policy_reduction(
     if kind == "num_tokens":
         return ("tokens", 1.0) if num_tokens is None else ("divisor", num_tokens)
     return kind, 1.0
+
+
+def policy_numbers(
+    scalar: Callable[[str, Any], Any], loss: str, clip_low: Any, clip_high: Any, dual_clip: Any,
+    delta: Any, kl_beta: Any, tau_pos: Any, tau_neg: Any, divisor: Any,
+) -> list[Any]:  # fmt: skip
+    """The numbers in the kernels' order, defaults filled in; `scalar` is the door's own."""
+    named = {
+        "clip_low": clip_low,
+        "clip_high": policy_loss_named(loss).clip_high if clip_high is None else clip_high,
+        "dual_clip": inf if dual_clip is None else dual_clip,
+        "delta": inf if delta is None else delta,
+        "kl_beta": kl_beta,
+        "tau_pos": tau_pos,
+        "tau_neg": tau_neg,
+        "num_tokens, max_length": divisor,
+    }
+    return [scalar(name, value) for name, value in named.items()]
+
+
+def policy_codes(
+    loss: str, importance: str, kl: Any, kl_times_ratio: Any, reduction: str
+) -> tuple[int, int, int, bool, int]:
+    return (
+        SURROGATES[policy_loss_named(loss).surrogate], IMPORTANCE[importance], choice("kl", kl, KL),
+        bool(kl_times_ratio), POLICY_REDUCTIONS[reduction],
+    )  # fmt: skip
 
 
 def check_policy_numbers(

@@ -24,8 +24,9 @@ from ._args import (
     check_policy_numbers,
     check_temperature,
     choice,
+    policy_codes,
     policy_importance,
-    policy_loss_named,
+    policy_numbers,
     policy_reduction,
     require,
     segments,
@@ -99,7 +100,11 @@ _NAMES = ("old_logprobs", "ref_logprobs", "weights", "advantages")
 
 
 def _check_tokens(
-    shape: torch.Size, dtype: torch.dtype, like: Tensor, *tokens: Tensor | None
+    shape: torch.Size,
+    dtype: torch.dtype,
+    like: Tensor,
+    *tokens: Tensor | None,
+    name: str = "logprobs",
 ) -> tuple[list[int], int, bool]:
     """(shape of the sequences, their length, whether advantages are by token); raises what is wrong."""
     *vectors, advantages, cu_seqlens = tokens
@@ -108,17 +113,17 @@ def _check_tokens(
     if advantages is None:
         raise TypeError("advantages: a tensor, not None")
     sequences, length = segments(
-        shape, None, None if cu_seqlens is None else cu_seqlens.shape, "logprobs"
+        shape, None, None if cu_seqlens is None else cu_seqlens.shape, name
     )
-    for name, vector in zip(_NAMES, (*vectors, advantages), strict=True):
+    for given, vector in zip(_NAMES, (*vectors, advantages), strict=True):
         if vector is None:
             continue
         if vector.dtype is not dtype:
-            raise TypeError(f"{name}: dtype {vector.dtype}; allowed: {dtype}")
+            raise TypeError(f"{given}: dtype {vector.dtype}; allowed: {dtype}")
         if vector is not advantages and vector.shape != shape:
-            raise ValueError(f"{name}: shape {tuple(vector.shape)}; allowed: {tuple(shape)}")
-        same_device(name, vector, "logprobs", like)
-    same_device("cu_seqlens", cu_seqlens, "logprobs", like)
+            raise ValueError(f"{given}: shape {tuple(vector.shape)}; allowed: {tuple(shape)}")
+        same_device(given, vector, name, like)
+    same_device("cu_seqlens", cu_seqlens, name, like)
     by_token = advantages_by_token(
         shape, advantages.shape, None if cu_seqlens is None else sequences[0]
     )
@@ -143,33 +148,6 @@ def _options(floats: Any, codes: Any, has_ref: bool) -> tuple[Any, ...]:
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
-
-
-def _numbers(
-    loss: str, clip_low: Any, clip_high: Any, dual_clip: Any, delta: Any, kl_beta: Any, tau_pos: Any,
-    tau_neg: Any, divisor: Any,
-) -> Any:  # fmt: skip
-    """The floats of the raw ops, defaults filled in."""
-    named = {
-        "clip_low": clip_low,
-        "clip_high": policy_loss_named(loss).clip_high if clip_high is None else clip_high,
-        "dual_clip": inf if dual_clip is None else dual_clip,
-        "delta": inf if delta is None else delta,
-        "kl_beta": kl_beta,
-        "tau_pos": tau_pos,
-        "tau_neg": tau_neg,
-        "num_tokens, max_length": divisor,
-    }
-    return [scalar(name, value) for name, value in named.items()]
-
-
-def _codes(
-    loss: str, importance: str, kl: Any, kl_times_ratio: Any, reduction: str
-) -> tuple[int, int, int, bool, int]:
-    return (
-        SURROGATES[policy_loss_named(loss).surrogate], IMPORTANCE[importance], choice("kl", kl, KL),
-        bool(kl_times_ratio), POLICY_REDUCTIONS[reduction],
-    )  # fmt: skip
 
 
 def _token_vectors(
@@ -411,10 +389,10 @@ def policy_loss(
         loss, reduction, torch.Size(sequences).numel(), None if packed else length, max_length,
         num_tokens,
     )  # fmt: skip
-    floats = _numbers(
-        loss, clip_low, clip_high, dual_clip, delta, kl_beta, tau_pos, tau_neg, divisor
+    floats = policy_numbers(
+        scalar, loss, clip_low, clip_high, dual_clip, delta, kl_beta, tau_pos, tau_neg, divisor
     )
-    codes = _codes(loss, policy_importance(loss, importance), kl, kl_times_ratio, how)
+    codes = policy_codes(loss, policy_importance(loss, importance), kl, kl_times_ratio, how)
     args = (logprobs, mask, *tokens, cu_seqlens, *floats, *codes)
     if runs_eagerly("policy", logprobs):
         if not is_compiling():
@@ -447,7 +425,9 @@ def _policy_logits(
     codes = numbers[10:]
     rows, layout, out_rows, out_layout = gradient_rows(logits, actions, out)
     dtype = accumulator(logits.dtype)
-    sequences, length, by_token = _check_tokens(actions.shape, dtype, logits, *tokens)
+    sequences, length, by_token = _check_tokens(
+        actions.shape, dtype, logits, *tokens, name="actions"
+    )
     options = _options(floats, codes, tokens[1] is not None)
     check_temperature(temperature)
     require(-inf < entropy_coef < inf, "entropy_coef", entropy_coef, "finite")
@@ -544,6 +524,19 @@ class _PolicyFromLogits(torch.autograd.Function):
         return out, *nothing
 
 
+def _renamed(function: Any, *args: Any, **options: Any) -> Any:
+    """Calls a function whose `targets` are our `actions`; its errors say so."""
+    if is_compiling():
+        return function(*args, **options)
+    try:
+        return function(*args, **options)
+    except ValueError as error:
+        text = str(error)
+        if not text.startswith("targets: "):
+            raise
+        raise ValueError(text.replace("targets", "actions", 1)) from None
+
+
 def policy_loss_from_logits(
     logits: Tensor,
     actions: Tensor,
@@ -612,12 +605,14 @@ def policy_loss_from_logits(
     shape, packed, dtype = actions.shape, cu_seqlens is not None, accumulator(logits.dtype)
     mask = _check_mask(mask, shape, logits, "logits")
     if mask is not None:
+        if actions.dtype is torch.int32 and not -(2**31) <= ignore_index < 2**31:
+            actions = actions.long()
         actions = torch.where(mask, actions, ignore_index)
     cu_seqlens = _check_cu_seqlens(cu_seqlens, logits)
     tokens = _token_vectors(
         shape, dtype, logits, (old_logprobs, ref_logprobs, weights, advantages), packed
     )
-    sequences, length, _ = _check_tokens(shape, dtype, logits, *tokens, cu_seqlens)
+    sequences, length, _ = _check_tokens(shape, dtype, logits, *tokens, cu_seqlens, name="actions")
     how, divisor = policy_reduction(
         loss, reduction, torch.Size(sequences).numel(), None if packed else length, max_length,
         num_tokens,
@@ -634,16 +629,19 @@ def policy_loss_from_logits(
         and not runs_eagerly("policy", logits)
         and gradient_in_forward(logits)
     ):
-        floats = _numbers(
-            loss, clip_low, clip_high, dual_clip, delta, kl_beta, tau_pos, tau_neg, divisor
+        floats = policy_numbers(
+            scalar, loss, clip_low, clip_high, dual_clip, delta, kl_beta, tau_pos, tau_neg, divisor
         )
-        codes = _codes(loss, whose, kl, kl_times_ratio, how)
+        codes = policy_codes(loss, whose, kl, kl_times_ratio, how)
         value, metrics = _PolicyFromLogits.apply(
             logits, actions, *tokens, cu_seqlens, temperature, entropy_coef, *floats, *codes,
             ignore_index, inplace,
         )  # fmt: skip
         return PolicyOutput(value, *metrics.unbind())
-    logprobs, entropy, _ = token_logprobs(
+    if not isinstance(entropy_coef, Tensor):
+        require(-inf < entropy_coef < inf, "entropy_coef", entropy_coef, "finite")
+    logprobs, entropy, _ = _renamed(
+        token_logprobs,
         logits,
         actions,
         temperature=temperature,

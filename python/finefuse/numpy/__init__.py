@@ -24,25 +24,39 @@ from .codebook import (
 from .dora import dora_norm
 from .logprobs import cross_entropy, sequence_logprobs, token_logprobs
 from .lora import lora_linear
+from .policy import (
+    PolicyOutput,
+    gae,
+    group_advantages,
+    policy_loss,
+    policy_loss_from_logits,
+    value_loss,
+)
 from .preference import PreferenceOutput, preference_loss, preference_loss_from_logits
 from .segmented import lora_linear_segmented
 
 __all__ = [
     "CodebookArray",
+    "PolicyOutput",
     "PreferenceOutput",
     "bandit",
     "codebook_linear",
     "cross_entropy",
     "dequantize",
     "dora_norm",
+    "gae",
     "get_num_threads",
+    "group_advantages",
     "learn_codebook",
     "lora_linear",
     "lora_linear_segmented",
+    "policy_loss",
+    "policy_loss_from_logits",
     "preference_loss",
     "preference_loss_from_logits",
     "quantize",
     "sequence_logprobs",
     "set_num_threads",
     "token_logprobs",
+    "value_loss",
 ]

@@ -159,6 +159,16 @@ def number_array(name: str, value: Any) -> Array:
     return value
 
 
+def mask_array(value: Any, shape: tuple[int, ...]) -> Array | None:
+    """True where an element counts."""
+    if value is None:
+        return None
+    mask = number_array("mask", value)
+    if mask.shape != shape:
+        raise ValueError(f"mask: shape {mask.shape}; allowed: {shape}")
+    return contiguous(mask if mask.dtype == np.bool_ else mask != 0)
+
+
 def contiguous(value: Array, dtype: Any = None) -> Array:
     """In C order and aligned, copied only where it must be; 0-d stays 0-d."""
     if value.flags.carray and (dtype is None or value.dtype == dtype):
@@ -178,10 +188,12 @@ def result(value: Array) -> Any:
 # ---- rows of logits ----------------------------------------------------------------------------
 
 
-def logit_rows(logits: Any, targets: Any) -> tuple[Array, Layout, Array, bool]:
+def logit_rows(
+    logits: Any, targets: Any, name: str = "targets"
+) -> tuple[Array, Layout, Array, bool]:
     """(logits as rows that a kernel can walk, their layout, contiguous targets, whether they are int32).
 
-    Whether the targets are in range is checked by the kernel.
+    `name` is what the caller calls the targets. Whether the targets are in range is checked by the kernel.
     """
     if type(logits) is _ndarray and type(targets) is _ndarray:
         code, int32, shape = DTYPES.get(logits.dtype), _IS_INT32.get(targets.dtype), logits.shape
@@ -196,8 +208,8 @@ def logit_rows(logits: Any, targets: Any) -> tuple[Array, Layout, Array, bool]:
         ):  # the usual call, without a step more
             rows, vocab = targets.size, shape[-1]
             return logits, (code, rows, vocab, rows, 0, vocab), targets, int32
-    logits, targets = float_array("logits", logits), index_array("targets", targets)
-    check_row_shapes(logits.shape, targets.shape)
+    logits, targets = float_array("logits", logits), index_array(name, targets)
+    check_row_shapes(logits.shape, targets.shape, name)
     layout = _layout(logits, targets.size)
     if layout is None:
         logits = contiguous(logits)

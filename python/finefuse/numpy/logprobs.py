@@ -21,7 +21,7 @@ from ._array import (
     integer,
     is_int32,
     logit_rows,
-    number_array,
+    mask_array,
     result,
     row_gradient,
     scalar,
@@ -213,9 +213,7 @@ def sequence_logprobs(
     if mask is not None and cu_seqlens is not None:
         raise ValueError("mask and cu_seqlens: give one of the two")
     int32 = False
-    if mask is not None:
-        mask = number_array("mask", mask)
-        mask = contiguous(mask if mask.dtype == np.bool_ else mask != 0)
+    mask = mask_array(mask, token_lp.shape)
     if cu_seqlens is not None:
         cu_seqlens = index_array("cu_seqlens", cu_seqlens)
         int32 = is_int32(cu_seqlens)

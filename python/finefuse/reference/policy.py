@@ -79,6 +79,8 @@ class Output(NamedTuple):
     clip_fraction_high: float
     approx_kl: float
     gradient: Array
+    terms: float
+    """Σ of the absolute terms of the loss: the scale of its rounding errors."""
 
 
 def sequences_of(shape: tuple[int, ...], cu_seqlens: Any) -> list[range]:
@@ -145,7 +147,7 @@ def policy_loss(
     elif how == "num_tokens":
         divisor = float(total if num_tokens is None else num_tokens)
     values, gradient = np.zeros(len(lp)), np.zeros(len(lp))
-    result, metrics = 0.0, np.zeros(3)
+    result, terms, metrics = 0.0, 0.0, np.zeros(3)
     for b, span in enumerate(sequences):
         kept = [t for t in span if live[t]]
         n = len(kept)
@@ -182,6 +184,7 @@ def policy_loss(
             g = share * (1.0 if upstream is None else np.asarray(upstream).reshape(-1)[t])
             values[t] = value
             result += share * value
+            terms += share * abs(value)
             gradient[t] = g * (d_lp + (d_x if whose == "token" else 0))
             by_x += g * d_x
             each = 1 / total if whose == "token" else 1 / (n * batch)
@@ -197,7 +200,7 @@ def policy_loss(
                 gradient[t] += by_x / (n if whose == "mean" else 1)
     out = values.reshape(shape) if how == "none" else np.asarray(result)
     low, high_share, approx_kl = map(float, metrics)
-    return Output(out, low, high_share, approx_kl, gradient.reshape(shape))
+    return Output(out, low, high_share, approx_kl, gradient.reshape(shape), terms)
 
 
 def value_loss(
