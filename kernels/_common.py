@@ -1,4 +1,4 @@
-"""What the Triton kernels of every stem share: float64 functions of one number, and the launch.
+"""What the Triton kernels of every stem share: float64 functions of one number, segments, the launch.
 
 The subset of Triton that compiles alike under 3.6 and later and that its interpreter runs:
 
@@ -69,3 +69,35 @@ def expm1(x, e):
     gone = e == 0.0  # also for x = -inf
     log_e = tl.log(tl.where(near_one | gone, 2.0, e))
     return tl.where(near_one, x, tl.where(gone, -1.0, (e - 1.0) * (x / log_e)))
+
+
+@triton.jit
+def segment(offsets, i, segments, length, total, flags):
+    """[begin, end) of segment i within [0, total), and whether the offsets there are in order.
+
+    Where they are not, the range is widened to whatever lies between them, so that all segments together
+    cover every token whatever the offsets are.
+    """
+    begin = i * length
+    end = begin + length
+    good = begin <= end
+    if offsets is not None:
+        first = tl.load(offsets + i).to(tl.int64)
+        second = tl.load(offsets + i + 1).to(tl.int64)
+        # as csrc/bindings/module.cpp, check_offsets: from 0, never falling, to total
+        good = (first >= 0) & (first <= second) & (second <= total)
+        good = good & ((i > 0) | (first == 0)) & ((i + 1 < segments) | (second == total))
+        begin = tl.where(i == 0, 0, first)
+        end = tl.where(i + 1 == segments, total, second)
+        low = tl.minimum(begin, end)
+        end = tl.minimum(tl.maximum(begin, end), total)
+        begin = tl.maximum(low, 0)
+        if good == 0:
+            tl.store(flags + BAD_CU_SEQLENS, 1)
+    return begin, end, good
+
+
+def flag_tokens_of_no_sequence(total, place):
+    """Without a segment no kernel sees the offsets; with tokens they cannot be right."""
+    if total > 0:
+        place[1][BAD_CU_SEQLENS.value].fill_(1)

@@ -15,8 +15,6 @@ import triton.language as tl
 
 from ._common import BAD_LENGTHS, REDUCE_MEAN, REDUCE_NONE, launch, log1p, number
 
-NAN = tl.constexpr(float("nan"))
-
 # csrc/ops/preference.h, enum PreferenceLoss.
 SIGMOID = tl.constexpr(0)
 IPO = tl.constexpr(1)
@@ -96,11 +94,13 @@ def preference_kernel(
         # an empty completion counts as one token; its log-probability is 0
         n_w = tl.where(n_w == 0.0, 1.0, n_w).to(tl.float64)
         n_l = tl.where(n_l == 0.0, 1.0, n_l).to(tl.float64)
-        r_w = tl.where(good, _log_ratio(chosen, ref_chosen, has_ref_chosen, at, n), NAN)
-        r_l = tl.where(good, _log_ratio(rejected, ref_rejected, has_ref_rejected, at, n), NAN)
+        r_w = tl.where(good, _log_ratio(chosen, ref_chosen, has_ref_chosen, at, n), float("nan"))
+        r_l = tl.where(
+            good, _log_ratio(rejected, ref_rejected, has_ref_rejected, at, n), float("nan")
+        )
 
         value, slope = _pair_loss(r_w / n_w - r_l / n_l, b, eps, LOSS)
-        slope = tl.where(good, scale * slope, NAN)
+        slope = tl.where(good, scale * slope, float("nan"))
         total += tl.where(inside, value, 0.0)
         won += (inside & (r_w > r_l)).to(tl.int64)
         tl.store(out + at, value, mask=at < each)

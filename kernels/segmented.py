@@ -31,7 +31,6 @@ from .lora import (
     _update,
 )
 
-NAN = tl.constexpr(float("nan"))
 _SIZES = ["tokens", "tiles", "adapters", "threshold"]
 
 
@@ -194,7 +193,7 @@ def segmented_expand_kernel(
         there = (t < tokens)[:, None] & (c < n)[None, :]
         to = y + t[:, None] * n + c[None, :]
         if adapter >= adapters:
-            nan = tl.full((TOKENS, COLUMNS), NAN, tl.float32)
+            nan = tl.full((TOKENS, COLUMNS), float("nan"), tl.float32)
             tl.store(to, nan.to(y.dtype.element_ty), mask=there)
             tl.store(flags + BAD_ADAPTER, 1)
         else:

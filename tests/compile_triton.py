@@ -27,8 +27,8 @@ from typing import Any
 import torch
 import triton
 from cuda_resources import cuobjdump
-from finefuse._args import DTYPES, PREFERENCE_LOSSES, REDUCTIONS
-from finefuse.kernels import codebook, dora, logprobs, lora, preference, segmented
+from finefuse._args import DTYPES, KL, PREFERENCE_LOSSES, REDUCTIONS, SURROGATES
+from finefuse.kernels import codebook, dora, logprobs, lora, policy, preference, segmented
 
 ARCHITECTURES = (80, 90)
 # Memory-bound over the logits or the weight: a spill there costs what the fusion saves.
@@ -38,11 +38,11 @@ HOT = (
     "codebook_linear_transposed_kernel", "shrink_kernel", "outer_kernel", "expand_kernel",
     "product_kernel", "dropout_kernel", "dora_norm_kernel",
     "dora_scale_kernel", "dora_columns_kernel", "segmented_shrink_kernel", "segmented_outer_kernel",
-    "segmented_expand_kernel",
+    "segmented_expand_kernel", "policy_logits_kernel",
 )  # fmt: skip
 # The argument whose type is what a kernel computes on.
 COMPUTED = ("logits", "gradient", "x", "y", "z", "dy", "weight")
-MODULES = (codebook, dora, logprobs, lora, preference, segmented)
+MODULES = (codebook, dora, logprobs, lora, policy, preference, segmented)
 
 _NAMES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
@@ -242,6 +242,7 @@ def _call_everything() -> None:
     _call_lora(tensor, place)
     _call_segmented(tensor, place)
     _call_dora(tensor, place)
+    _call_policy(tensor, place)
 
 
 def _call_codebook(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> None:
@@ -354,6 +355,46 @@ def _call_dora(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> Non
             )
 
 
+def _call_policy(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> None:
+    f64, mask = tensor(torch.float64), tensor(torch.bool)
+    i64, i32 = tensor(torch.int64), tensor(torch.int32)
+
+    def options(surrogate: int, kl: int) -> tuple[Any, ...]:
+        return (surrogate, 0, kl, False, 1, 0.2, 0.2, 2.0, 2.0, 0.1, 1.0, 1.0, 1.0)
+
+    # A token is computed in float64 whatever its type is: every surrogate, KL, kind of offsets and type
+    # once, not with each other.
+    f32 = tensor(torch.float32)
+    table = list(zip(SURROGATES.values(), itertools.cycle(KL.values()), strict=False))
+    offsets = (None, i64, i32, None, i64)
+    for (surrogate, kl), ends in zip(table, offsets, strict=True):
+        x, m = (f64, mask) if surrogate % 2 else (f32, None)
+        policy.policy(
+            x, x is f64, m, ends, ends is i32, 9, 11, 99, x, x, x, x, True, options(surrogate, kl), x, x,
+            x, x, f64, place,
+        )  # fmt: skip
+    for x, m in ((f32, None), (f64, mask), (f32, mask)):
+        policy.value_loss(x, x is f64, 99, x, x, m, 0.2, x, x, f64, place)
+        policy.gae(x, x is f64, 9, 11, x, True, m, 0.9, 0.9, x, x, place)
+        policy.group_advantages(x, x is f64, 9, 11, 1, False, x, place)
+    policy.gae(f64, True, 9, 11, f64, True, None, 0.9, 0.9, f64, f64, place)
+    # Of logits what shapes the loops over the row: the tiles of `tile`, the entropy's gradient, the type;
+    # float16, whose gradient is not made in the forward, once.
+    long, short = [(151936, 0.0), (151936, 0.1), (8192, 0.0), (512, 0.0)], [(512, 0.0)]
+    rows = {"float32": long, "bfloat16": [*long, (50257, 0.0)], "float16": short, "float64": short}
+    choices = itertools.cycle(zip(table, offsets, strict=True))
+    for name, vocabs in rows.items():
+        z = tensor(getattr(torch, name))
+        x = f64 if z.dtype == torch.float64 else f32
+        for vocab, coef in vocabs:
+            (surrogate, kl), ends = next(choices)
+            layout = (DTYPES[name], 4096, vocab, 4096, 0, vocab)
+            policy.policy_logits(
+                z, layout, z, layout, ends if ends is i32 else i64, ends is i32, -100, 0.7, coef,
+                ends, ends is i32, 9, 11, x, x, x, x, True, options(surrogate, kl), x, x, x, f64, place,
+            )  # fmt: skip
+
+
 def pairs(variant: Variant) -> set[tuple[str, ...]]:
     """Each choice of a variant, with its kernel and with the type that it computes on."""
     first = next(iter(variant.kernel.arg_names))
@@ -372,7 +413,7 @@ def loop(variant: Variant) -> tuple[str, ...] | None:
     c = variant.choices
     if not variant.hot or "logits" not in c or (c["logits"] != "bf16" and c["aligned"] == "no"):
         return None
-    names = ("kernel", "logits", "num_warps", "BLOCK", "aligned", "SMOOTHING")
+    names = ("kernel", "logits", "num_warps", "BLOCK", "aligned", "SMOOTHING", "ENTROPY")
     absent = [str(c.get(name) == "-") for name in ("entropy", "h", "gradient")]
     return (*(c.get(name, "") for name in names), *absent)
 

@@ -71,6 +71,24 @@ def _is_compiled(variant: Any) -> None:
     assert not unknown, f"compile_triton.py does not compile {unknown}"
 
 
+@pytest.fixture(scope="session")
+def quick_interpreter() -> None:
+    """Triton's interpreter looks through all of triton.language at each call of a function inside a kernel
+    for what the kernel's start has replaced already, and finds nothing: a third of these tests' time."""
+    if GPU:
+        return
+    from triton.runtime import interpreter
+
+    patch, tl = getattr(interpreter, "_patch_lang", None), interpreter.tl
+
+    def once(function: Any) -> Any:
+        langs = [x for x in function.__globals__.values() if x is tl or x is tl.core]
+        return patch(function) if any(tl.core.is_builtin(x.load) for x in langs) else None
+
+    if patch is not None:
+        interpreter._patch_lang = once
+
+
 @pytest.fixture(params=["cuda", "triton", "eager"])
 def place(request: pytest.FixtureRequest) -> Iterator[Place]:
     """Runs the test on every backend beside the CPU's: on the GPU where there is one; else CUDA
@@ -82,6 +100,7 @@ def place(request: pytest.FixtureRequest) -> Iterator[Place]:
 
     if request.param == "triton":
         monkeypatch = request.getfixturevalue("monkeypatch")
+        request.getfixturevalue("quick_interpreter")
         import compile_triton
 
         for module in compile_triton.MODULES:

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("torch", reason="the Triton kernels take torch tensors")
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 import compile_triton
+from finefuse.kernels import _common, _softmax_row
 
 
 def test_no_variant_is_left_out():
@@ -26,6 +27,14 @@ def test_no_variant_is_left_out():
     assert len(chosen) < len(variants)
     assert set().union(*map(compile_triton.pairs, chosen)) == compile_triton.known_pairs()
     assert {v.name for v in variants} >= set(compile_triton.HOT)
+
+
+def test_no_global_is_nan():
+    """At each launch Triton compares the globals that a kernel uses with what they were: NaN has changed."""
+    for module in (*compile_triton.MODULES, _common, _softmax_row):
+        for name, value in vars(module).items():
+            if isinstance(value, triton.language.constexpr):
+                assert value.value == value.value, f"{module.__name__}.{name}"
 
 
 def test_a_variant_compiles():
