@@ -133,6 +133,21 @@ FF_INLINE VecF load(const f16* p) {
 #endif
 }
 
+// As many bytes as there are doubles in a vector, each in a lane of its own.
+FF_INLINE VecL load_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (VecL)_mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  int32_t four;
+  __builtin_memcpy(&four, p, sizeof four);
+  return (VecL)_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+#else
+  VecL v;
+  for (int i = 0; i < kLanes<double>; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
 // ---- stores, rounding to nearest even ----
 
 // The upper 16 bits of each lane hold the rounded value; what is below them is rubbish. Not for

@@ -56,15 +56,11 @@ double sum_of(const double* x, int64_t count, int64_t stride) {
 constexpr int N = kLanes<double>;
 struct Tokens {
   using V = VecD;
+  FF_INLINE static void exponential(V x, V* e, V* minus_one) { exp_and_minus_one(x, e, minus_one); }
   FF_INLINE static V exponential(V x) {
     V e, minus_one;
     exp_and_minus_one(x, &e, &minus_one);
     return e;
-  }
-  FF_INLINE static V minus_one(V x) {
-    V e, minus_one;
-    exp_and_minus_one(clamp(x, -700, 700), &e, &minus_one);
-    return minus_one;
   }
 };
 
@@ -99,10 +95,7 @@ FF_INLINE void store_reals(const Reals& a, int64_t t, int k, VecD x) {
 FF_INLINE VecL live_lanes(const uint8_t* mask, int64_t t, int k) {
   if (mask == nullptr && k == N) return VecL{} - 1;
   if (k == N) {
-    typedef uint8_t Bytes __attribute__((vector_size(N)));
-    Bytes bytes;
-    __builtin_memcpy(&bytes, mask + t, sizeof bytes);
-    return __builtin_convertvector(bytes, VecL) != 0;
+    return load_bytes(mask + t) != 0;
   }
   VecL live{};
   for (int i = 0; i < k; ++i) live[i] = mask == nullptr || mask[t + i] ? -1 : 0;

@@ -84,18 +84,17 @@ __global__ void __launch_bounds__(kTokenThreads, 2) policy_kernel(const Policy a
       }
       const double lp = a.logprobs[t], A = tokens.advantages[tokens.by_token ? t : i];
       const double g = a.upstream ? share * a.upstream[t] : share;
-      const double x = by_token ? log_ratio_at(tokens, o, t, lp) : sequence_x;
-      const Term term = token_term(tokens, o, t, lp, x, A, n);
+      const Token<double> token = token_at(tokens, o, t, lp, A);
+      const TokenLoss<double> term = token_loss<OneToken>(o, token, sequence_x, n);
       if (by_token || turn > 0) {
         a.gradient.set(t, g * term.by_lp + (by_token ? g * term.by_x : each));
       }
       if (turn > 0) continue;
       if (none && a.out) a.out.set(t, term.value);
-      const int side = clipped_side(o, ratio_of(x).value, A);
       sums[0] += term.value;
-      sums[1] += side < 0;
-      sums[2] += side > 0;
-      sums[3] += approx_kl_at(tokens, t, lp);
+      sums[1] += term.low;
+      sums[2] += term.high;
+      sums[3] += term.approx_kl;
       sums[4] += g * term.by_x;
     }
     if (turn == 0) {
@@ -210,13 +209,13 @@ __global__ void FF_ROW_BOUNDS policy_logits_kernel(const PolicyLogits a) {
     o.importance = Importance::token;  // the only one here: the compiler drops the rest
     const int64_t t = row_of_block<kStaged>(), i = tokens.by_token ? t : token.sequence;
     const double A = i < 0 ? NAN : tokens.advantages[i];
-    const double x = log_ratio_at(tokens, o, t, s.logp);
-    const Term term = token_term(tokens, o, t, s.logp, x, A, 1);  // n: not of a token's ratio
+    const Token<double> known_token = token_at(tokens, o, t, s.logp, A);
+    const TokenLoss<double> term = token_loss<OneToken>(o, known_token, 0, 1);
     if (token.first) {
       double* sums = sums_of(a, t);
       sums[0] = token.share * term.value;
-      sums[1] = clipped_side(o, ratio_of(x).value, A);
-      sums[2] = approx_kl_at(tokens, t, s.logp);
+      sums[1] = term.high - term.low;
+      sums[2] = term.approx_kl;
       sums[3] = s.entropy;
     }
     const double upstream = a.upstream ? a.upstream[0] : 1.0;
@@ -264,10 +263,13 @@ template <class F> __device__ void value_block(const ValueLoss& a, const F& f) {
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kValueBlock;
   const int64_t end = begin + kValueBlock < a.total ? begin + kValueBlock : a.total;
   for (int64_t t = begin + threadIdx.x; t < end; t += blockDim.x) {
-    double slope = 0, value = 0;
-    const bool counts = a.mask == nullptr || a.mask[t];
-    if (counts) value = value_loss_at(a, t, &slope);
-    f(t, counts, value, slope);
+    const bool counts = a.mask == nullptr || a.mask[t], clipped = static_cast<bool>(a.old_values);
+    ValueTerm<double> term{0, 0};
+    if (counts) {
+      const double old = clipped ? a.old_values[t] : 0;
+      term = value_term(a.values[t], a.returns[t], old, a.clip, clipped);
+    }
+    f(t, counts, term.value, term.slope);
   }
 }
 

@@ -17,7 +17,7 @@ inline constexpr double kFarthest = 60.0;
 struct OneToken {
   using V = double;
   FF_TABLE V exponential(V x) { return exp(x); }
-  FF_TABLE V minus_one(V x) { return expm1(x); }
+  FF_TABLE void exponential(V x, V* e, V* minus_one) { *e = exp(x), *minus_one = expm1(x); }
 };
 
 template <class V> FF_TABLE V all_lanes(double x) { return V{} + x; }
@@ -27,14 +27,16 @@ template <class V> FF_TABLE V clamp(V x, double low, double high) {
   return raised > highest ? highest : raised;
 }
 
-// e^x, and its derivative by x.
+// e^x, its derivative by x, and e^x - 1.
 template <class V> struct Ratio {
-  V value, slope;
+  V value, slope, minus_one;
 };
 template <class Math> FF_TABLE Ratio<typename Math::V> ratio_of(typename Math::V x) {
   using V = typename Math::V;
-  const V near = clamp(x, -kFarthest, kFarthest), rho = Math::exponential(near);
-  return {rho, near == x ? rho : near != near ? rho : V{}};
+  const V near = clamp(x, -kFarthest, kFarthest);
+  V rho, minus_one;
+  Math::exponential(near, &rho, &minus_one);
+  return {rho, near < x ? V{} : near > x ? V{} : rho, minus_one};
 }
 
 // A value with its derivatives by the log-ratio x and by the log-probability of the token itself.
@@ -45,14 +47,13 @@ template <class V> struct Term {
 template <class Math>
 FF_TABLE Term<typename Math::V> kl_term(Kl kl, typename Math::V lp, typename Math::V ref) {
   using V = typename Math::V;
-  const V d = ref - lp, one = all_lanes<V>(1);
+  const V d = ref - lp, highest = all_lanes<V>(kFarthest);
   switch (kl) {
-    case Kl::k1: return {-d, V{}, one};
+    case Kl::k1: return {-d, V{}, all_lanes<V>(1)};
     case Kl::k2: return {0.5 * d * d, V{}, -d};
     case Kl::k3: {  // e^d - 1 - d, d at most 60
-      const V highest = all_lanes<V>(kFarthest), near = d > highest ? highest : d;
-      const V e = Math::minus_one(near);
-      return {e - near, V{}, d > highest ? V{} : -e};
+      const V minus_one = ratio_of<Math>(d).minus_one;
+      return {minus_one - (d > highest ? highest : d), V{}, d > highest ? V{} : -minus_one};
     }
   }
   return {all_lanes<V>(__builtin_nan("")), V{}, V{}};
@@ -124,11 +125,25 @@ FF_TABLE TokenLoss<typename Math::V> token_loss(const PolicyOptions& o,
   const V zero{}, one = all_lanes<V>(1);
   const bool by_token = o.importance == Importance::token;
   const bool w = o.importance == Importance::sum;  // vespo's: a KL goes by the token's own ratio
-  const V own_x = t.has_old ? t.lp - t.old : zero;
-  Ratio<V> own{one, one};
-  if (t.has_old && (by_token || (w && o.kl_times_ratio))) own = ratio_of<Math>(own_x);
-  const V x = by_token ? own_x : all_lanes<V>(sequence_x);
-  const Ratio<V> rho = by_token ? own : ratio_of<Math>(x);
+  // no structs are copied from here on: gcc would send vectors in them through memory
+  V own_x = zero, own_rho = one, own_slope = one, approx_kl = zero;
+  if (t.has_old) {
+    own_x = t.lp - t.old;
+    const Ratio<V> own = ratio_of<Math>(own_x);
+    own_rho = own.value;
+    own_slope = own.slope;
+    // k3 of (lp, old): e^-x - 1 + x, -x at most 60
+    const V lowest = all_lanes<V>(-kFarthest);
+    approx_kl = (own_x < lowest ? lowest : own_x) - own.minus_one / own.value;
+  }
+  V x = own_x;
+  Ratio<V> rho{own_rho, own_slope, zero};
+  if (!by_token) {
+    x = all_lanes<V>(sequence_x);
+    const double near = clamp(sequence_x, -kFarthest, kFarthest), e = exp(near);
+    rho.value = all_lanes<V>(e);
+    rho.slope = all_lanes<V>(near < sequence_x || near > sequence_x ? 0 : e);
+  }
   const V A = t.advantage;
 
   Term<V> term = surrogate_term<Math>(o, t.lp, x, rho, A);
@@ -142,21 +157,23 @@ FF_TABLE TokenLoss<typename Math::V> token_loss(const PolicyOptions& o,
       term.value += o.kl_beta * kl.value;
       term.by_lp += o.kl_beta * kl.by_lp;
     } else {
-      const Ratio<V> r = w ? own : rho;
-      const V slope = o.kl_beta * kl.value * r.slope;
-      term.value += o.kl_beta * kl.value * r.value;
-      term.by_lp += o.kl_beta * kl.by_lp * r.value + (w ? slope : zero);
-      term.by_x += w ? zero : slope;
+      const V by = w ? own_rho : rho.value;
+      const V slope = o.kl_beta * kl.value * (w ? own_slope : rho.slope);
+      term.value += o.kl_beta * kl.value * by;
+      term.by_lp += o.kl_beta * kl.by_lp * by;
+      if (w)
+        term.by_lp += slope;
+      else
+        term.by_x += slope;
     }
   }
-  TokenLoss<V> out{term.value, term.by_x, term.by_lp, zero, zero, zero};
+  V low = zero, high = zero;
   if (o.surrogate == Surrogate::clipped || o.surrogate == Surrogate::cispo) {
     const V lowest = all_lanes<V>(o.lowest), highest = all_lanes<V>(o.highest);
-    out.low = (A < zero) & (rho.value < lowest) ? one : zero;
-    out.high = (A > zero) & (rho.value > highest) ? one : zero;
+    low = (A < zero) & (rho.value < lowest) ? one : zero;
+    high = (A > zero) & (rho.value > highest) ? one : zero;
   }
-  if (t.has_old) out.approx_kl = kl_term<Math>(Kl::k3, t.lp, t.old).value;
-  return out;
+  return {term.value, term.by_x, term.by_lp, low, high, approx_kl};
 }
 
 // ---- what a sequence and a batch make of it ----

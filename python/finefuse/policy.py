@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import inf
+from math import inf, isfinite
 from typing import Any, NamedTuple
 
 import torch
@@ -286,8 +286,8 @@ class _Policy(torch.autograd.Function):
             return _BACKWARD(g, *ctx.saved_tensors, *ctx.numbers), *nothing
         gradient, mask, _ = ctx.saved_tensors
         gradient = gradient * g
-        if mask is not None:  # 0·inf is not 0
-            gradient.masked_fill_(~mask, 0)
+        if mask is not None and (is_compiling() or not (g.is_cpu and isfinite(g.item()))):
+            gradient.masked_fill_(~mask, 0)  # 0·inf is not 0
         return gradient, *nothing
 
 
