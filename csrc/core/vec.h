@@ -396,9 +396,14 @@ FF_INLINE void exp_and_minus_one(VecD x, VecD* e, VecD* minus_one) {
   const VecD k = fma(x, splat<VecD>(0x1.71547652b82fep0), magic), n = k - magic;
   VecD f = fma(n, splat<VecD>(-0x1.62e42fefa39efp-1), x);
   f = fma(n, splat<VecD>(-0x1.abc9e3b39803fp-56), f);
-  VecD p = splat<VecD>(kSeries[11]);
-  for (int j = 10; j >= 0; --j) p = fma(p, f, splat<VecD>(kSeries[j]));
-  p = fma(p * f, f, f);
+  // Estrin's scheme: a third of Horner's latency, and here nothing else to do meanwhile
+  const VecD f2 = f * f, f4 = f2 * f2, f8 = f4 * f4;
+  const auto pair = [&](int j) {
+    return fma(splat<VecD>(kSeries[j + 1]), f, splat<VecD>(kSeries[j]));
+  };
+  const VecD low = fma(pair(2), f2, pair(0)), middle = fma(pair(6), f2, pair(4));
+  const VecD high = fma(pair(10), f2, pair(8));
+  const VecD p = fma(fma(high, f8, fma(middle, f4, low)), f2, f);
   const VecD power = (VecD)(((VecL)k << 52) + 0x3ff0000000000000);
   *e = fma(p, power, power);
   *minus_one = fma(p, power, power - 1.0);
