@@ -280,7 +280,7 @@ void value_loss(const ValueLoss& a) {
         const VecD old = clipped ? load_live(a.old_values, t, k, live) : VecD{};
         const ValueTerm<VecD> term = value_term(v, target, old, a.clip, clipped);
         sum += live ? term.value : VecD{};
-        store_reals(a.gradient, t, k, live ? share * term.slope : VecD{});
+        if (a.gradient) store_reals(a.gradient, t, k, live ? share * term.slope : VecD{});
       }
       a.scratch[b] = horizontal_sum(sum);
     }

@@ -90,7 +90,7 @@ struct ValueLoss {
   const uint8_t* mask;                // may be absent
   double clip;
   Reals out;        // one
-  Reals gradient;   // (total,), by values
+  Reals gradient;   // (total,), by values; may be absent
   double* scratch;  // (2, value_loss_blocks(total))
   Place place;
 };
