@@ -164,7 +164,7 @@ def _surrogate(
         by_lp = -c
     elif SURROGATE == SAPO:  # -A·S(tau·(rho - 1))·4/tau
         tau = tl.where(A > 0.0, number(tau_pos), tau_neg)
-        e = tl.exp(-tau * (rho - 1.0))
+        e = tl.exp(_clamp(-tau * (rho - 1.0), -700.0, 700.0))
         s = 1.0 / (1.0 + e)
         value = -A * s * 4.0 / tau
         by_x = -4.0 * A * s * (e * s) * slope
@@ -608,11 +608,11 @@ def _value_term(values, returns, old_values, has_old, mask, clip, at, inside):
     slope = used
     if has_old != 0:
         old = tl.load(old_values + at, mask=keep, other=0.0).to(tl.float64)
-        near = _clamp(v, old - clip, old + clip)
+        near = _clamp(v, old - clip, old + clip) + (old - old)  # NaN where old is
         held = near - target
-        larger = held * held > used * used
-        slope = tl.where(larger, tl.where(near == v, held, 0.0), slope)
-        used = tl.where(larger, held, used)
+        nearer = held * held <= used * used
+        slope = tl.where(nearer, slope, tl.where(near == v, held, held - held))
+        used = tl.where(nearer, used, held)
     return tl.where(keep, 0.5 * used * used, 0.0), tl.where(keep, slope, 0.0), keep
 
 

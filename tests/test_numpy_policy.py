@@ -849,12 +849,12 @@ NUMBERS = (
     (
         {"loss": "dapo", "num_tokens": -1},
         ValueError,
-        "num_tokens, max_length: -1.0; allowed: 0 and",
+        "num_tokens: -1.0; allowed: 0 and",
     ),
-    ({"loss": "dr_grpo", "max_length": np.inf}, ValueError, "num_tokens, max_length: inf"),
+    ({"loss": "dr_grpo", "max_length": np.inf}, ValueError, "max_length: inf"),
     ({"clip_low": "0.2"}, TypeError, "clip_low: a number or a 0-d array, not '0.2'"),
     ({"clip_high": np.zeros(2)}, TypeError, "clip_high: a number"),
-    ({"loss": "dapo", "num_tokens": [3]}, TypeError, "num_tokens, max_length: a number"),
+    ({"loss": "dapo", "num_tokens": [3]}, TypeError, "num_tokens: a number"),
 )
 
 

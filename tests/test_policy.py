@@ -881,17 +881,17 @@ def test_more_than_2_31_elements():
 @pytest.mark.parametrize("at_end", [False, True])
 def test_guard_pages(isa, at_end):
     """Not a byte outside the arrays is touched."""
-    from finefuse import numpy as ffn
-
-    v = vectors(3, 5)
     guarded = lambda x: between_guards(x.numpy(), at_end)  # noqa: E731
     t = lambda x: torch.from_numpy(guarded(x))  # noqa: E731
-    kwargs = {
-        k: t(x) if isinstance(x, torch.Tensor) else x
-        for k, x in arguments(v, OPTIONS["k2"]).items()
-    }
-    for loss in LOSSES:
-        run(ours, t(v.lp), t(v.advantages), {"loss": loss, **kwargs})
+    for length in (5, 8, 16):  # 8 and 16: whole vectors end at the guard
+        v = vectors(3, length)
+        plain = arguments(v, OPTIONS["k2"])
+        kwargs = {k: t(x) if isinstance(x, torch.Tensor) else x for k, x in plain.items()}
+        for loss in LOSSES:
+            run(ours, t(v.lp), t(v.advantages), {"loss": loss, **kwargs})
+        ff.value_loss(t(v.lp), t(v.old), t(v.ref), clip=0.2, mask=t(v.mask))
+        ff.gae(t(v.lp), t(v.old), gamma=0.9, lam=0.9, mask=t(v.mask))
+        ff.group_advantages(t(v.lp), length)
     for dtype in (torch.float32, torch.float64, torch.float16):
         for vocab in (1, 7, 130, 1027):
             logits, actions, w = batch(2, 3, vocab, dtype)
@@ -900,13 +900,9 @@ def test_guard_pages(isa, at_end):
                 z, t(actions), advantages=t(w.advantages), old_logprobs=t(w.old), inplace=True
             )
             out.loss.backward()
-    assert ffn is not None
-    ff.value_loss(t(v.lp), t(v.old), t(v.ref), clip=0.2, mask=t(v.mask))
-    ff.gae(t(v.lp), t(v.old), gamma=0.9, lam=0.9, mask=t(v.mask))
-    ff.group_advantages(t(v.lp), 5)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [2, 3])
 def test_threads_change_no_bit(threads):
     logits, actions, v = batch(8, 9, 3001)
     kwargs = {"entropy_coef": 0.1, **arguments(v, OPTIONS["kl"])}
@@ -950,6 +946,44 @@ def test_value_loss(isa, count, dtype):
     out = ff.value_loss(empty, empty)
     out.backward()
     assert out == 0
+
+
+def test_masks_of_any_bytes():
+    """A bool whose byte is neither 0 nor 1, as a view of other bytes has, counts once."""
+    odd = torch.tensor([[2, 0, 1, 255, 7], [0, 0, 3, 1, 0]], dtype=torch.uint8).view(torch.bool)
+    plain = odd.view(torch.uint8) != 0
+    v = vectors(2, 5)
+    for loss in LOSSES:
+        kwargs = {"loss": loss, "old_logprobs": v.old}
+        out, grad = run(ours, v.lp, v.advantages, {**kwargs, "mask": odd})
+        want, want_grad = run(ours, v.lp, v.advantages, {**kwargs, "mask": plain})
+        assert torch.equal(out.loss, want.loss)
+        assert torch.equal(grad, want_grad)
+    assert torch.equal(ff.value_loss(v.lp, v.old, mask=odd), ff.value_loss(v.lp, v.old, mask=plain))
+
+
+def test_value_loss_at_the_edges():
+    mask = torch.tensor([True, False, True, False])
+    v = torch.ones(4, requires_grad=True)
+    (ff.value_loss(v, torch.zeros(4), mask=mask) * math.inf).backward()
+    assert (v.grad[~mask] == 0).all()
+    old = torch.tensor([math.nan, 0.0])
+    x = torch.ones(2, requires_grad=True)
+    out = ff.value_loss(x, torch.zeros(2), old, clip=0.1)
+    out.backward()
+    assert torch.isnan(out)  # as torch.max of the two squares
+    assert torch.isnan(x.grad[0])
+    assert not torch.isnan(x.grad[1])
+
+
+def test_temperatures_of_sapo_that_overflow():
+    lp, old = torch.tensor([[-5.0, 3.0]]), torch.zeros(1, 2)
+    for tau in (1000.0, 1e6):
+        kwargs = {"loss": "sapo", "old_logprobs": old, "tau_pos": tau, "tau_neg": tau}
+        for A in (1.0, -1.0):
+            out, grad = run(ours, lp, torch.tensor([A]), kwargs)
+            assert torch.isfinite(out.loss)
+            assert torch.isfinite(grad).all()
 
 
 def test_value_loss_autograd():
@@ -1276,8 +1310,13 @@ def wrong_arguments():
     )
     yield (
         ValueError,
-        "num_tokens, max_length: -1.0",
+        "num_tokens: -1.0; allowed",
         lambda: ff.policy_loss(v.lp, advantages=A, loss="dapo", num_tokens=-1),
+    )
+    yield (
+        TypeError,
+        "max_length: a number",
+        lambda: ff.policy_loss(v.lp, advantages=A, loss="dr_grpo", max_length="7"),
     )
     for loss in ("rloo", "vespo"):
         yield (

@@ -171,7 +171,7 @@ void policy(const Policy& a) {
     const Span span = sequence(tokens, i);
     int64_t count = a.mask == nullptr ? span.end - span.begin : 0;
     if (a.mask != nullptr) {
-      for (int64_t t = span.begin; t < span.end; ++t) count += a.mask[t];  // 0 or 1
+      for (int64_t t = span.begin; t < span.end; ++t) count += a.mask[t] != 0;
     }
     a.scratch[i * kPolicySums] = static_cast<double>(count);
   }
@@ -265,7 +265,7 @@ void policy_logits(const PolicyLogits& a) {
 void value_loss(const ValueLoss& a) {
   const int64_t blocks = value_loss_blocks(a.total);
   int64_t count = a.mask == nullptr ? a.total : 0;
-  for (int64_t t = 0; a.mask != nullptr && t < a.total; ++t) count += a.mask[t];  // 0 or 1
+  for (int64_t t = 0; a.mask != nullptr && t < a.total; ++t) count += a.mask[t] != 0;
   const double share = count == 0 ? 0 : 1 / static_cast<double>(count);
   const bool clipped = static_cast<bool>(a.old_values);
   parallel_for(blocks, 16 * kValueBlock, a.place.threads, [&](int64_t begin, int64_t end) {

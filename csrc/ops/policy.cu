@@ -13,8 +13,8 @@
 // A row of logits: float32 a thread (float64 for float64). All that is done for a token once is
 // double (policy_table.h), and so are sums between threads, in a fixed order: the same bits every
 // time. An action out of range is not followed: its row's loss is NaN, its gradient 0, and a flag
-// is set. Nor are offsets that do not part the tokens: the loss of their sequences is NaN, and so
-// is the gradient.
+// is set. Nor are offsets that do not part the tokens: loss and metrics are NaN, and so is the
+// gradient of tokens that they leave to no sequence.
 #include "core/cuda_utils.cuh"
 #include "core/logit_rows.cuh"
 #include "core/segments.cuh"
@@ -51,6 +51,14 @@ __global__ void __launch_bounds__(kTokenThreads) policy_count_kernel(const Polic
   if (threadIdx.x == 0) a.scratch[i] = s.bad ? NAN : count[0];
 }
 
+// The tokens in all, left where each sequence's loss will be.
+__global__ void __launch_bounds__(kTokenThreads) policy_total_kernel(const Policy a) {
+  const int64_t sequences = a.tokens.sequences;
+  double all[1] = {own_sum(a.scratch, sequences)};
+  block_sum_all(all);
+  for (int64_t i = threadIdx.x; i < sequences; i += blockDim.x) a.scratch[sequences + i] = all[0];
+}
+
 // The gradient of a token may depend on all of its sequence, through the ratio: then the tokens are
 // gone through twice more, from L2.
 __global__ void __launch_bounds__(kTokenThreads, 2) policy_kernel(const Policy a) {
@@ -61,15 +69,15 @@ __global__ void __launch_bounds__(kTokenThreads, 2) policy_kernel(const Policy a
   const bool none = o.reduction == PolicyReduction::none;
   const Segment s = sequence(tokens, i, a.place);
   const int64_t first = s.begin + threadIdx.x;
-  double start[2] = {own_sum(a.scratch, sequences), 0};
+  const double n = a.scratch[i], all = a.scratch[sequences + i];
+  double start[1] = {0};
   if (!by_token) {
     for (int64_t t = first; t < s.end; t += blockDim.x) {
-      if (counts(a, t)) start[1] += log_ratio_at(tokens, o, t, a.logprobs[t]);
+      if (counts(a, t)) start[0] += log_ratio_at(tokens, o, t, a.logprobs[t]);
     }
   }
   block_sum_all(start);
-  const double n = a.scratch[i], all = start[0];
-  const double sequence_x = o.importance == Importance::mean ? start[1] / n : start[1];
+  const double sequence_x = o.importance == Importance::mean ? start[0] / n : start[0];
   const double share = token_share(o, n, all, sequences);
   double sums[5] = {0, 0, 0, 0, 0};  // loss, low, high, approximate KL, upstream·by_x
   // the second time with what the whole sequence passes back to each of its tokens
@@ -424,6 +432,7 @@ void run(const Policy& a) {
     }
   }
   launch(policy_count_kernel, a.tokens.sequences, kTokenThreads, 0, a);
+  launch(policy_total_kernel, 1, kTokenThreads, 0, a);
   launch(policy_kernel, a.tokens.sequences, kTokenThreads, 0, a);
   launch(policy_sum_kernel, 1, kTokenThreads, 0, a);
 }

@@ -224,10 +224,11 @@ FF_TABLE ValueTerm<V> value_term(V v, V target, V old, double clip, bool clipped
   const V free = v - target;
   if (!clipped) return {0.5 * free * free, free};
   const V low = old - clip, high = old + clip, raised = v < low ? low : v;
-  const V inside = raised > high ? high : raised, held = inside - target;
-  const auto further = held * held > free * free;
-  const V used = further ? held : free;
-  return {0.5 * used * used, further ? (inside == v ? held : V{}) : free};
+  const V inside = (raised > high ? high : raised) + (old - old);  // NaN where old is
+  const V held = inside - target;
+  const auto nearer = held * held <= free * free;
+  const V used = nearer ? free : held;
+  return {0.5 * used * used, nearer ? free : inside == v ? held : held - held};
 }
 
 }  // namespace finefuse

@@ -240,6 +240,9 @@ def policy_reduction(
         kinds = {"none": "none", "sum": "sum", "mean": "tokens", **own}
         choice("reduction", reduction, dict.fromkeys(kinds, 0))
         kind = kinds[reduction]
+    for name, value in (("max_length", max_length), ("num_tokens", num_tokens)):
+        if isinstance(value, (int, float)):
+            require(0 <= value < inf, name, value, "0 and above, or None")
     if kind == "max_length":
         longest = length if max_length is None else max_length
         if longest is None:

@@ -151,8 +151,9 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _token_vectors(
-    shape: torch.Size, dtype: torch.dtype, like: Tensor, values: tuple[Any, ...], packed: bool
-) -> list[Tensor | None]:
+    shape: torch.Size, dtype: torch.dtype, like: Tensor, name_of_like: str, values: tuple[Any, ...],
+    packed: bool,
+) -> list[Tensor | None]:  # fmt: skip
     """old_logprobs, ref_logprobs, weights and advantages as the raw ops take them."""
     vectors: list[Tensor | None] = []
     for name, value in zip(_NAMES, values, strict=True):
@@ -160,13 +161,17 @@ def _token_vectors(
             vectors.append(None)
             continue
         value = float_tensor(name, value)
-        same_device(name, value, "logprobs", like)
+        same_device(name, value, name_of_like, like)
         value = value.detach()
         one_a_row = name == "weights" and value.shape != shape and not packed
         if one_a_row and not advantages_by_token(shape, value.shape, None, name):
             value = value.reshape(*shape[:-1], 1).expand(shape)
         vectors.append(value if value.dtype is dtype else value.to(dtype))
     return vectors
+
+
+def _optional(name: str, value: Any) -> Any:
+    return None if value is None else scalar(name, value)
 
 
 def _check_mask(mask: Any, shape: torch.Size, like: Tensor, name: str) -> Tensor | None:
@@ -261,6 +266,14 @@ _BACKWARD = raw_op(
 )
 
 
+def _scaled(gradient: Tensor, mask: Tensor | None, g: Tensor) -> Tensor:
+    """The gradient times a scalar from above; what is masked out stays 0, where 0·inf is not."""
+    gradient = gradient * g
+    if mask is not None and (is_compiling() or not (g.is_cpu and isfinite(g.item()))):
+        gradient.masked_fill_(~mask, 0)
+    return gradient
+
+
 class _Policy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logprobs: Tensor, mask: Tensor | None, *rest: Any) -> Any:
@@ -285,10 +298,7 @@ class _Policy(torch.autograd.Function):
         if ctx.by_token:
             return _BACKWARD(g, *ctx.saved_tensors, *ctx.numbers), *nothing
         gradient, mask, _ = ctx.saved_tensors
-        gradient = gradient * g
-        if mask is not None and (is_compiling() or not (g.is_cpu and isfinite(g.item()))):
-            gradient.masked_fill_(~mask, 0)  # 0·inf is not 0
-        return gradient, *nothing
+        return _scaled(gradient, mask, g), *nothing
 
 
 def policy_loss(
@@ -341,7 +351,8 @@ def policy_loss(
     Args:
         logprobs: (…, T), a row a sequence, or flat (tokens,) with `cu_seqlens`; any float type, computed
             in float64. The only argument that gets a gradient.
-        advantages: one a token, in the shape of logprobs, or one a sequence, (…) or (…, 1).
+        advantages: one a token, in the shape of logprobs, or one a sequence, (…) or (…, 1). Where packed
+            tokens are as many as their sequences, (tokens,) is one a token.
         old_logprobs: in the shape of logprobs, of the policy that sampled. None: those of now, ρ = 1.
         loss: the name above.
         mask: in the shape of logprobs, bool or a number that is not 0 where a token counts. The others are
@@ -356,7 +367,7 @@ def policy_loss(
         reduction: None (the loss's own, above), another loss's name, "mean" (over tokens), "sum", or
             "none": a loss for each token (0 where masked).
         max_length: of `dr_grpo`; None: T. num_tokens: of `dapo`, `cispo` and `vespo`, a number or a 0-d
-            tensor; None: N.
+            tensor; None: N. At 0 the loss is 0. Other losses have no use for them.
         tau_pos, tau_neg: τ of `sapo` for A > 0 and for the others.
 
     Numbers may also be 0-d tensors. A log-ratio beyond ±60 (in k3, ref - lp beyond 60) is clamped there
@@ -382,12 +393,17 @@ def policy_loss(
     mask = _check_mask(mask, shape, logprobs, "logprobs")
     cu_seqlens = _check_cu_seqlens(cu_seqlens, logprobs)
     tokens = _token_vectors(
-        shape, dtype, logprobs, (old_logprobs, ref_logprobs, weights, advantages), packed
+        shape,
+        dtype,
+        logprobs,
+        "logprobs",
+        (old_logprobs, ref_logprobs, weights, advantages),
+        packed,
     )
     sequences, length, _ = _check_tokens(shape, dtype, logprobs, *tokens, cu_seqlens)
     how, divisor = policy_reduction(
-        loss, reduction, torch.Size(sequences).numel(), None if packed else length, max_length,
-        num_tokens,
+        loss, reduction, torch.Size(sequences).numel(), None if packed else length,
+        _optional("max_length", max_length), _optional("num_tokens", num_tokens),
     )  # fmt: skip
     floats = policy_numbers(
         scalar, loss, clip_low, clip_high, dual_clip, delta, kl_beta, tau_pos, tau_neg, divisor
@@ -610,12 +626,12 @@ def policy_loss_from_logits(
         actions = torch.where(mask, actions, ignore_index)
     cu_seqlens = _check_cu_seqlens(cu_seqlens, logits)
     tokens = _token_vectors(
-        shape, dtype, logits, (old_logprobs, ref_logprobs, weights, advantages), packed
+        shape, dtype, logits, "logits", (old_logprobs, ref_logprobs, weights, advantages), packed
     )
     sequences, length, _ = _check_tokens(shape, dtype, logits, *tokens, cu_seqlens, name="actions")
     how, divisor = policy_reduction(
-        loss, reduction, torch.Size(sequences).numel(), None if packed else length, max_length,
-        num_tokens,
+        loss, reduction, torch.Size(sequences).numel(), None if packed else length,
+        _optional("max_length", max_length), _optional("num_tokens", num_tokens),
     )  # fmt: skip
     whose = policy_importance(loss, importance)
     temperature, entropy_coef = (
@@ -715,14 +731,15 @@ class _ValueLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, *rest: Any) -> Tensor:
         out, gradient = _VALUE_FORWARD(values, *rest)
-        ctx.save_for_backward(gradient, values)
+        ctx.save_for_backward(gradient, rest[2], values)
         ctx.backend = _backend.chosen
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
-        return ctx.saved_tensors[0] * g, None, None, None, None
+        gradient, mask, _ = ctx.saved_tensors
+        return _scaled(gradient, mask, g), None, None, None, None
 
 
 def value_loss(

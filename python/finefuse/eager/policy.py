@@ -105,9 +105,12 @@ def policy_loss(logprobs: Tensor, mask: Tensor | None, *rest: Any) -> tuple[Tens
         x = sums(x.clamp(-20, 20) if kind == "vespo" else x)
         x = (x / n.clamp(min=1) if whose == "mean" else x)[sequence]
     rho = _ratio(x)
-    value = _surrogate(kind, lp, x, rho, A, low, high, dual_clip, delta, tau_pos, tau_neg)
-    if weights is not None:
+    used, weight = A, None
+    if weights is not None:  # at 0 nothing of the advantage is left, NaN neither
         weight = tokens(weights)
+        used = torch.where(weight == 0, 0, A)
+    value = _surrogate(kind, lp, x, rho, used, low, high, dual_clip, delta, tau_pos, tau_neg)
+    if weight is not None:
         value = torch.where(weight == 0, 0, weight * value)
     if whose == "whole":
         value = value / each
@@ -143,7 +146,7 @@ def value_loss(
     if old_values is not None:
         old = torch.where(live, widest(old_values), 0)
         held = (torch.minimum(torch.maximum(v, old - clip), old + clip) - r) ** 2
-        square = torch.where(held > square, held, square)
+        square = torch.where(held <= square, square, held)  # NaN among the old values passes
     loss = 0.5 * torch.where(live, square, 0).sum() / live.sum().clamp(min=1)
     return loss.to(values.dtype)
 

@@ -112,6 +112,10 @@ def _options(
 ) -> tuple[Any, str, str]:  # fmt: skip
     """(what the kernels take, whose ratio it is, how the tokens add up)."""
     cu_seqlens, _, count, length = tokens.sequences
+    max_length, num_tokens = (
+        None if value is None else scalar(name, value)
+        for name, value in (("max_length", max_length), ("num_tokens", num_tokens))
+    )
     how, divisor = policy_reduction(
         loss, reduction, count, length if cu_seqlens is None else None, max_length, num_tokens
     )

@@ -217,7 +217,7 @@ def value_loss(
         if clip is not None:
             assert old_values is not None
             held = min(max(v, old_values[at] - clip), old_values[at] + clip)
-            if (held - r) ** 2 > used**2:
+            if not (held - r) ** 2 <= used**2:
                 used, slope = held - r, (held - r if held == v else 0.0)
         loss += 0.5 * used**2 / total
         gradient[at] = slope / total
