@@ -55,7 +55,7 @@ from ._op import (
     write_back,
 )
 from .eager import policy as _eager
-from .logprobs import SCALE, check_offsets, token_logprobs
+from .logprobs import SCALE, check_offsets, sequence_logprobs, token_logprobs
 
 
 class PolicyOutput(NamedTuple):
@@ -674,7 +674,8 @@ def policy_loss_from_logits(
         reduction=reduction, max_length=max_length, num_tokens=num_tokens, tau_pos=tau_pos,
         tau_neg=tau_neg,
     )  # fmt: skip
-    mean = entropy.sum() / keep.sum().clamp(min=1)
+    # in order and in float64, whatever the number of threads
+    mean = sequence_logprobs(entropy.reshape(-1)) / keep.sum().clamp(min=1)
     value = out.loss
     if isinstance(entropy_coef, Tensor) or entropy_coef != 0.0:
         value = value - entropy_coef * (entropy if how == "none" else mean)
