@@ -2,7 +2,7 @@
 //
 // clang-format off
 //   pass              reads + writes                  bound by
-//   policy            up to 6 + 1 numbers a token     an exponential or three, about 10 ns a token
+//   policy            up to 6 + 1 numbers a token     an exponential or two, about 10 ns a token
 //   policy_logits     sizeof(T) + sizeof(T) a logit   memory; the gradient reads the row from cache
 //   value_loss        3 + 1 numbers a token           memory
 //   group_advantages  1 + 1 numbers a reward          nothing: there are as many as sequences
@@ -64,6 +64,9 @@ struct Tokens {
   }
 };
 
+// As many floats as a vector has doubles.
+typedef float Half __attribute__((vector_size(FF_VECTOR_BYTES / 2)));
+
 // Elements [t, t + k), 0 where not live.
 FF_INLINE VecD load_live(const Reals& a, int64_t t, int k, VecL live) {
   VecD x;
@@ -73,7 +76,6 @@ FF_INLINE VecD load_live(const Reals& a, int64_t t, int k, VecL live) {
   } else if (a.wide) {
     x = load(static_cast<const double*>(a.data) + t);
   } else {
-    typedef float Half __attribute__((vector_size(FF_VECTOR_BYTES / 2)));
     Half half;
     __builtin_memcpy(&half, static_cast<const float*>(a.data) + t, sizeof half);
     x = __builtin_convertvector(half, VecD);
@@ -86,7 +88,6 @@ FF_INLINE void store_reals(const Reals& a, int64_t t, int k, VecD x) {
   } else if (a.wide) {
     store(static_cast<double*>(a.data) + t, x);
   } else {
-    typedef float Half __attribute__((vector_size(FF_VECTOR_BYTES / 2)));
     const Half half = __builtin_convertvector(x, Half);
     __builtin_memcpy(static_cast<float*>(a.data) + t, &half, sizeof half);
   }

@@ -146,7 +146,7 @@ def _options(floats: Any, codes: Any, has_ref: bool) -> tuple[Any, ...]:
     return (surrogate, importance, kl, kl_times_ratio, reduction, *floats)
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+def _contiguous(*tensors: Tensor | None) -> Any:
     return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
 
 
@@ -219,7 +219,7 @@ def _policy(
         metrics = logprobs.new_empty((3,))
     gradient = torch.empty_like(logprobs, memory_format=torch.contiguous_format)
     scratch = logprobs.new_empty((count * _SEQUENCE_SUMS,), dtype=torch.float64)
-    logprobs, mask, upstream = _contiguous(logprobs, mask, upstream)  # type: ignore[assignment]
+    logprobs, mask, upstream = _contiguous(logprobs, mask, upstream)
     _POLICY(
         logprobs, dtype is torch.float64, mask, offsets,
         offsets is not None and offsets.dtype is torch.int32, count, length, logprobs.numel(), old, ref,
@@ -454,8 +454,8 @@ def _policy_logits(
     loss = metrics = None
     if want_loss:
         loss, metrics = (
-            advantages.new_empty(()),  # type: ignore[union-attr]
-            advantages.new_empty((4,)),  # type: ignore[union-attr]
+            advantages.new_empty(()),
+            advantages.new_empty((4,)),
         )
     scratch = actions.new_empty((count + _ROW_SUMS * actions.numel(),), dtype=torch.float64)
     actions = actions.contiguous()
@@ -708,7 +708,7 @@ def _value_forward(
     gradient = torch.empty_like(values, memory_format=torch.contiguous_format)
     blocks = (total + _VALUE_BLOCK - 1) // _VALUE_BLOCK
     scratch = values.new_empty((2 * blocks,), dtype=torch.float64)
-    given: Any = _contiguous(values, returns, old_values, mask)
+    given = _contiguous(values, returns, old_values, mask)
     _VALUE_LOSS(
         given[0], values.dtype is torch.float64, total, *given[1:], clip, out, gradient, scratch
     )
@@ -873,7 +873,7 @@ def _gae_forward(
 ) -> tuple[Tensor, Tensor]:
     bootstrap = _check_gae(rewards, values, mask)
     check_discounts(gamma, lam)
-    given: Any = _contiguous(rewards, values, mask)
+    given = _contiguous(rewards, values, mask)
     advantages, returns = torch.empty_like(given[0]), torch.empty_like(given[0])
     _GAE(
         given[0], rewards.dtype is torch.float64, rewards.shape[:-1].numel(), rewards.shape[-1],
