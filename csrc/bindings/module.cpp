@@ -114,6 +114,25 @@ struct Cpu {
   static void run(const ValueLoss& a) { FF_KERNELS(policy_kernels).value_loss(a); }
   static void run(const GroupAdvantages& a) { FF_KERNELS(policy_kernels).group_advantages(a); }
   static void run(const Gae& a) { FF_KERNELS(policy_kernels).gae(a); }
+  static void check_teacher(const Distill& a) {
+    TeacherFault fault = TeacherFault::none;
+    const int64_t row = FF_KERNELS(distill_kernels).first_bad_teacher(a, &fault);
+    if (row < 0) return;
+    const std::string where = "row " + std::to_string(row);
+    if (fault == TeacherFault::mass) {
+      throw py::value_error(
+          "teacher_logits: the probabilities of " + where +
+          " add up to more than 1; with teacher_indices they are log-probabilities");
+    }
+    throw py::value_error("teacher_indices: " + where +
+                          (fault == TeacherFault::twice ? " has an index twice"
+                                                        : " has an index that is not in [0, " +
+                                                              std::to_string(a.shape.vocab) + ")"));
+  }
+
+  static void run(const Distill& a) { FF_KERNELS(distill_kernels).distill(a); }
+  static void run(const Prune& a) { FF_KERNELS(prune_kernels).prune(a); }
+  static void run(const PruneCodes& a) { FF_KERNELS(prune_kernels).prune_codes(a); }
   static void run(const Preference& a) { FF_KERNELS(preference_kernels).preference(a); }
 };
 

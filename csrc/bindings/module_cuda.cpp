@@ -16,6 +16,7 @@ struct Cuda {
                             int64_t) {}
   static void check_offsets(const finefuse::Indices&, int64_t, int64_t) {}
   static void check_segments(const finefuse::Segments&, int64_t) {}
+  static void check_teacher(const finefuse::Distill&) {}
   static void check_lengths(const char*, const finefuse::Reals&, int64_t) {}
   template <class Args> static void run(const Args& args) { finefuse::cuda::run(args); }
 };

@@ -4,21 +4,24 @@
 // before anything is written, on a GPU by the kernel, which flags them and never follows them.
 //
 // A backend is a struct of static functions: `run`, overloaded on the argument struct, and
-// check_targets, check_offsets, check_lengths, check_segments.
+// check_targets, check_offsets, check_lengths, check_segments, check_teacher.
 #pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <string>
 #include <vector>
 
 #include "bindings/array.h"
 #include "ops/codebook.h"
+#include "ops/distill.h"
 #include "ops/dora.h"
 #include "ops/logprobs.h"
 #include "ops/lora.h"
 #include "ops/policy.h"
 #include "ops/preference.h"
+#include "ops/prune.h"
 #include "ops/segmented.h"
 
 namespace finefuse {
@@ -172,23 +175,149 @@ void sequence_sums_backward(Array gradient, bool wide, Array mask, Array offsets
                                     place});
 }
 
+// (codes, by_length, weights: lists as long as each other; beta, label_smoothing, gamma,
+// sft_weight, delta, tau, desirable_weight, undesirable_weight, alpha, center; divergence,
+// nll_by_length, reduction), as python/finefuse/_args.py makes it.
+inline PreferenceOptions preference_options(const pybind11::tuple& t) {
+  if (t.size() != 16) throw pybind11::type_error("options: a tuple of 3 lists and 13 numbers");
+  const auto codes = t[0].cast<std::vector<int>>();
+  const auto by_length = t[1].cast<std::vector<bool>>();
+  const auto weights = t[2].cast<std::vector<double>>();
+  if (codes.empty() || codes.size() > kPreferenceTerms || by_length.size() != codes.size() ||
+      weights.size() != codes.size()) {
+    throw pybind11::value_error("loss: 1 to " + std::to_string(kPreferenceTerms) +
+                                " losses, each with its weight");
+  }
+  PreferenceOptions o{};
+  o.count = static_cast<int>(codes.size());
+  for (size_t i = 0; i < codes.size(); ++i) {
+    o.terms[i] = {static_cast<PreferenceLoss>(codes[i]), by_length[i], weights[i]};
+  }
+  double* const numbers[] = {&o.beta, &o.label_smoothing, &o.gamma,       &o.sft_weight, &o.delta,
+                             &o.tau,  &o.desirable,       &o.undesirable, &o.alpha,      &o.center};
+  for (int i = 0; i < 10; ++i) *numbers[i] = t[3 + i].cast<double>();
+  o.divergence = static_cast<Divergence>(t[13].cast<int>());
+  o.nll_by_length = t[14].cast<bool>();
+  o.reduction = static_cast<Reduction>(t[15].cast<int>());
+  return o;
+}
+
 template <class Backend>
 void preference(Array chosen, Array rejected, Array ref_chosen, Array ref_rejected,
-                Array chosen_lengths, Array rejected_lengths, bool wide, int64_t pairs, int loss,
-                double beta, double label_smoothing, int reduction, Array out, Array chosen_rewards,
-                Array rejected_rewards, Array margins, Array accuracy, Array gradient,
-                Place place) {
+                Array chosen_lengths, Array rejected_lengths, Array weights, Array chosen_nll,
+                Array kl, int64_t kl_count, Array aot_order, Array aot_unpaired_order, bool wide,
+                int64_t chosen_count, int64_t rejected_count, const pybind11::tuple& options,
+                Array upstream, Array out, Array chosen_rewards, Array rejected_rewards,
+                Array margins, Array accuracy, Array gradient, Array ref_gradient,
+                Array nll_gradient, Place place) {
+  const PreferenceOptions o = preference_options(options);
   const auto reals = [wide](const Array& a) { return Reals{a.data, wide}; };
   pybind11::gil_scoped_release nogil;
-  need("chosen", chosen, pairs);
-  need("rejected", rejected, pairs);
-  Backend::check_lengths("chosen_lengths", reals(chosen_lengths), pairs);
-  Backend::check_lengths("rejected_lengths", reals(rejected_lengths), pairs);
-  Backend::run(Preference{
-      pairs, reals(chosen), reals(rejected), reals(ref_chosen), reals(ref_rejected),
-      reals(chosen_lengths), reals(rejected_lengths), static_cast<PreferenceLoss>(loss), beta,
-      label_smoothing, static_cast<Reduction>(reduction), reals(out), reals(chosen_rewards),
-      reals(rejected_rewards), reals(margins), reals(accuracy), reals(gradient), place});
+  need("chosen", chosen, chosen_count);
+  need("rejected", rejected, rejected_count);
+  need("gradient", gradient, chosen_count + rejected_count);
+  for (int i = 0; i < o.count; ++i) {
+    const PreferenceLoss loss = o.terms[i].loss;
+    if (loss == PreferenceLoss::aot) need("aot_order", aot_order, chosen_count);
+    if (loss == PreferenceLoss::aot_unpaired) {
+      need("aot_unpaired_order", aot_unpaired_order, chosen_count);
+    }
+  }
+  Backend::check_lengths("chosen_lengths", reals(chosen_lengths), chosen_count);
+  Backend::check_lengths("rejected_lengths", reals(rejected_lengths), rejected_count);
+  Backend::run(Preference{chosen_count,
+                          rejected_count,
+                          reals(chosen),
+                          reals(rejected),
+                          reals(ref_chosen),
+                          reals(ref_rejected),
+                          reals(chosen_lengths),
+                          reals(rejected_lengths),
+                          reals(weights),
+                          reals(chosen_nll),
+                          reals(kl),
+                          kl_count,
+                          static_cast<const int64_t*>(aot_order.data),
+                          static_cast<const int64_t*>(aot_unpaired_order.data),
+                          o,
+                          reals(upstream),
+                          reals(out),
+                          reals(chosen_rewards),
+                          reals(rejected_rewards),
+                          reals(margins),
+                          reals(accuracy),
+                          reals(gradient),
+                          reals(ref_gradient),
+                          reals(nll_gradient),
+                          place});
+}
+
+// numbers: (beta, temperature, kl_weight, ce_weight)
+template <class Backend>
+void distill(Array student, Layout layout, int64_t width, Array gradient, Layout gradient_layout,
+             Array teacher, Layout teacher_layout, Array teacher_indices, bool indices_int32,
+             int kind, std::array<double, 4> numbers, Array mask, Array targets, bool int32,
+             int64_t ignore_index, int reduction, Array loss, Array scratch, Array upstream,
+             Place place) {
+  const LogitsShape shape = shape_of(layout), teacher_shape = shape_of(teacher_layout);
+  const bool wide = is_wide(layout);
+  const Indices y = indices(targets, int32);
+  pybind11::gil_scoped_release nogil;
+  need("student_logits", student, shape.rows);
+  need("teacher_logits", teacher, shape.rows);
+  if (static_cast<Reduction>(reduction) != Reduction::none) need("scratch", scratch, 1);
+  const Distill args{shape,
+                     width,
+                     rows_of(student, layout),
+                     rows_of(gradient, gradient_layout),
+                     rows_of(teacher, teacher_layout),
+                     teacher_shape.dtype,
+                     indices(teacher_indices, indices_int32),
+                     teacher_indices.data == nullptr ? 0 : teacher_shape.vocab,
+                     static_cast<DistillKind>(kind),
+                     numbers[0],
+                     numbers[1],
+                     numbers[2],
+                     numbers[3],
+                     bytes(mask),
+                     y,
+                     ignore_index,
+                     static_cast<Reduction>(reduction),
+                     {loss.data, wide},
+                     doubles(scratch),
+                     {upstream.data, wide},
+                     place};
+  if (y.data != nullptr) Backend::check_targets("targets", y, shape, ignore_index);
+  if (teacher_indices.data != nullptr) Backend::check_teacher(args);
+  Backend::run(args);
+}
+
+template <class Backend>
+void prune(Array weight, int dtype, int64_t rows, int64_t columns, int scope, int64_t drop,
+           int64_t group, Array norm, Array mask, bool zero, Array workspace, Place place) {
+  const bool wide = static_cast<DType>(dtype) == DType::f64;
+  pybind11::gil_scoped_release nogil;
+  need("weight", weight, rows * columns);
+  Backend::run(Prune{weight.data,
+                     static_cast<DType>(dtype),
+                     rows,
+                     columns,
+                     static_cast<PruneScope>(scope),
+                     drop,
+                     group,
+                     {norm.data, wide},
+                     bytes(mask),
+                     zero,
+                     workspace.data,
+                     place});
+}
+
+template <class Backend>
+void prune_codes(Array codes, int64_t count, int bits, int zero, Array mask, Place place) {
+  pybind11::gil_scoped_release nogil;
+  need("codes", codes, count);
+  need("mask", mask, count);
+  Backend::run(PruneCodes{bytes(codes), count, bits, zero, bytes(mask), place});
 }
 
 // (surrogate, importance, kl, kl_times_ratio, reduction, clip_low, clip_high, dual_clip, delta,
@@ -672,6 +801,9 @@ template <class Backend> void define_ops(pybind11::module_& m) {
   m.def("sequence_sums", sequence_sums<Backend>);
   m.def("sequence_sums_backward", sequence_sums_backward<Backend>);
   m.def("preference", preference<Backend>);
+  m.def("distill", distill<Backend>);
+  m.def("prune", prune<Backend>);
+  m.def("prune_codes", prune_codes<Backend>);
   m.def("policy", policy<Backend>);
   m.def("policy_logits", policy_logits<Backend>);
   m.def("value_loss", value_loss<Backend>);

@@ -12,7 +12,7 @@ struct Place {
 
 // What a GPU kernel found wrong where raising would synchronise; finefuse.check() raises it. The
 // numbers are the contract with python/finefuse/_backend.py (FLAGS).
-enum class Flag : int { targets = 0, cu_seqlens = 1, lengths = 2, adapter = 3 };
-inline constexpr int kFlags = 4;
+enum class Flag : int { targets = 0, cu_seqlens = 1, lengths = 2, adapter = 3, teacher = 4 };
+inline constexpr int kFlags = 5;
 
 }  // namespace finefuse

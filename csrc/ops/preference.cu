@@ -14,10 +14,12 @@ constexpr int kThreads = 256;
 __device__ bool negative(const Reals& lengths, int64_t i) { return lengths && !(lengths[i] >= 0); }
 
 __global__ void __launch_bounds__(kThreads) preference_kernel(const Preference a) {
-  const double pairs = static_cast<double>(a.pairs);
-  const double scale = a.reduction != Reduction::mean ? 1.0 : a.pairs == 0 ? 0.0 : 1.0 / pairs;
+  const double pairs = static_cast<double>(a.chosen_count);
+  const double scale = a.options.reduction != Reduction::mean ? 1.0
+                       : a.chosen_count == 0                  ? 0.0
+                                                              : 1.0 / pairs;
   double sums[2] = {0, 0};  // loss, pairs won
-  for (int64_t i = threadIdx.x; i < a.pairs; i += kThreads) {
+  for (int64_t i = threadIdx.x; i < a.chosen_count; i += kThreads) {
     Pair p = pair_at(a, i);
     if (negative(a.chosen_lengths, i) || negative(a.rejected_lengths, i)) {
       p = {NAN, NAN, {NAN, NAN, NAN}};
@@ -25,17 +27,17 @@ __global__ void __launch_bounds__(kThreads) preference_kernel(const Preference a
     }
     sums[0] += p.loss.v;
     sums[1] += p.r_w > p.r_l;
-    if (a.reduction == Reduction::none) a.out.set(i, p.loss.v);
+    if (a.options.reduction == Reduction::none) a.out.set(i, p.loss.v);
     a.gradient.set(i, scale * p.loss.w);
-    a.gradient.set(a.pairs + i, scale * p.loss.l);
-    a.chosen_rewards.set(i, a.beta * p.r_w);
-    a.rejected_rewards.set(i, a.beta * p.r_l);
-    a.margins.set(i, a.beta * (p.r_w - p.r_l));
+    a.gradient.set(a.chosen_count + i, scale * p.loss.l);
+    a.chosen_rewards.set(i, a.options.beta * p.r_w);
+    a.rejected_rewards.set(i, a.options.beta * p.r_l);
+    a.margins.set(i, a.options.beta * (p.r_w - p.r_l));
   }
   block_sum(sums);
   if (threadIdx.x != 0) return;
-  if (a.reduction != Reduction::none) a.out.set(0, scale * sums[0]);
-  a.accuracy.set(0, a.pairs == 0 ? 0 : sums[1] / pairs);
+  if (a.options.reduction != Reduction::none) a.out.set(0, scale * sums[0]);
+  a.accuracy.set(0, a.chosen_count == 0 ? 0 : sums[1] / pairs);
 }
 
 }  // namespace

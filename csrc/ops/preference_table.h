@@ -40,6 +40,7 @@ FF_TABLE Dual pair_loss(PreferenceLoss loss, Dual w, Dual l, double beta, double
     case PreferenceLoss::sigmoid: return smoothed_sigmoid(beta * d, eps);
     case PreferenceLoss::ipo: return square(d - 1 / (2 * beta));
     case PreferenceLoss::hinge: return relu(1 - beta * d);
+    default: break;
   }
   return {__builtin_nan(""), 0, 0};
 }
@@ -60,7 +61,7 @@ FF_TABLE Pair pair_at(const Preference& a, int64_t i) {
   const double r_l = a.rejected[i] - (a.ref_rejected ? a.ref_rejected[i] : 0);
   const double n_w = length(a.chosen_lengths, i), n_l = length(a.rejected_lengths, i);
   const Dual w{r_w / n_w, 1 / n_w, 0}, l{r_l / n_l, 0, 1 / n_l};
-  return {r_w, r_l, pair_loss(a.loss, w, l, a.beta, a.label_smoothing)};
+  return {r_w, r_l, pair_loss(a.options.terms[0].loss, w, l, a.options.beta, a.options.label_smoothing)};
 }
 
 }  // namespace finefuse

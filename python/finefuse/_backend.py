@@ -22,6 +22,8 @@ AUTO = {
     "logprobs": ("cuda", "triton"),  # not measured yet
     "preference": ("cuda", "triton"),  # not measured yet
     "policy": ("cuda", "triton"),  # not measured yet
+    "distill": ("cuda", "triton"),  # not measured yet
+    "prune": ("cuda", "triton"),  # not measured yet
     "codebook": ("cuda", "triton"),  # not measured yet
     "lora": ("cuda", "triton"),  # not measured yet
     "dora": ("cuda", "triton"),  # not measured yet
@@ -34,6 +36,8 @@ FLAGS = (
     "cu_seqlens: did not rise from 0 to the number of tokens; its sequences became NaN",
     "chosen_lengths, rejected_lengths: an element was negative or NaN; its pair became NaN",
     "adapter: an element was not in [-1, adapters); its row became NaN",
+    "teacher_indices, teacher_logits: an index was not in [0, V) or came twice, or the probabilities of a "
+    "row add up to more than 1; the row became NaN",
 )
 
 # The choice in force, for the whole process: compiled graphs must see it too. A backward runs in a thread

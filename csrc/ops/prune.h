@@ -1,0 +1,50 @@
+// Pruning by magnitude or by Wanda's score: what crosses from Python to the kernel.
+#pragma once
+#include "core/dispatch.h"
+#include "core/dtype.h"
+#include "core/place.h"
+
+namespace finefuse {
+
+// The numbers are the contract with python/finefuse/_args.py (PRUNE_SCOPES).
+enum class PruneScope : int { tensor = 0, row = 1, group = 2 };
+
+// Drops the `drop` elements of smallest score |w|·norm of the tensor, of each row, or of each group
+// of `group` neighbours in a row; of equal scores the lower index goes first. Scores are float32
+// (float64 for float64); NaN is the largest of all.
+struct Prune {
+  void* weight;  // (rows, columns), contiguous
+  DType dtype;
+  int64_t rows, columns;
+  PruneScope scope;
+  int64_t drop, group;
+  Reals norm;       // (columns,), of the scores' type; absent: 1
+  uint8_t* mask;    // (rows, columns), 1 = kept; absent: not wanted
+  bool zero;        // set what is dropped to 0 in `weight`
+  void* workspace;  // on GPUs, prune_workspace bytes; on the CPU each thread's own
+  Place place;
+};
+
+// Sets the packed codes of elements that are not kept to the code of 0.
+struct PruneCodes {
+  uint8_t* codes;  // packed as in ops/codebook.h
+  int64_t count;   // elements
+  int bits;        // 2, 3, 4 or 8
+  int zero;        // the code of 0
+  const uint8_t* mask;
+  Place place;
+};
+
+struct PruneKernels {
+  void (*prune)(const Prune&);
+  void (*prune_codes)(const PruneCodes&);
+};
+
+namespace cuda {  // prune.cu
+void run(const Prune&);
+void run(const PruneCodes&);
+}  // namespace cuda
+
+}  // namespace finefuse
+
+FF_DECLARE_KERNELS(PruneKernels, prune_kernels)
