@@ -14,8 +14,6 @@ from .._args import (
     check_label_smoothing,
     check_reference,
     choice,
-    divides_by_length,
-    preference_options,
 )
 from ._array import (
     ACCUMULATOR,
