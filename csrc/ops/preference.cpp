@@ -1,7 +1,9 @@
 // Preference losses, value and gradient in one visit of each pair.
 //
-// All arithmetic is double whatever the input: a pair costs two transcendental functions, about
-// 40 ns, and there are as many pairs as sequences. One thread, pairs in order: deterministic.
+// All arithmetic is double whatever the input: a pair costs two transcendental functions or a few
+// more, about 40 ns, and there are as many pairs as sequences. One thread, pairs in order:
+// deterministic. Sums that a pair needs of the whole batch (the NLL, kto's z) are a loop of
+// additions before.
 #include "ops/preference.h"
 
 #include "ops/preference_table.h"
@@ -10,25 +12,17 @@ namespace finefuse::FF_ISA_NS {
 namespace {
 
 void preference(const Preference& a) {
-  const double scale = a.options.reduction != Reduction::mean ? 1.0
-                       : a.chosen_count == 0 ? 0.0
-                                             : 1.0 / static_cast<double>(a.chosen_count);
-  double total = 0;
-  int64_t won = 0;
-  for (int64_t i = 0; i < a.chosen_count; ++i) {
-    const auto [r_w, r_l, loss] = pair_at(a, i);
-    total += loss.v;
-    won += r_w > r_l;
-    if (a.options.reduction == Reduction::none) a.out.set(i, loss.v);
-    a.gradient.set(i, scale * loss.w);
-    a.gradient.set(a.chosen_count + i, scale * loss.l);
-    a.chosen_rewards.set(i, a.options.beta * r_w);
-    a.rejected_rewards.set(i, a.options.beta * r_l);
-    a.margins.set(i, a.options.beta * (r_w - r_l));
+  double of_batch[kBatchSums] = {}, sums[kPreferenceSums] = {};
+  if (needs_sums(a)) batch_sums(a, 0, 1, of_batch);
+  const Batch b = batch_of(a, of_batch);
+  const int64_t most = a.chosen_count > a.rejected_count ? a.chosen_count : a.rejected_count;
+  for (int64_t i = 0; i < most; ++i) visit(a, b, i, sums);
+  for (int k = 0; k < a.options.count; ++k) {
+    const PreferenceTerm& term = a.options.terms[k];
+    if (!sorts(term.loss)) continue;
+    for (int64_t i = 0; i < a.chosen_count; ++i) visit_sorted(a, b, term, i, sums);
   }
-  if (a.options.reduction != Reduction::none) a.out.set(0, scale * total);
-  a.accuracy.set(
-      0, a.chosen_count == 0 ? 0 : static_cast<double>(won) / static_cast<double>(a.chosen_count));
+  finish(a, b, sums);
 }
 
 }  // namespace
