@@ -283,7 +283,7 @@ FF_TABLE void visit(const Preference& a, const Batch& b, int64_t i,
     a.gradient.set(other, by_l + by_r_l);
     if (a.ref_gradient) a.ref_gradient.set(other, -by_r_l);
   }
-  if (!a.out) return;
+  if (!a.accuracy) return;  // gradients alone
   if (o.reduction == Reduction::none) {
     if (is_w) a.out.set(i, out);
     if (is_l && one_by_one) a.out.set(other, out_l);
@@ -334,7 +334,7 @@ FF_TABLE void visit_sorted(const Preference& a, const Batch& b, const Preference
 
 FF_TABLE void finish(const Preference& a, const Batch& b, const double (&sums)[kPreferenceSums]) {
   if (a.nll_gradient) a.nll_gradient.set(0, b.nll_slope);
-  if (!a.out) return;
+  if (!a.accuracy) return;  // gradients alone
   const double n_w = static_cast<double>(a.chosen_count),
                n_l = static_cast<double>(a.rejected_count);
   const bool same = a.chosen_count == a.rejected_count;

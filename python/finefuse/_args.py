@@ -212,10 +212,7 @@ class PreferenceTerms(NamedTuple):
     unpaired: bool  # all losses are of an example at a time
     mixed: bool  # some are, others of pairs
     nll: bool  # some loss has the NLL of the chosen, or with an sft_weight above 0 may have
-
-    @property
-    def divides(self) -> bool:
-        return any(self.by_length)
+    divides: bool  # some loss divides by the lengths
 
 
 class PreferenceInputs(NamedTuple):
@@ -295,7 +292,7 @@ def preference_terms(
     return PreferenceTerms(
         names, tuple(named.code for named in losses), by_length, divergence,
         normalize_lengths is None or bool(normalize_lengths), how, all(unpaired), mixed,
-        any(named.nll for named in losses),
+        any(named.nll for named in losses), any(by_length),
     )  # fmt: skip
 
 

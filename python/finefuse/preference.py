@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _backend
 from ._args import (
+    PREFERENCE_LOSSES,
     PREFERENCE_NUMBERS,
     REDUCTIONS,
     REWARD,
@@ -71,6 +72,10 @@ _INPUT_NAMES = (
 )  # fmt: skip
 _INPUTS = len(_INPUT_NAMES)
 _LIKE = (0, 0, 0, 1, 0, 1)  # whose shape the first have
+_UNPAIRED = {named.code for named in PREFERENCE_LOSSES.values() if named.unpaired}
+_ORDERS = tuple(PREFERENCE_LOSSES[name].code for name in ("aot", "aot_unpaired"))
+_KTO = PREFERENCE_LOSSES["kto"].code
+_NONE = REDUCTIONS["none"]
 
 
 def _check(inputs: Sequence[Tensor | None]) -> None:
@@ -120,31 +125,41 @@ def _sizes(inputs: Sequence[Any], want_ref: bool) -> list[int]:
     return sizes
 
 
+@lru_cache(maxsize=64)
+def _bound(
+    loss_weights: Any,
+    has_lengths: tuple[bool, bool],
+    has_nll: bool,
+    codes: tuple[int, ...],
+    *rest: Any,
+) -> tuple[Any, bool]:
+    """(options as the kernels take them, whether each loss is of pairs and has its tensors)."""
+    by_length, divergence, nll_by_length, reduction, *numbers = rest
+    options = PreferenceOptions._make(
+        (codes, by_length, loss_weights, *numbers, divergence, nll_by_length, reduction)
+    )
+    simple = not any(code in codes for code in (*_UNPAIRED, *_ORDERS))
+    return preference_binding(options, has_lengths, has_nll), simple
+
+
 def _run(upstream: Tensor | None, args: Any, want_loss: bool) -> tuple[Any, ...]:
     """out, chosen_rewards, rejected_rewards, margins, accuracy, gradients (see _sizes)."""
     inputs, loss_weights = args[:_INPUTS], args[_INPUTS]
     codes, by_length, divergence, nll_by_length, reduction, want_ref = args[-6:]
     _check(inputs)
-    chosen, rejected, _, _, n_w, n_l, weights, nll, kl, aot, aot_unpaired = inputs
-    weighted = None
-    if loss_weights is not None:
-        weighted = tuple(loss_weights.tolist())
-    options = preference_binding(
-        PreferenceOptions(
-            tuple(codes), tuple(by_length), weighted, *args[_INPUTS + 1 : -6], divergence,
-            nll_by_length, reduction,
-        ),
-        (n_w is not None, n_l is not None),
-        nll is not None,
+    chosen, rejected, _, _, n_w, n_l, weights, nll, kl, *orders = inputs
+    options, simple = _bound(
+        None if loss_weights is None else tuple(loss_weights.tolist()),
+        (n_w is not None, n_l is not None), nll is not None, tuple(codes), tuple(by_length), divergence,
+        nll_by_length, reduction, *args[_INPUTS + 1 : -6],
     )  # fmt: skip
-    shapes = preference_shapes(
-        codes, reduction, chosen.shape, rejected.shape, None if weights is None else weights.shape
-    )
-    for code, order in ((8, aot), (9, aot_unpaired)):
-        if order is None and code in codes:
-            raise TypeError(
-                f"{'aot_order' if code == 8 else 'aot_unpaired_order'}: a tensor, not None"
-            )
+    shape = margins_shape = chosen.shape
+    if not simple or weights is not None or rejected.shape != shape:
+        given = None if weights is None else weights.shape
+        shape, margins_shape = preference_shapes(codes, reduction, shape, rejected.shape, given)
+        for code, name, order in zip(_ORDERS, _INPUT_NAMES[9:], orders, strict=True):
+            if order is None and code in codes:
+                raise TypeError(f"{name}: a tensor, not None")
     contiguous = [t if t is None or t.is_contiguous() else t.contiguous() for t in inputs]
     count, other = chosen.numel(), rejected.numel()
     pairs = count + other
@@ -152,14 +167,10 @@ def _run(upstream: Tensor | None, args: Any, want_loss: bool) -> tuple[Any, ...]
     out = chosen_rewards = rejected_rewards = margins = accuracy = None
     if want_loss:
         accuracy = chosen.new_empty(())
-        out = torch.empty_like(accuracy) if reduction else chosen.new_empty(shapes.out)
+        out = chosen.new_empty(() if reduction else shape)
         chosen_rewards = torch.empty_like(contiguous[0])
         rejected_rewards = torch.empty_like(contiguous[1])
-        margins = (
-            torch.empty_like(chosen_rewards)
-            if shapes.margins == chosen.shape
-            else (chosen.new_empty(()))
-        )
+        margins = chosen.new_empty(margins_shape)
     _PREFERENCE(
         *contiguous[:9], 0 if kl is None else kl.numel(), *contiguous[9:],
         chosen.dtype is torch.float64, count, other, options, upstream, out, chosen_rewards,
@@ -193,7 +204,7 @@ def _backward(g: Tensor, *args: Any) -> Tensor:
     if g.shape != shapes.out or g.dtype is not chosen.dtype:
         raise ValueError(f"g: {tuple(g.shape)} {g.dtype}; allowed: {shapes.out} {chosen.dtype}")
     same_device("g", g, "chosen", chosen)
-    require(args[-2] == REDUCTIONS["none"], "reduction", args[-2], "0 (none)")
+    require(args[-2] == _NONE, "reduction", args[-2], "0 (none)")
     return _run(g if g.is_contiguous() else g.contiguous(), args, False)[-1]
 
 
@@ -223,7 +234,7 @@ class _Preference(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Any:
         *outputs, gradient = _FORWARD(*args)
         ctx.rest = args[_INPUTS:]
-        if args[-2] == 0:
+        if args[-2] == _NONE:
             ctx.save_for_backward(*args[:_INPUTS])
         else:
             ctx.save_for_backward(*args[:4], args[7], gradient)
@@ -239,7 +250,7 @@ class _Preference(torch.autograd.Function):
         if g is None:
             return tuple(grads)
         saved, want_ref = ctx.saved_tensors, ctx.rest[-1]
-        if ctx.rest[-2] == 0:
+        if ctx.rest[-2] == _NONE:
             inputs = saved
             gradient = _BACKWARD(g, *saved, *ctx.rest)
         else:
@@ -278,7 +289,7 @@ _NUMBER_NAMES = (
 
 
 def _numbers(values: tuple[Any, ...]) -> Sequence[Any]:
-    if not is_compiling() and all(type(value) is float for value in values):
+    if not is_compiling() and {*map(type, values)} == {float}:
         return values
     return [scalar(name, value) for name, value in zip(_NUMBER_NAMES, values, strict=True)]
 
@@ -299,16 +310,16 @@ def _loss_weights(weights: Any, count: int) -> Tensor | None:
 
 def _vectors(*values: Any) -> list[Any]:
     """The first 9 inputs in the widest type of the log-probabilities, at least float32."""
-    wide = False
-    for name, value in zip(_INPUT_NAMES, values, strict=False):
-        if value is None and name not in ("chosen", "rejected"):
+    dtype = torch.float32
+    for i, value in enumerate(values):
+        if value is None and i > 1:
             continue
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: a tensor, not {type(value).__name__}")
-        if value.dtype not in DTYPES and not name.endswith("_lengths"):
-            float_tensor(name, value)
-    wide = any(v is not None and v.dtype is torch.float64 for v in values[:4])
-    dtype = torch.float64 if wide else torch.float32
+            raise TypeError(f"{_INPUT_NAMES[i]}: a tensor, not {type(value).__name__}")
+        if value.dtype not in DTYPES and i not in (4, 5):  # lengths may be integers
+            float_tensor(_INPUT_NAMES[i], value)
+        if i < 4 and value.dtype is torch.float64:
+            dtype = torch.float64
     return [v if v is None or v.dtype is dtype else v.to(dtype) for v in values]
 
 
@@ -321,7 +332,7 @@ def _per_token(lp: Tensor, lengths: Tensor | None) -> Tensor:
 def _orders(terms: PreferenceTerms, v: Sequence[Any]) -> list[Tensor | None]:
     """What sorts the differences of aot and of aot_unpaired: see csrc/ops/preference.h."""
     orders: list[Tensor | None] = [None, None]
-    for i, code in enumerate((8, 9)):
+    for i, code in enumerate(_ORDERS):
         if code not in terms.codes:
             continue
         by_length = terms.by_length[terms.codes.index(code)]
@@ -486,8 +497,10 @@ def preference_loss(
     if inputs[6] is not None and inputs[6].requires_grad:
         inputs[6] = inputs[6].detach()
     if kl is not None:
-        inputs[8] = inputs[8].detach().reshape(-1) if 19 in terms.codes else None
-    aot = _orders(terms, inputs) if 8 in terms.codes or 9 in terms.codes else (None, None)
+        inputs[8] = inputs[8].detach().reshape(-1) if _KTO in terms.codes else None
+    aot: Any = (None, None)
+    if any(code in _ORDERS for code in terms.codes):
+        aot = _orders(terms, inputs)
     numbers = _numbers((
         beta, label_smoothing, gamma, sft_weight, delta, tau, desirable_weight, undesirable_weight,
         alpha, 0.0,
@@ -530,9 +543,10 @@ def reward_loss(
     names = ("chosen_rewards", "rejected_rewards", "margin")
     for name, value in zip(names[:2], (chosen_rewards, rejected_rewards), strict=True):
         float_tensor(name, value)
+    given: Any = margin
     if margin is not None and not isinstance(margin, Tensor):
-        margin = torch.full_like(chosen_rewards, 1.0).detach() * scalar("margin", margin)
-    for name, value in zip(names[1:], (rejected_rewards, margin), strict=True):
+        given = torch.ones_like(chosen_rewards) * scalar("margin", margin)
+    for name, value in zip(names[1:], (rejected_rewards, given), strict=True):
         if value is None:
             continue
         float_tensor(name, value)
@@ -542,7 +556,7 @@ def reward_loss(
                 f"{name}: shape {tuple(value.shape)}; chosen_rewards has "
                 f"{tuple(chosen_rewards.shape)}"
             )
-    inputs = _vectors(chosen_rewards, rejected_rewards, margin, *(None,) * 6)
+    inputs = _vectors(chosen_rewards, rejected_rewards, given, *(None,) * 6)
     numbers = _numbers((1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, center_coef))
     codes = ((REWARD.code,), (False,), 0, False, how)
     return _apply((*inputs, None, None), None, numbers, codes).loss
@@ -806,7 +820,8 @@ def preference_loss_from_logits(
         if not isinstance(ld_alpha, Tensor):
             require(0.0 <= ld_alpha <= 1.0, "ld_alpha", ld_alpha, "0 to 1, or None")
     half = logits.shape[0] // 2
-    chosen_lengths = rejected_lengths = tail = None
+    chosen_lengths: Any = None
+    rejected_lengths = tail = None
     needs_nll = terms.nll and chosen_nll is None
     if ld_alpha is not None or terms.divides or (needs_nll and terms.nll_by_length):
         keep = targets != ignore_index

@@ -85,8 +85,8 @@ def pair_loss(
         by_o = -beta * sigmoid(-(o_w - o_l))
         return -beta * log_sigmoid(o_w - o_l), product(by_o, slope_w), -product(by_o, slope_l)
     if loss == "slic":
-        value = np.maximum(0, beta - w + l)
-        slope = np.where(beta - w + l > 0, -1 / beta, 0.0)
+        value = np.maximum(0, beta - (w - l))
+        slope = np.where(beta - (w - l) > 0, -1 / beta, 0.0)
     elif loss in ("sigmoid", "spin", "aot", "aot_unpaired", "cpo"):
         value, slope = smoothed(x, 1 - eps, eps)
     elif loss == "simpo":
@@ -108,7 +108,8 @@ def pair_loss(
         slope = product(p * q, x - np.log(1 - eps) + np.log(eps))
     elif loss == "discopop":
         m, rest = sigmoid(x / tau), sigmoid(-x / tau)
-        z = np.exp(np.minimum(x, 0) / tau - x - np.log1p(np.exp(-np.abs(x / tau))))
+        power = product(np.minimum(x, 0), np.asarray(1 / tau - 1)) - np.maximum(x, 0)
+        z = np.exp(power - np.log1p(np.exp(-np.abs(x / tau))))
         value = product(rest, -log_sigmoid(x)) + z
         slope = product(m * rest / tau, log_sigmoid(x)) - rest * sigmoid(-x)
         slope = slope + product(z, rest / tau - 1)
@@ -266,11 +267,14 @@ def preference_loss(
         margins, wins = np.asarray(means[0] - means[1]), np.concatenate([r[0] > 0, r[1] < 0])
     return Output(
         out if reduction == "none" else np.asarray(total),
-        *rewards,
+        rewards[0],
+        rewards[1],
         margins,
         float(np.mean(wins)) if len(wins) else 0.0,
-        *d,
-        *d_ref,
+        d[0],
+        d[1],
+        d_ref[0],
+        d_ref[1],
         d_nll,
         terms,
     )
