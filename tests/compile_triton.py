@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import triton
 from cuda_resources import cuobjdump
-from finefuse._args import DTYPES, KL, PREFERENCE_LOSSES, REDUCTIONS, SURROGATES
+from finefuse._args import DTYPES, KL, REDUCTIONS, SURROGATES
 from finefuse.kernels import codebook, dora, logprobs, lora, policy, preference, segmented
 
 ARCHITECTURES = (80, 90)
@@ -234,9 +234,11 @@ def _call_everything() -> None:
     ):
         for function in (logprobs.sequence_sums, logprobs.sequence_sums_backward):
             function(x, x is f64, mask, offsets, offsets is indices[1], 9, 9, 99, True, x, place)
-        for loss in PREFERENCE_LOSSES.values():
+        for code in (0, 8):  # one that does not sort, one that does
+            order = indices[0] if code == 8 else None
+            options = ([code], [False], [1.0], *[0.5] * 10, 0, True, 2)
             preference.preference(
-                x, x, x, x, x, x, x is f64, 9, loss, 0.1, 0.0, 2, x, x, x, x, x, x, place
+                *[x] * 9, 7, order, None, x is f64, 9, 9, options, x, *[x] * 8, place
             )
     _call_codebook(tensor, place)
     _call_lora(tensor, place)
