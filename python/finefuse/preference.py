@@ -499,7 +499,7 @@ def preference_loss(
     if kl is not None:
         inputs[8] = inputs[8].detach().reshape(-1) if _KTO in terms.codes else None
     aot: Any = (None, None)
-    if any(code in _ORDERS for code in terms.codes):
+    if _ORDERS[0] in terms.codes or _ORDERS[1] in terms.codes:
         aot = _orders(terms, inputs)
     numbers = _numbers((
         beta, label_smoothing, gamma, sft_weight, delta, tau, desirable_weight, undesirable_weight,
