@@ -172,7 +172,7 @@ def _pair_loss(loss, w, l, beta, eps, gamma, delta, tau):
     elif loss == SLIC:
         flat = beta - d <= 0.0
         value = tl.where(flat, 0.0, beta - d)
-        by_w = tl.where(flat, 0.0, -1.0)
+        by_w = tl.where(flat, number(0.0), -1.0)
         by_l = -by_w
     elif loss == EXO_PAIR:
         value, slope = _exo_pair(x, eps)
@@ -373,13 +373,14 @@ def preference_kernel(
                 x_l = x_l - z
                 u_w = number(desirable)
                 u_l = number(undesirable)
-            scale = number(term_weight) * example_scale
-            lost, slope = _sigmoid(-beta * x_w)
-            value = scale * u_w * share * lost
-            by_w = -scale * u_w * share * up * beta * slope / n_w
+            scale = number(term_weight) * example_scale * u_w * share
+            scale_l = number(term_weight) * example_scale * u_l * share_l
+            lost, slope_w = _sigmoid(-beta * x_w)
             held, slope_l = _sigmoid(beta * x_l)
-            value_l = scale * u_l * share_l * held
-            by_l = scale * u_l * share_l * up_l * beta * slope_l / n_l
+            value = scale * lost
+            value_l = scale_l * held
+            by_w = -scale * up * beta * slope_w / n_w
+            by_l = scale_l * up_l * beta * slope_l / n_l
         else:
             free = (loss == CPO) | (loss == SIMPO) | (loss == SLIC) | (loss == ORPO)
             f_w, slope_w = _divergence(r_w, divergence, alpha)
