@@ -21,9 +21,14 @@ struct Prune {
   Reals norm;       // (columns,), of the scores' type; absent: 1
   uint8_t* mask;    // (rows, columns), 1 = kept; absent: not wanted
   bool zero;        // set what is dropped to 0 in `weight`
-  void* workspace;  // on GPUs, prune_workspace bytes; on the CPU each thread's own
+  void* workspace;  // on GPUs, prune_workspace bytes; on the CPU prune_cpu_workspace(*this)
   Place place;
 };
+
+// In bytes: one number for 4096 elements.
+inline int64_t prune_cpu_workspace(const Prune& a) {
+  return (a.rows * a.columns / 4096 + 1) * static_cast<int64_t>(sizeof(int32_t));
+}
 
 // Sets the packed codes of elements that are not kept to the code of 0.
 struct PruneCodes {

@@ -41,6 +41,8 @@ __all__ = [
     "policy_loss_from_logits",
     "preference_loss",
     "preference_loss_from_logits",
+    "prune_",
+    "prune_mask",
     "quantize",
     "sequence_logprobs",
     "token_logprobs",
@@ -80,6 +82,7 @@ if _find_spec("torch") is not None:
         value_loss,
     )
     from .preference import PreferenceOutput, preference_loss, preference_loss_from_logits
+    from .prune import prune_, prune_mask
     from .segmented import lora_linear_segmented
 else:
     from . import bandit
