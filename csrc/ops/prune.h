@@ -30,6 +30,11 @@ inline int64_t prune_cpu_workspace(const Prune& a) {
   return (a.rows * a.columns / 4096 + 1) * static_cast<int64_t>(sizeof(int32_t));
 }
 
+// The workspace on a GPU: four numbers, so many counts, one for each tile of so many elements; 8
+// bytes each. The contract with prune_workspace of python/finefuse/_args.py.
+inline constexpr int kPruneBins = 2048;
+inline constexpr int64_t kPruneTile = 4096;
+
 // Sets the packed codes of elements that are not kept to the code of 0.
 struct PruneCodes {
   uint8_t* codes;  // packed as in ops/codebook.h

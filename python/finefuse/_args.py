@@ -391,6 +391,12 @@ PRUNE_SCOPES = {"tensor": 0, "row": 1, "group": 2}
 PRUNE_METHODS = {"magnitude": "tensor", "wanda": "row"}  # the scope that is each one's own
 
 
+def prune_workspace(rows: int, columns: int, scope: int) -> int:
+    """Bytes of scratch that prune takes on a GPU, for one selection after another: csrc/ops/prune.h."""
+    count = rows * columns if scope == PRUNE_SCOPES["tensor"] else columns
+    return 8 * (4 + 2048 + -(-count // 4096))
+
+
 def prune_scope(
     sparsity: Any, n: Any, m: Any, scope: Any, method: Any, activation_norm: Any
 ) -> tuple[int, int, int]:

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from . import _backend
-from ._args import check_activation_norm, overlaps, prune_groups, prune_scope, require
+from ._args import (
+    check_activation_norm,
+    overlaps,
+    prune_groups,
+    prune_scope,
+    prune_workspace,
+    require,
+)
 from ._codebooks import BITS, packed_bytes
 from ._op import (
     DTYPES,
@@ -51,11 +58,11 @@ def _check(
     return prune_groups(weight.shape, weight.numel(), sparsity, n, m, scope)
 
 
-def _workspace(weight: Tensor) -> Tensor | None:
-    """Scratch of GPU kernels; a thread of the CPU keeps its own."""
+def _workspace(weight: Tensor, rows: int, columns: int, scope: int) -> Tensor | None:
+    """Scratch of GPU kernels; those of the CPU keep their own."""
     if weight.is_cpu and _backend.in_force() in ("auto", "cpu"):
         return None
-    return weight.new_empty(((1 << 20) + weight.numel() // 64,), dtype=torch.uint8)
+    return weight.new_empty((prune_workspace(rows, columns, scope),), dtype=torch.uint8)
 
 
 def _select(
@@ -63,9 +70,11 @@ def _select(
 ) -> None:
     """Into `mask` or, without one, into the weight; both contiguous."""
     columns = weight.shape[-1] if weight.ndim else 1
+    rows = weight.numel() // columns
     _PRUNE(
-        weight, DTYPES[weight.dtype], weight.numel() // columns, columns, scope, drop, group,
-        None if norm is None else norm.contiguous(), mask, mask is None, _workspace(weight),
+        weight, DTYPES[weight.dtype], rows, columns, scope, drop, group,
+        None if norm is None else norm.contiguous(), mask, mask is None,
+        _workspace(weight, rows, columns, scope),
     )  # fmt: skip
 
 
