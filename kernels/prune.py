@@ -4,7 +4,7 @@
     prune_histogram   the weight, for each of 2 to 8 digits         memory
     prune_ties        the weight, where some of the equals go       memory
     prune_apply       the weight + its mask, or its zeros           memory
-    prune_row         the same in one kernel                        L2, whence all but the first pass reads the row
+    prune_row         the same in one kernel                        L2, but for the first pass
     prune_group       the weight + its mask, or its zeros           memory; comparisons in long groups
     prune_codes       the packed codes, the mask + the codes        memory
 
