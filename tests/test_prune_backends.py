@@ -1,7 +1,7 @@
 """Pruning on every backend beside the CPU's: the mask is the reference's, element for element.
 
 On a reduced grid: what is common to all backends, the arguments and the torch ops, is in test_prune.py.
-Beside the public functions the kernels are called alone, for what these never ask of them.
+Few rows: one takes Triton's interpreter some hundredths of a second. Beside the public functions the kernels are called alone, for what these never ask of them.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def bits(w):
     return w.cpu().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[w.element_size()])
 
 
-def check(place, w, activation_norm=None, **options):
-    """The mask, and zeros in place: what is kept keeps its bits."""
+def check(place, w, activation_norm=None, zeros=False, **options):
+    """The mask and, with `zeros`, those in place: what is kept keeps its bits."""
     want = truth(w, activation_norm, **options)
     if activation_norm is not None:
         (norm,) = place.put(activation_norm)
@@ -58,6 +58,8 @@ def check(place, w, activation_norm=None, **options):
     assert torch.equal(bits(x), bits(w))
     wrong = (mask.cpu() != want).nonzero()
     assert len(wrong) == 0, f"{options}: {len(wrong)} elements, the first {wrong[0].tolist()}"
+    if not zeros:
+        return
     assert ff.prune_(x, **options) is x
     assert torch.equal(bits(x), torch.where(want, bits(w), 0)), options
 
@@ -69,30 +71,25 @@ def tied(*shape, dtype=torch.float32):
 
 # ---- tensor and row --------------------------------------------------------------------------------
 
-# (1,) and (3, 7): less than a lane's or one of its vectors. (5, 1001): rows begin anywhere. (2, 4104): whole
-# lanes, and more than a tile of 4096. (3, 4097): three tiles, each row one and an element.
-SHAPES = [(1,), (3, 7), (5, 1001), (2, 4104), (3, 4097)]
+# (1,) and (3, 7): less than a lane's or one of its vectors. (2, 1001): rows begin anywhere. (2, 4104): whole
+# lanes, and more than a tile of 4096.
+SHAPES = [(1,), (3, 7), (2, 1001), (2, 4104)]
 
 
 @dtypes
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_magnitude(place, shape, dtype):
-    for w, scope, sparsity in (
-        (torch.randn(shape), "tensor", 0.5),
-        (torch.randn(shape) * 1e-3, "row", 0.61),
-        (tied(*shape), "row", 0.4),
-    ):
-        check(place, w.to(dtype), scope=scope, sparsity=sparsity)
+    check(place, torch.randn(shape).to(dtype), scope="tensor", sparsity=0.5, zeros=len(shape) == 1)
+    check(place, tied(*shape, dtype=dtype), scope="row", sparsity=0.4, zeros=True)
 
 
 @dtypes
-@pytest.mark.parametrize("shape", [(3, 7), (3, 1001), (2, 4104)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 7), (2, 4104)], ids=str)
 def test_wanda(place, shape, dtype):
     norm = torch.randn(shape[-1], dtype=WIDE.get(dtype, torch.float32)).abs()
     w = torch.randn(shape).to(dtype)
-    check(place, w, norm, sparsity=0.5)
-    check(place, w, norm, sparsity=0.3, scope="tensor")
-    check(place, w, torch.ones_like(norm), sparsity=0.3, scope="row")
+    check(place, w, norm, sparsity=0.5, zeros=True)
+    check(place, w[:, :7], norm[:7], sparsity=0.3, scope="tensor", zeros=True)
 
 
 @pytest.mark.parametrize("scope", ["tensor", "row"])
@@ -104,8 +101,7 @@ def test_ties(place, scope):
     w[:, ::1000] = 0.25
     w[:, 5::1000] = 7.0
     count = rows * columns if scope == "tensor" else columns
-    some = (1, 4, 12, 4085, 4101, 4102, 4607) + ((8300, 9210) if scope == "tensor" else ())
-    for drop in some:
+    for drop in (4, 4101, 9210) if scope == "tensor" else (4, 4102):
         check(place, w, scope=scope, sparsity=drop / count)
     check(place, w.bfloat16(), scope=scope, sparsity=4097 / count)
 
@@ -113,17 +109,17 @@ def test_ties(place, scope):
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.5, math.inf, -math.nan])
 def test_all_equal(place, value):
     w = torch.full((2, 4099), value)
-    for scope in ("tensor", "row"):
-        check(place, w, scope=scope, sparsity=0.75)
+    check(place, w, sparsity=0.75)
+    check(place, w[:, 4000:], scope="row", sparsity=0.75)
     check(place, w[:, :4096], n=1, m=4)
 
 
-@dtypes
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_none_and_all(place, dtype):
     w = torch.randn(3, 40).to(dtype)
     w[1, 3] = math.nan
     for sparsity, scope in itertools.product((0.0, 1.0), ("tensor", "row")):
-        check(place, w, sparsity=sparsity, scope=scope)
+        check(place, w, sparsity=sparsity, scope=scope, zeros=True)
     for n, m in ((0, 4), (4, 4), (0, 5), (40, 40), (1, 1)):
         check(place, w, n=n, m=m)
 
@@ -137,9 +133,9 @@ def test_odd_numbers(place, dtype):
     nan = bits(w[4:5].clone()) + 1  # another NaN
     w = torch.cat([w, nan.view(dtype), -w, w]).repeat(2, 3)
     count = w.shape[1]
-    for drop in range(1, count, 11):
-        check(place, w, sparsity=drop / count, scope="row")
-        check(place, w, sparsity=drop / count, scope="tensor")
+    check(place, w, sparsity=0.15, scope="row", zeros=True)
+    check(place, w, sparsity=0.85, scope="tensor", zeros=True)
+    check(place, w, sparsity=0.5, scope="tensor")
     check(place, w[:, : count // 4 * 4], n=2, m=4)
     norm = torch.full((count,), 0.5, dtype=WIDE.get(dtype, torch.float32))
     norm[::7], norm[1::7] = 0.0, math.inf  # inf·0 is NaN, |w|·0 is 0
@@ -148,7 +144,7 @@ def test_odd_numbers(place, dtype):
 
 def test_long_rows(place):
     """So few and long that the whole device selects from one after the other."""
-    w = torch.cat([torch.randn(1, 65540), tied(1, 65540)])
+    w = torch.cat([torch.randn(1, 65540), tied(1, 65540)]).bfloat16()
     check(place, w, sparsity=0.4, scope="row")
 
 
@@ -160,11 +156,13 @@ GROUPS = [(2, 4), (4, 8), (3, 5), (1, 2), (7, 16), (9, 33), (50, 130)]
 
 @pytest.mark.parametrize(("n", "m"), GROUPS)
 def test_groups(place, n, m):
-    for dtype, columns in zip(TORCH, (3 * m, m, 5 * m, 2 * m), strict=True):
-        check(place, torch.randn(3, columns).to(dtype), n=n, m=m)
-        check(place, tied(3, columns, dtype=dtype), n=n, m=m)
+    for dtype, groups in itertools.islice(
+        zip(TORCH, (3, 1, 2, 2), strict=True), 2 if m > 32 else 4
+    ):
+        columns = groups * m
+        check(place, tied(2, columns, dtype=dtype), n=n, m=m, zeros=True)
         norm = torch.rand(columns, dtype=WIDE.get(dtype, torch.float32))
-        check(place, torch.randn(3, columns).to(dtype), norm, n=n, m=m)
+        check(place, torch.randn(2, columns).to(dtype), norm, n=n, m=m)
 
 
 @dtypes
@@ -178,8 +176,8 @@ def test_many_groups(place, dtype):
 
 
 def test_strides(place):
-    base = torch.randn(40, 36)
-    for w in (base.T, base[:, ::2], base[3:, 4:], base[:, 0], base.view(4, 10, 36).mT):
+    base = torch.randn(6, 9)
+    for w in (base.T, base[:, ::2], base[2:, 3:], base[:, 0], base.view(2, 3, 9).mT):
         check(place, w, sparsity=0.5)
         check(place, w, sparsity=0.5, scope="row")
     (x,) = place.put(base.clone())
@@ -199,7 +197,7 @@ def test_empty(place):
 
 @pytest.mark.parametrize("code", ["nf4", "fp4", "dynamic8"])
 def test_codebook(place, code):
-    for shape in ((3, 43), (8, 512)):  # a byte or a lane that is not full; whole ones
+    for shape in ((3, 43), (2, 512)):  # a byte or a lane that is not full; whole ones
         (x,) = place.put(torch.randn(shape))
         q = ff.quantize(x, code)
         before, w = q.codes.clone(), ff.dequantize(q, torch.float32).cpu()
@@ -207,7 +205,6 @@ def test_codebook(place, code):
         for options in ({"sparsity": 0.5}, {"sparsity": 0.6, "scope": "row"}):
             q.codes.copy_(before)
             want = truth(w, **options)
-            assert torch.equal(ff.prune_mask(q, **options).cpu(), want)
             assert ff.prune_(q, **options) is q
             decoded = ff.dequantize(q, torch.float32).cpu()
             assert torch.equal(decoded, torch.where(want, w, 0.0))
@@ -245,7 +242,8 @@ def run(place, w, scope, drop, group=0, norm=None, mask=None, zero=False):
 def test_mask_and_zeros_at_once(place, scope, columns):
     """And from any address: one element and one byte behind a whole vector."""
     count = {"tensor": 3 * columns, "row": columns, "group": 4}[scope]
-    for dtype, off in itertools.product(TORCH, (0, 1)):
+    some = TORCH if columns == 520 else [torch.float32]
+    for dtype, off in itertools.product(some, (0, 1) if place.backend == "cuda" else (1,)):
         w = tied(3, columns, dtype=dtype)
         norm = torch.rand(columns + 1, dtype=WIDE.get(dtype, torch.float32))[1 - off :][:columns]
         want = torch.from_numpy(
@@ -274,17 +272,15 @@ def test_nothing_out_of_bounds(place, at_end):
         raw = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
         return torch.from_numpy(between_guards(raw.numpy(), at_end)).view(tensor.dtype)
 
-    for dtype, (shape, scope, group) in itertools.product(
-        (torch.float32, torch.bfloat16),
-        (
-            ((1, 1), "tensor", 0),
-            ((3, 4103), "tensor", 0),
-            ((5, 43), "row", 0),
-            ((2, 4100), "row", 0),
-            ((3, 20), "group", 4),
-            ((1, 24), "group", 8),
-            ((7, 21), "group", 7),
-        ),
+    dtype = torch.bfloat16 if at_end else torch.float32
+    for shape, scope, group in (
+        ((1, 1), "tensor", 0),
+        ((3, 4103), "tensor", 0),
+        ((2, 43), "row", 0),
+        ((2, 4100), "row", 0),
+        ((3, 20), "group", 4),
+        ((1, 24), "group", 8),
+        ((7, 21), "group", 7),
     ):
         norm, mask = put(torch.rand(shape[1])), put(torch.zeros(shape, dtype=torch.bool))
         w = put(torch.randn(shape).to(dtype))
@@ -322,7 +318,7 @@ def test_codes(place, width):
 
 
 def test_same_every_time(place):
-    w = torch.randn(3, 4097).bfloat16()
+    w = torch.randn(2, 4097).bfloat16()
     (x,) = place.put(w)
     first, second = (ff.prune_mask(x, sparsity=0.5) for _ in range(2))
     assert torch.equal(first, second)
@@ -352,7 +348,9 @@ def test_more_than_2_to_31_elements(place):
         assert mask.sum().item() == 10 * rows
         run(place, w, "group", 2, 4, mask=mask)
         assert mask.sum().item() == w.numel() // 2
-        assert mask[:, 4:8].cpu().equal(torch.tensor([[False, False, True, True]]).expand(rows, 4)) is False
+        # 1 1 1 0.5: the last and the first of the equals went
+        want = torch.tensor([False, True, True, False], device="cuda")
+        assert (mask[:, 4:8] == want).all()
         del w, mask
 
 
