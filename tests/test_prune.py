@@ -331,7 +331,7 @@ def test_wanda_is_the_papers_formula():
     norm = x.flatten(0, 1).norm(dim=0)
     metric = weight.abs() * norm
     theirs = torch.ones_like(weight, dtype=torch.bool)
-    theirs.scatter_(1, metric.sort(-1, stable=True)[1][:, :32], False)
+    theirs.scatter_(1, metric.sort(stable=True, dim=-1)[1][:, :32], False)
     assert torch.equal(
         ff.prune_mask(weight, sparsity=0.5, method="wanda", activation_norm=norm), theirs
     )
