@@ -134,7 +134,7 @@ def _check_codes(codes: Tensor, code: Tensor, mask: Tensor) -> None:
         if value.dtype is not dtype:
             raise TypeError(f"{name}: dtype {value.dtype}; allowed: {dtype}")
         same_device(name, value, "codes", codes)
-    entries = code.numel()
+    entries = int(code.numel())  # never a symbol
     require(entries in BITS, "code", entries, "4, 8, 16 or 256 entries")
     size = packed_bytes(mask.numel(), BITS[entries])
     if codes.numel() != size:
@@ -175,6 +175,7 @@ def _arguments(
     norm = None
     if activation_norm is not None:
         norm = float_tensor("activation_norm", activation_norm).detach()
+        same_device("activation_norm", norm, "weight", weight)
         norm = norm.to(accumulator(weight.dtype))
     return norm, scalar("sparsity", 0.0 if sparsity is None else sparsity), n, m, number
 

@@ -28,7 +28,7 @@ def pruned_count(sparsity: float, count: int) -> int:
 
 
 def keep_largest(score: Array, pruned: int) -> NDArray[np.bool_]:
-    """Of each row (…, count) all but the `pruned` smallest; NaN is the largest, a tie goes at the lower index."""
+    """Of each row (…, count) all but the `pruned` smallest: NaN is the largest; of equals the first goes."""
     order = np.argsort(score, axis=-1, kind="stable")
     mask = np.ones(score.shape, bool)
     np.put_along_axis(mask, order[..., :pruned], False, -1)
