@@ -29,6 +29,8 @@ import triton
 from cuda_resources import cuobjdump
 from finefuse._args import DTYPES, KL, REDUCTIONS, SURROGATES
 from finefuse.kernels import codebook, dora, logprobs, lora, policy, preference, segmented
+from finefuse._args import DTYPES, KL, PREFERENCE_LOSSES, REDUCTIONS, SURROGATES
+from finefuse.kernels import codebook, dora, logprobs, lora, policy, preference, prune, segmented
 
 ARCHITECTURES = (80, 90)
 # Memory-bound over the logits or the weight: a spill there costs what the fusion saves.
@@ -38,11 +40,12 @@ HOT = (
     "codebook_linear_transposed_kernel", "shrink_kernel", "outer_kernel", "expand_kernel",
     "product_kernel", "dropout_kernel", "dora_norm_kernel",
     "dora_scale_kernel", "dora_columns_kernel", "segmented_shrink_kernel", "segmented_outer_kernel",
-    "segmented_expand_kernel", "policy_logits_kernel",
+    "segmented_expand_kernel", "policy_logits_kernel", "prune_histogram_kernel",
+    "prune_ties_kernel", "prune_apply_kernel", "prune_row_kernel", "prune_group_kernel",
 )  # fmt: skip
 # The argument whose type is what a kernel computes on.
 COMPUTED = ("logits", "gradient", "x", "y", "z", "dy", "weight")
-MODULES = (codebook, dora, logprobs, lora, policy, preference, segmented)
+MODULES = (codebook, dora, logprobs, lora, policy, preference, prune, segmented)
 
 _NAMES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
@@ -245,6 +248,7 @@ def _call_everything() -> None:
     _call_segmented(tensor, place)
     _call_dora(tensor, place)
     _call_policy(tensor, place)
+    _call_prune(tensor, place)
 
 
 def _call_codebook(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> None:
@@ -395,6 +399,23 @@ def _call_policy(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> N
                 z, layout, z, layout, ends if ends is i32 else i64, ends is i32, -100, 0.7, coef,
                 ends, ends is i32, 9, 11, x, x, x, x, True, options(surrogate, kl), x, x, x, f64, place,
             )  # fmt: skip
+
+
+def _call_prune(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> None:
+    """With a norm and without, a mask and zeros in place: each with every type, not with each other."""
+    u8, mask = tensor(torch.uint8), tensor(torch.bool)
+    scopes = [(0, 0), (1, 0), *((2, group) for group in (4, 8, 16, 32))]
+    for name, dtype in DTYPES.items():
+        x = tensor(getattr(torch, name))
+        norm = x if x.dtype == torch.float64 else tensor(torch.float32)
+        for (scope, group), (scale, kept) in itertools.product(
+            scopes, ((None, mask), (norm, None))
+        ):
+            prune.prune(
+                x, dtype, 4096, 4096, scope, 2, group, scale, kept, kept is None, u8, place
+            )  # fmt: skip
+    for bits in (2, 3, 4, 8):
+        prune.prune_codes(u8, 4096, bits, 7, mask, place)
 
 
 def pairs(variant: Variant) -> set[tuple[str, ...]]:

@@ -46,6 +46,8 @@ __all__ = [
     "policy_loss_from_logits",
     "preference_loss",
     "preference_loss_from_logits",
+    "prune_",
+    "prune_mask",
     "quantize",
     "reward_loss",
     "sequence_logprobs",
@@ -100,6 +102,8 @@ if _find_spec("torch") is not None:
         simpo_loss,
         spin_loss,
     )
+    from .preference import PreferenceOutput, preference_loss, preference_loss_from_logits
+    from .prune import prune_, prune_mask
     from .segmented import lora_linear_segmented
 else:
     from . import bandit
