@@ -352,6 +352,7 @@ void copy_past_caches(uint8_t* to, const uint8_t* from, int64_t n) {
     store_bytes<true>(to + i, v);
   }
   __builtin_memcpy(to + i, from + i, static_cast<size_t>(n - i));
+  stream_fence();  // another thread may put the mask right
 }
 
 // To the mask and the weight.
