@@ -1,12 +1,15 @@
 // clang-format off
-// Pruning on the CPU: the k-th smallest score is found, not sorted for.
+// Pruning on the CPU: the cut between what goes and what stays is found, not sorted for.
 //
-//   scope     reads + writes an element of T          bound by
-//   tensor    2 (or more) sizeof(T) + 1               memory; counting digits
-//   row       sizeof(T) + 1, a row in cache           counting digits
-//   group     sizeof(T) + 1                           comparisons
+//   scope                       reads + writes an element of T   bound by
+//   tensor, from 2^18 on        sizeof(T) + 1 (zeroing: 3 sizeof(T))   memory, then telling candidates
+//   tensor, no cut in a sample  4 to 8 sizeof(T) + 1             counting digits
+//   row                         sizeof(T) + 1, a row in cache    telling candidates
+//   group of 4 or 8             sizeof(T) + 1                    memory
 //
 // clang-format on
+// Split into chunks, rows or groups, never by the number of threads; what is found depends on no
+// guess.
 // A score is compared by its bits, an integer of which the order is the score's: without the sign,
 // and no NaN above the one that stands for all of them.
 #include "ops/prune.h"
@@ -349,6 +352,7 @@ void copy_past_caches(uint8_t* to, const uint8_t* from, int64_t n) {
     store_bytes<true>(to + i, v);
   }
   __builtin_memcpy(to + i, from + i, static_cast<size_t>(n - i));
+  stream_fence();  // another thread may put the mask right
 }
 
 // To the mask and the weight.
