@@ -56,6 +56,12 @@ inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 0, cudaSucce
 inline uint4 __ldcs(const uint4* p) { return *p; }
 inline void __stcs(uint4* p, const uint4& v) { *p = v; }
 
+inline unsigned atomicOr(unsigned* p, unsigned bits) {
+  const unsigned before = *p;
+  *p |= bits;
+  return before;
+}
+
 inline float __fadd_rn(float a, float b) { return a + b; }  // built with -ffp-contract=off
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
