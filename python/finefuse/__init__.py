@@ -27,6 +27,7 @@ __all__ = [
     "codebook_linear",
     "cross_entropy",
     "dequantize",
+    "distill_loss",
     "dora_norm",
     "gae",
     "group_advantages",
@@ -68,6 +69,7 @@ if _find_spec("torch") is not None:
         learn_codebook,
         quantize,
     )
+    from .distill import distill_loss
     from .dora import dora_norm
     from .logprobs import cross_entropy, sequence_logprobs, token_logprobs
     from .lora import lora_linear, lora_linear_group, merge_lora, unmerge_lora
