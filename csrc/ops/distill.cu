@@ -136,8 +136,8 @@ template <class A> struct Column {
 };
 template <class A>
 __device__ __forceinline__ Column<A> column_of(const Pair<A>& pair, A x_s, A x_t) {
-  const A d = x_s - pair.ref_s, s = d * pair.c, t = (x_t - pair.ref_t) * pair.c;
-  return {d, exp2_fast(s), exp2_fast(t), t - s + pair.ratio};
+  const A d = x_s - pair.ref_s, t = x_t - pair.ref_t;
+  return {d, exp2_fast(d * pair.c), exp2_fast(t * pair.c), (t - d) * pair.c + pair.ratio};
 }
 
 // What one thread, and then all, add up: D and KL(p‖m) in bits, relative to the softmaxes' sums, and
@@ -239,6 +239,13 @@ __device__ __forceinline__ void load_other(const OtherRow& t, int64_t i, int64_t
     case DType::bf16: return load(static_cast<const bf16*>(t.data));
     case DType::f16: return load(static_cast<const f16*>(t.data));
     case DType::f64: return load(static_cast<const double*>(t.data));
+  }
+}
+__device__ inline OtherRow other_row(const Distill& a, int64_t r) {
+  switch (a.teacher_dtype) {
+    case DType::f32: return {row_of<float>(a.teacher, r), a.teacher_dtype};
+    case DType::f64: return {row_of<double>(a.teacher, r), a.teacher_dtype};
+    default: return {row_of<bf16>(a.teacher, r), a.teacher_dtype};  // 16 bits of either kind
   }
 }
 // f of U elements at i, i + step, ...
@@ -378,15 +385,10 @@ template <class F> __device__ __forceinline__ void by_kind(DistillKind kind, con
 enum class RowMode { kept, again, other };
 
 template <class T, RowMode kMode> __device__ auto teacher_row(const Distill& a, int64_t r) {
-  if constexpr (kMode == RowMode::other) {
-    switch (a.teacher_dtype) {
-      case DType::f32: return OtherRow{row_of<float>(a.teacher, r), a.teacher_dtype};
-      case DType::f64: return OtherRow{row_of<double>(a.teacher, r), a.teacher_dtype};
-      default: return OtherRow{row_of<bf16>(a.teacher, r), a.teacher_dtype};
-    }
-  } else {
+  if constexpr (kMode == RowMode::other)
+    return other_row(a, r);
+  else
     return static_cast<const T*>(row_of<T>(a.teacher, r));
-  }
 }
 
 template <class T, RowMode kMode> __global__ void FF_ROW_BOUNDS distill_kernel(const Distill a) {
@@ -512,6 +514,216 @@ template <class T, RowMode kMode> __global__ void FF_ROW_BOUNDS distill_kernel(c
   if constexpr (kStaged) row_end();
 }
 
+// ---- the teacher's K most likely columns, and all others as one: a block a row ------------------
+
+// A bucket's term of D, and p·dD/dp.
+struct Bucket {
+  double value, weighted;
+};
+__device__ inline Bucket bucket(const Distill& a, double log_p, double log_q) {
+  const double p = exp(log_p), q = exp(log_q);
+  const auto times = [](double x, double y) { return x == 0 ? 0.0 : x * y; };  // not 0·inf
+  switch (a.kind) {
+    case DistillKind::forward_kl: return {times(q, log_q - log_p), -q};
+    case DistillKind::reverse_kl: {
+      const double term = times(p, log_p - log_q);
+      return {term, term + p};
+    }
+    case DistillKind::jsd: break;
+  }
+  const auto log = mixture((log_q - log_p) * kLog2e, a.beta, 1.0 - a.beta);
+  const double of_p = (1.0 - a.beta) * times(p, kLn2 * log.p);
+  return {a.beta * times(q, kLn2 * log.q) + of_p, of_p};
+}
+
+// By how much rounding may take the teacher's probabilities above 1.
+__device__ inline double mass_tolerance(DType dtype) {
+  return dtype == DType::bf16 ? 5e-2 : dtype == DType::f16 ? 1e-2 : 1e-3;
+}
+
+// out = f(i, z_i), where there is an out, which may be z.
+template <class T, class F>
+__device__ __forceinline__ void row_pass(const T* z, T* out, int64_t n, const F& f) {
+  constexpr int N = Vector<T>::kSize;
+  const Span span = out == nullptr ? vector_span(z, z, n) : vector_span<T>(z, out, n);
+  const auto one = [&](int64_t i) {
+    const auto g = f(i, to_accumulator(z[i]));
+    if (out != nullptr) store_value(out + i, g);
+  };
+  const int64_t step = static_cast<int64_t>(blockDim.x) * N;
+  for (int64_t i = span.head + static_cast<int64_t>(threadIdx.x) * N; i < span.tail; i += step) {
+    Vector<T> v = load<Access::keep>(z + i);
+    FF_UNROLL for (int k = 0; k < N; ++k) {
+      const auto g = f(i + k, to_accumulator(v.x[k]));
+      if (out != nullptr) store_value(&v.x[k], g);
+    }
+    if (out != nullptr) store(out + i, v);
+  }
+  for (int64_t i = threadIdx.x; i < span.head; i += blockDim.x) one(i);
+  for (int64_t i = span.tail + threadIdx.x; i < n; i += blockDim.x) one(i);
+}
+
+// What all threads know of the row before its gradient.
+struct TopRow {
+  RowLogprob s;
+  double inverse_sum, rest, hard, weighted, z_y, share, w;
+  bool nan;
+};
+
+// A bit a column, in shared memory, says which the teacher names: it finds a column that is named
+// twice, parts the rest's sum from theirs, and leaves the logits where they are in a gradient
+// that is written over them until those columns get their own.
+template <class T> __global__ void FF_ROW_BOUNDS distill_top_kernel(const Distill a) {
+  using A = Accumulator<T>;
+  const int64_t vocab = a.shape.vocab, top = a.top, r = blockIdx.x;
+  const RowPart all{0, vocab, true};
+  if (!begin_row<T>(a, r, all)) return;
+  const T* z = row_of<T>(a.student, r);
+  T* out = a.gradient.data == nullptr ? nullptr : row_of<T>(a.gradient, r);
+  const OtherRow t = other_row(a, r);
+  unsigned* named = reinterpret_cast<unsigned*>(dynamic_shared());
+  for (int64_t i = threadIdx.x; i < (vocab + 31) / 32; i += blockDim.x) named[i] = 0;
+  __syncthreads();
+  double known[2] = {0, 0};  // the teacher's probabilities; what is wrong with its indices
+  for (int64_t k = threadIdx.x; k < top; k += blockDim.x) {
+    const int64_t i = a.teacher_indices[r * top + k];
+    known[0] += exp(static_cast<double>(teacher_at<A>(t, k)));
+    if (i < 0 || i >= vocab) {
+      known[1] += 1;
+      continue;
+    }
+    const unsigned bit = 1u << (i % 32);
+    if ((atomicOr(named + i / 32, bit) & bit) != 0) known[1] += 1;
+  }
+  block_sum_all(known);
+  if (known[1] > 0 || known[0] > 1.0 + mass_tolerance(a.teacher_dtype)) {
+    raise(a.place, Flag::teacher);
+    blank<T>(a, r, all, NAN);
+    return;
+  }
+  const auto is_named = [&](int64_t i) { return (named[i / 32] >> (i % 32) & 1) != 0; };
+  RowStats stats = row_stats<T, false, false, Access::keep>(z, vocab, a.temperature, nullptr);
+  TopRow mine{};
+  if (threadIdx.x == 0) {
+    mine.s = row_logprob(stats, stats.ref, a.temperature);
+    mine.inverse_sum = 1.0 / stats.sum();
+    mine.nan = !(stats.ref > -INFINITY && stats.excess < INFINITY);
+    mine.z_y = a.ce_weight != 0.0 ? to_accumulator(z[a.targets[r]]) : 0.0;
+    mine.share = a.reduction == Reduction::mean ? a.scratch[r] : 1.0;
+    mine.w = a.upstream ? a.upstream[a.reduction == Reduction::none ? r : 0] : 1.0;
+    mine.w *= mine.share;
+  }
+  const RowLogprob s = broadcast(mine).s;
+  const double inverse_t = 1.0 / a.temperature;
+  const A c = static_cast<A>(kLog2e / a.temperature), ref = static_cast<A>(s.ref);
+  const A hard_c =
+      static_cast<A>(a.ce_weight != 0.0 && a.temperature != 1.0 ? kLog2e : 0.0);
+  // the rest's exponentials, the cross-entropy's and its ties, D, Σ p·dD/dp
+  double sums[5] = {0, 0, 0, 0, 0};
+  {
+    A rest = 0, hard = 0, ties = 0;
+    row_pass(z, static_cast<T*>(nullptr), vocab, [&](int64_t i, A x) {
+      const A d = x - ref;
+      if (!is_named(i)) rest += exp2_fast(d * c);
+      if (hard_c != 0) {
+        if (d == 0)
+          ties += 1;
+        else
+          hard += exp2_fast(d * hard_c);
+      }
+      return A{0};
+    });
+    sums[0] = rest;
+    sums[1] = hard;
+    sums[2] = ties;
+  }
+  const auto log_p_of = [&](A x) { return (x - s.ref) * inverse_t - s.log_sum; };
+  for (int64_t k = threadIdx.x; k < top; k += blockDim.x) {
+    const A x = to_accumulator(z[a.teacher_indices[r * top + k]]);
+    const Bucket b = bucket(a, log_p_of(x), teacher_at<A>(t, k));
+    sums[3] += b.value;
+    sums[4] += b.weighted;
+  }
+  __syncthreads();
+  block_sum(sums);
+  if (threadIdx.x == 0) {
+    double value = sums[3], others = 0;
+    mine.weighted = sums[4];
+    mine.hard = sums[1] + (sums[2] - 1.0);
+    if (top < vocab) {
+      const Bucket b =
+          bucket(a, log(sums[0] * mine.inverse_sum), log(known[0] < 1.0 ? 1.0 - known[0] : 0.0));
+      value += b.value;
+      mine.weighted += b.weighted;
+      if (sums[0] > 0) others = b.weighted / sums[0];
+    }
+    if (mine.nan) value = NAN;
+    mine.nan = value != value || (value == INFINITY && a.kind != DistillKind::forward_kl);
+    mine.rest = others - mine.weighted * mine.inverse_sum;
+    double loss = a.kl_weight * value;
+    if (a.ce_weight != 0.0) loss -= a.ce_weight * hard_logp(a, mine.s, mine.z_y, mine.hard);
+    put_loss(a, r, mine.share, loss);
+  }
+  if (out == nullptr) return;
+  const TopRow& row = broadcast(mine);
+  zero_padding<T>(a, r);
+  if (row.w == 0.0) {
+    row_zero(out, vocab);
+    return;
+  }
+  const double kl = row.nan ? NAN : row.w * a.kl_weight * inverse_t, ce = row.w * a.ce_weight;
+  const bool one_t = a.temperature == 1.0;
+  const double hard_scale = one_t ? row.inverse_sum : 1.0 / (1.0 + row.hard);
+  {
+    const A g = static_cast<A>(kl * row.rest + (one_t ? ce * hard_scale : 0.0));
+    const A h = static_cast<A>(ce * hard_scale);
+    row_pass(z, out, vocab, [&](int64_t i, A x) {
+      const A d = x - ref, e = exp2_fast(d * c);
+      if (is_named(i)) return x;
+      return hard_c != 0 ? g * e + h * exp2_fast(d * hard_c) : g * e;
+    });
+  }
+  __syncthreads();
+  const int64_t y = a.ce_weight != 0.0 ? a.targets[r] : -1;
+  const auto hard_part = [&](double x, bool target) {
+    if (ce == 0.0) return 0.0;
+    const double logp = hard_logp(a, s, x, row.hard);
+    return ce * (target ? expm1(logp) : exp(logp));
+  };
+  for (int64_t k = threadIdx.x; k < top; k += blockDim.x) {
+    const int64_t i = a.teacher_indices[r * top + k];
+    const A x = to_accumulator(out[i]);
+    const double lp = log_p_of(x);
+    const double g = bucket(a, lp, teacher_at<A>(t, k)).weighted - row.weighted * exp(lp);
+    store_value(out + i, static_cast<A>(kl * g + hard_part(x, i == y)));
+  }
+  if (threadIdx.x == 0 && y >= 0 && !is_named(y)) {
+    const double e = exp((row.z_y - s.ref) * inverse_t);
+    store_value(out + y, static_cast<A>(kl * row.rest * e + hard_part(row.z_y, true)));
+  }
+}
+
+// The bits must fit in a block's shared memory.
+template <class T> void launch_top(const Distill& a) {
+  const int64_t bytes = (a.shape.vocab + 31) / 32 * 4;
+  int64_t limit = 48 << 10;
+#if !defined(FF_CUDA_ON_CPU)
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device), "device");
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device");
+  limit = most - 4096;  // what the block itself takes
+  check(cudaFuncSetAttribute(distill_top_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(limit)),
+        "shared memory");
+#endif
+  if (bytes > limit) {
+    throw std::invalid_argument("teacher_indices: for rows of up to " + std::to_string(8 * limit) +
+                                " columns on this device, not of " +
+                                std::to_string(a.shape.vocab));
+  }
+  launch(distill_top_kernel<T>, a.shape.rows, threads_for<T>(a), static_cast<size_t>(bytes), a);
+}
+
 }  // namespace
 
 void run(const Distill& given) {
@@ -525,7 +737,9 @@ void run(const Distill& given) {
   if (a.reduction == Reduction::mean) launch(distill_count_kernel, 1, kMaxThreads, 0, a);
   by_dtype(a.shape.dtype, [&]<class T>(T) {
     // float64 is not there for speed
-    if (a.teacher_dtype != a.shape.dtype || sizeof(T) == 8)
+    if (a.teacher_indices.data != nullptr)
+      launch_top<T>(a);
+    else if (a.teacher_dtype != a.shape.dtype || sizeof(T) == 8)
       launch(distill_kernel<T, RowMode::other>, a.shape.rows, threads_for<T>(a), 0, a);
     else if constexpr (sizeof(T) < 8)
       launch_rows<T>(distill_kernel<T, RowMode::kept>, distill_kernel<T, RowMode::again>, a, 2);
