@@ -27,8 +27,8 @@ from typing import Any
 import torch
 import triton
 from cuda_resources import cuobjdump
-from finefuse._args import DTYPES, KL, PREFERENCE_LOSSES, REDUCTIONS, SURROGATES
-from finefuse.kernels import codebook, dora, logprobs, lora, policy, preference, segmented
+from finefuse._args import DISTILL_KINDS, DTYPES, KL, PREFERENCE_LOSSES, REDUCTIONS, SURROGATES
+from finefuse.kernels import codebook, distill, dora, logprobs, lora, policy, preference, segmented
 
 ARCHITECTURES = (80, 90)
 # Memory-bound over the logits or the weight: a spill there costs what the fusion saves.
@@ -38,11 +38,11 @@ HOT = (
     "codebook_linear_transposed_kernel", "shrink_kernel", "outer_kernel", "expand_kernel",
     "product_kernel", "dropout_kernel", "dora_norm_kernel",
     "dora_scale_kernel", "dora_columns_kernel", "segmented_shrink_kernel", "segmented_outer_kernel",
-    "segmented_expand_kernel", "policy_logits_kernel",
+    "segmented_expand_kernel", "policy_logits_kernel", "distill_kernel",
 )  # fmt: skip
 # The argument whose type is what a kernel computes on.
 COMPUTED = ("logits", "gradient", "x", "y", "z", "dy", "weight")
-MODULES = (codebook, dora, logprobs, lora, policy, preference, segmented)
+MODULES = (codebook, distill, dora, logprobs, lora, policy, preference, segmented)
 
 _NAMES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
@@ -243,6 +243,7 @@ def _call_everything() -> None:
     _call_segmented(tensor, place)
     _call_dora(tensor, place)
     _call_policy(tensor, place)
+    _call_distill(tensor, place)
 
 
 def _call_codebook(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> None:
@@ -395,6 +396,38 @@ def _call_policy(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> N
             )  # fmt: skip
 
 
+def _call_distill(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> None:
+    """Every kind with every type; each choice of types, of what is absent and of the tiles once or twice."""
+    f64, f32, mask = tensor(torch.float64), tensor(torch.float32), tensor(torch.bool)
+    i64, i32 = tensor(torch.int64), tensor(torch.int32)
+    rows = itertools.cycle(((None, None), (mask, i64), (None, i32), (mask, None)))
+    for (name, code), (other, teacher_code) in itertools.product(DTYPES.items(), DTYPES.items()):
+        z, t = tensor(getattr(torch, name)), tensor(getattr(torch, other))
+        x = f64 if z.dtype == torch.float64 else f32
+        same = name == other
+        for kind, vocab, gradient, reduction in itertools.product(
+            DISTILL_KINDS.values(), (151936, 50257, 8192, 512), (z, None), (0, 2)
+        ):
+            if not same and (vocab != 8192 or gradient is None):
+                continue
+            m, y = next(rows)
+            layout, teacher_layout = (
+                (c, 4096, vocab, 4096, 0, vocab) for c in (code, teacher_code)
+            )
+            for temperature in (0.7, 1.0) if y is not None and same else (0.7,):
+                numbers = (0.3, temperature, 0.5, 0.5 if y is not None else 0.0)
+                rest = (kind, numbers, m, y, y is i32, -100, reduction, x, f64 if reduction else None)
+                distill.distill(
+                    z, layout, vocab, gradient, layout, t, teacher_layout, None, False, *rest, x, place,
+                )  # fmt: skip
+                for indices, top in ((i64, 64), (i32, 5), (i64, 1024)) if vocab in (512, 8192) else ():
+                    of_top = (teacher_code, 4096, top, 4096, 0, top)
+                    distill.distill(
+                        z, layout, vocab, gradient, layout, t, of_top, indices, indices is i32,
+                        *rest, x, place,
+                    )  # fmt: skip
+
+
 def pairs(variant: Variant) -> set[tuple[str, ...]]:
     """Each choice of a variant, with its kernel and with the type that it computes on."""
     first = next(iter(variant.kernel.arg_names))
@@ -413,7 +446,9 @@ def loop(variant: Variant) -> tuple[str, ...] | None:
     c = variant.choices
     if not variant.hot or "logits" not in c or (c["logits"] != "bf16" and c["aligned"] == "no"):
         return None
-    names = ("kernel", "logits", "num_warps", "BLOCK", "aligned", "SMOOTHING", "ENTROPY")
+    names = (
+        "kernel", "logits", "num_warps", "BLOCK", "aligned", "SMOOTHING", "ENTROPY", "KIND", "HARD",
+    )  # fmt: skip
     absent = [str(c.get(name) == "-") for name in ("entropy", "h", "gradient")]
     return (*(c.get(name, "") for name in names), *absent)
 
