@@ -424,9 +424,9 @@ FF_INLINE VecF log_positive(VecF x) {
   const VecF q = fma(p, f, splat<VecF>(-0.5));
   return fma(__builtin_convertvector(n, VecF), splat<VecF>(0x1.62e430p-1), fma(q, f2, f));
 }
-// In double libm's, element by element.
+// In double libm's, element by element; 0 at 0.
 FF_INLINE VecD log_positive(VecD x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_log(x[i]);
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = x[i] == 0.0 ? 0.0 : __builtin_log(x[i]);
   return x;
 }
 
