@@ -62,7 +62,9 @@ def middle(address):
 
 
 @triton.jit
-def row_stats(z, middle, vocab, c, ENTROPY, LOGIT_SUM, BLOCK, EVICTION, IN_64: tl.constexpr = False):
+def row_stats(
+    z, middle, vocab, c, ENTROPY, LOGIT_SUM, BLOCK, EVICTION, IN_64: tl.constexpr = False
+):
     """One pass: ref, excess, dot, logit_sum of a row, float64.
 
     ref        the maximum

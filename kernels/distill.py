@@ -2,21 +2,21 @@
 
     kernel           reads + writes a column           bound by
     distill          sizeof(T) + sizeof(teacher's)     memory; each of the two or three passes reads both
-                     + sizeof(T)                       rows, the later ones from L2 as far as they stayed there
+                     + sizeof(T)                       rows, the later ones from L2 if there still
     distill_top      sizeof(T) + sizeof(T), and the    memory; the student's row is read three times
                      teacher's K entries
     distill_count    1 (mask) + 4, 8 (target) a row    the launch
 
 A program per row (kernels/_softmax_row.py): the statistics of both softmaxes, the sums of the divergence (not
 for the forward KL, whose gradient does not need them), the gradient. Elements and the sums of one lane are
-float32 (float64 for a float64 student); lanes are added up, and all that a row has only one of is computed, in
-float64, in a fixed order, without atomics. The mixture of jsd is formed relative to the larger of p and q.
+float32 (float64 for a float64 student); lanes are added up, and all that a row has only one of is computed,
+in float64, in a fixed order, without atomics. The mixture of jsd is formed relative to the larger of p and q.
 
 The host functions have the names, arguments and meaning of csrc/bindings/ops.h; `place` is (stream, flags).
-They allocate nothing and wait for nothing. A target out of range is never followed: its row's loss is NaN, its
-gradient 0, and a flag is set. So with a top-K teacher that has an index out of range or too much probability,
-or an index twice, which is found where there is a gradient to be written: else its row has the loss of K
-buckets of which two are one column.
+They allocate nothing and wait for nothing. A target out of range is never followed: its row's loss is NaN,
+its gradient 0, and a flag is set. So with a top-K teacher that has an index out of range or too much
+probability, or an index twice. The last is found where the gradient is written; a loss without one is that
+of K buckets, two of which are one column.
 """
 
 import triton
@@ -126,11 +126,15 @@ def distill_count_kernel(scratch, mask, targets, ignore_index, rows, BLOCK: tl.c
     count = tl.zeros((BLOCK,), tl.int64)
     n = integer(rows)
     for start in range(0, n, BLOCK):
-        counts, _ = _counts(mask, targets, ignore_index, start + lane.to(tl.int64), lane < n - start)
+        counts, _ = _counts(
+            mask, targets, ignore_index, start + lane.to(tl.int64), lane < n - start
+        )
         count += counts.to(tl.int64)
     share = 1.0 / tl.maximum(tl.sum(count, 0), 1).to(tl.float64)
     for start in range(0, n, BLOCK):
-        tl.store(scratch + start + lane, share + tl.zeros((BLOCK,), tl.float64), mask=lane < n - start)
+        tl.store(
+            scratch + start + lane, share + tl.zeros((BLOCK,), tl.float64), mask=lane < n - start
+        )
 
 
 @triton.jit
@@ -274,8 +278,8 @@ def distill_kernel(
                 side = scale * (1.0 - b)
                 a = -side * kl_p / sum_s
                 g_b = side * LN2 / sum_s
-                log_p, _ = _mixture((lq - lp) * LOG2E, b, 1.0 - b)
-                at_y = side * p * (log_p * LN2 - kl_p)
+                log_y = _mixture((lq - lp) * LOG2E, b, 1.0 - b)[0]
+                at_y = side * p * (log_y * LN2 - kl_p)
             if targets is not None:
                 at_y += w * h * _hard(logp, True)
             g_c = w * h * tl.exp(-hard_log)
@@ -301,8 +305,7 @@ def distill_kernel(
                 elif KIND == REVERSE_KL:
                     g = es * (a + tl.where(es == 0.0, 0.0, g_b * ratio))
                 else:
-                    log_p, _ = _mixture(ratio, share_q, share_p)
-                    g = es * (a + g_b * log_p)
+                    g = es * (a + g_b * _mixture(ratio, share_q, share_p)[0])
                 if HARD:
                     g += g_c * tl.exp2(d * one_c)
                 g = tl.where(lane == target - start, at_y, g)
@@ -363,7 +366,9 @@ def distill_top_kernel(
     the one over the row keeps what its additions round away: it is right to 2^-45 of the row's sum."""
     WIDE: tl.constexpr = logits.dtype.element_ty == tl.float64
     DTYPE: tl.constexpr = tl.float64 if WIDE else tl.float32
-    BITS: tl.constexpr = tl.int64 if WIDE else tl.int32 if logits.dtype.element_ty == tl.float32 else tl.int16
+    BITS: tl.constexpr = (
+        tl.int64 if WIDE else tl.int32 if logits.dtype.element_ty == tl.float32 else tl.int16
+    )
     r = tl.program_id(0).to(tl.int64)
     n = integer(vocab)
     counts, y = _counts(mask, targets, ignore_index, r, r >= 0)
@@ -508,7 +513,9 @@ def distill(
             distill_count_kernel, 1, scratch, mask, targets, ignore_index, rows,
             BLOCK=1024, num_warps=4,
         )  # fmt: skip
-    some = next((x for x in (loss, upstream) if x is not None), scratch)  # not followed where absent
+    some = next(
+        (x for x in (loss, upstream) if x is not None), scratch
+    )  # not followed where absent
     before = (
         student, *strides, teacher, *teacher_layout[3:],
     )  # fmt: skip
@@ -527,7 +534,9 @@ def distill(
     else:
         top = teacher_layout[2]
         if top > MOST:
-            raise ValueError(f"teacher_indices: {top} columns a row; Triton's kernel takes up to {MOST}")
+            raise ValueError(
+                f"teacher_indices: {top} columns a row; Triton's kernel takes up to {MOST}"
+            )
         columns = max(16, triton.next_power_of_2(top))
         most = 1.0 + {"bfloat16": 5e-2, "float16": 1e-2}.get(str(teacher.dtype)[6:], 1e-3)
         launch(

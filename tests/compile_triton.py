@@ -397,35 +397,34 @@ def _call_policy(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> N
 
 
 def _call_distill(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> None:
-    """Every kind with every type; each choice of types, of what is absent and of the tiles once or twice."""
+    """Every kind with every type, and the tiles; two types, and what may be absent, once each."""
     f64, f32, mask = tensor(torch.float64), tensor(torch.float32), tensor(torch.bool)
     i64, i32 = tensor(torch.int64), tensor(torch.int32)
-    rows = itertools.cycle(((None, None), (mask, i64), (None, i32), (mask, None)))
+    rows = itertools.cycle(itertools.product((None, mask), (None, i64, i32)))
+    of_top = itertools.cycle((i64, i32, i32, i64, i64))
     for (name, code), (other, teacher_code) in itertools.product(DTYPES.items(), DTYPES.items()):
         z, t = tensor(getattr(torch, name)), tensor(getattr(torch, other))
         x = f64 if z.dtype == torch.float64 else f32
-        same = name == other
-        for kind, vocab, gradient, reduction in itertools.product(
-            DISTILL_KINDS.values(), (151936, 50257, 8192, 512), (z, None), (0, 2)
-        ):
-            if not same and (vocab != 8192 or gradient is None):
-                continue
-            m, y = next(rows)
-            layout, teacher_layout = (
-                (c, 4096, vocab, 4096, 0, vocab) for c in (code, teacher_code)
-            )
-            for temperature in (0.7, 1.0) if y is not None and same else (0.7,):
-                numbers = (0.3, temperature, 0.5, 0.5 if y is not None else 0.0)
-                rest = (kind, numbers, m, y, y is i32, -100, reduction, x, f64 if reduction else None)
-                distill.distill(
-                    z, layout, vocab, gradient, layout, t, teacher_layout, None, False, *rest, x, place,
-                )  # fmt: skip
-                for indices, top in ((i64, 64), (i32, 5), (i64, 1024)) if vocab in (512, 8192) else ():
-                    of_top = (teacher_code, 4096, top, 4096, 0, top)
-                    distill.distill(
-                        z, layout, vocab, gradient, layout, t, of_top, indices, indices is i32,
-                        *rest, x, place,
+        vocabs = (151936, 50257, 8192, 8191, 257, 512) if name == other else (512,)
+        # jsd first, which takes the most: each tile's loop is compiled with it
+        for vocab, kind in itertools.product(vocabs, reversed(DISTILL_KINDS.values())):
+            layout = (code, 4096, vocab, 4096, 0, vocab)
+            short = name == other and vocab == 512
+            for gradient, reduction in itertools.product((z, None), (0, 2)):
+                for _ in range(6 if short else 1):
+                    m, y = next(rows)
+                    numbers = (0.3, 0.7, 0.5, 0.5 if y is not None else 0.0)
+                    rest = (
+                        kind, numbers, m, y, y is i32, -100, reduction, x, f64 if reduction else None, x,
+                        place,
                     )  # fmt: skip
+                    before = (z, layout, vocab, gradient, layout, t)
+                    of_teacher = (teacher_code, 4096, vocab, 4096, 0, vocab)
+                    distill.distill(*before, of_teacher, None, False, *rest)
+                    indices = next(of_top)
+                    widths = [(teacher_code, 4096, k, 4096, 0, k) for k in (16, 20, 512)]
+                    for teacher_layout in widths if short else widths[:1]:
+                        distill.distill(*before, teacher_layout, indices, indices is i32, *rest)
 
 
 def pairs(variant: Variant) -> set[tuple[str, ...]]:
@@ -446,9 +445,7 @@ def loop(variant: Variant) -> tuple[str, ...] | None:
     c = variant.choices
     if not variant.hot or "logits" not in c or (c["logits"] != "bf16" and c["aligned"] == "no"):
         return None
-    names = (
-        "kernel", "logits", "num_warps", "BLOCK", "aligned", "SMOOTHING", "ENTROPY", "KIND", "HARD",
-    )  # fmt: skip
+    names = ("kernel", "logits", "num_warps", "BLOCK", "aligned", "SMOOTHING", "ENTROPY")
     absent = [str(c.get(name) == "-") for name in ("entropy", "h", "gradient")]
     return (*(c.get(name, "") for name in names), *absent)
 

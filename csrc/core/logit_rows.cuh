@@ -87,8 +87,7 @@ template <bool kStaged, class T> __device__ RowPart row_part(const T* z, int64_t
 }
 
 // From the statistics of the parts those of K rows. All threads come here; thread 0's values count.
-template <int K>
-__device__ inline void row_stats_of_all(RowStats (&rows)[K], double temperature) {
+template <int K> __device__ inline void row_stats_of_all(RowStats (&rows)[K], double temperature) {
   const unsigned blocks = cluster_size();
   if (blocks == 1) return;
   __shared__ RowStats part[K];
@@ -178,8 +177,8 @@ template <class Args> int cluster_limit(void (*kernel)(Args)) {
 #endif
 }
 
-// What a block keeps of so many rows (logits, and what goes with them, of one type), each of them as
-// misaligned as it is. Two are not misaligned alike.
+// What a block keeps of so many rows (logits, and what goes with them, of one type), each of them
+// as misaligned as it is. Two are not misaligned alike.
 template <class T> FF_HD int64_t stage_bytes(int64_t vocab, unsigned blocks, int rows) {
   const int64_t size = part_size<T>(vocab, blocks) * static_cast<int64_t>(sizeof(T));
   return (size + (rows == 1 ? 31 : 47)) / 16 * 16;

@@ -1,7 +1,8 @@
 // Distillation from logits on NVIDIA GPUs: loss and gradient of a row in one visit.
 //
 //   kernel        reads + writes a column           bound by                          split
-//   distill       sizeof(T) + sizeof(teacher's)     memory; for jsd, which takes 8    a block a row,
+//   distill       sizeof(T) + sizeof(teacher's)     memory; for jsd, which takes 8    a block a
+//   row,
 //                 + sizeof(T)                       exponentials and logarithms a     or a cluster
 //                                                   column, those
 //   distill_top   sizeof(T) + sizeof(T), and the    memory; the student's row is      a block a row
@@ -9,13 +10,13 @@
 //                                                   far as it stayed there
 //
 // A row goes through up to three passes: the statistics of both softmaxes, the sums of the
-// divergence (not for the forward KL, whose gradient does not need them), the gradient. Between them
-// both rows stay in shared memory, of one block or of a cluster (core/logit_rows.cuh); what is too
-// long for that, or of two types, is read again, from L2 as far as it stayed there.
+// divergence (not for the forward KL, whose gradient does not need them), the gradient. Between
+// them both rows stay in shared memory, of one block or of a cluster (core/logit_rows.cuh); what is
+// too long for that, or of two types, is read again, from L2 as far as it stayed there.
 //
-// float32 a thread (float64 for a float64 student); between threads, and all that a row has only one
-// of, double, in a fixed order: the same bits every time. The mixture of jsd is formed relative to
-// the larger of p and q: neither underflow nor a -inf makes a logarithm of 0.
+// float32 a thread (float64 for a float64 student); between threads, and all that a row has only
+// one of, double, in a fixed order: the same bits every time. The mixture of jsd is formed relative
+// to the larger of p and q: neither underflow nor a -inf makes a logarithm of 0.
 //
 // A target out of range is not followed: its row's loss is NaN, its gradient 0, and a flag is set.
 // So with a top-K teacher that has an index out of range or twice, or too much probability.
@@ -83,8 +84,7 @@ __device__ void blank(const Distill& a, int64_t r, const RowPart& part, double l
 }
 
 // Whether the row is to be computed; if not, it is done. All threads come here.
-template <class T>
-__device__ bool begin_row(const Distill& a, int64_t r, const RowPart& part) {
+template <class T> __device__ bool begin_row(const Distill& a, int64_t r, const RowPart& part) {
   if (!counts(a, r)) {
     blank<T>(a, r, part, 0.0);
     return false;
@@ -140,16 +140,15 @@ __device__ __forceinline__ Column<A> column_of(const Pair<A>& pair, A x_s, A x_t
   return {d, exp2_fast(d * pair.c), exp2_fast(t * pair.c), (t - d) * pair.c + pair.ratio};
 }
 
-// What one thread, and then all, add up: D and KL(p‖m) in bits, relative to the softmaxes' sums, and
-// the cross-entropy's sum, but for the largest logit itself and its ties.
+// What one thread, and then all, add up: D and KL(p‖m) in bits, relative to the softmaxes' sums,
+// and the cross-entropy's sum, but for the largest logit itself and its ties.
 constexpr int kSums = 4;
 template <class A> struct Sums {
   A value = 0, of_p = 0, hard = 0, ties = 0;
 };
 
 template <DistillKind kKind, class A>
-__device__ __forceinline__ void add_column(Sums<A>& own, const Pair<A>& pair,
-                                           const Column<A>& x) {
+__device__ __forceinline__ void add_column(Sums<A>& own, const Pair<A>& pair, const Column<A>& x) {
   if constexpr (kKind == DistillKind::forward_kl) {
     if (x.et != 0) own.value += x.et * x.ratio;  // not 0·inf
   } else if constexpr (kKind == DistillKind::reverse_kl) {
@@ -309,9 +308,12 @@ template <class A> __device__ Pair<A> pair_of(const Distill& a, const RowPair& r
   const double ratio = (row.s.log_sum - row.t.log_sum) * kLog2e;
   const bool hard = a.ce_weight != 0.0 && a.temperature != 1.0;
   // a beta below float32's numbers would make a logarithm of 0
-  return {static_cast<A>(kLog2e / a.temperature),  static_cast<A>(row.s.ref),
-          static_cast<A>(row.t.ref),               static_cast<A>(ratio),
-          static_cast<A>(fmax(a.beta, 1e-37)),     static_cast<A>(1.0 - a.beta),
+  return {static_cast<A>(kLog2e / a.temperature),
+          static_cast<A>(row.s.ref),
+          static_cast<A>(row.t.ref),
+          static_cast<A>(ratio),
+          static_cast<A>(fmax(a.beta, 1e-37)),
+          static_cast<A>(1.0 - a.beta),
           static_cast<A>(hard ? kLog2e : 0.0)};
 }
 
@@ -328,8 +330,7 @@ __device__ inline Divergence divergence(const Distill& a, const RowPair& row,
 }
 
 // log softmax(z)[y] at temperature 1.
-__device__ inline double hard_logp(const Distill& a, const RowLogprob& s, double z_y,
-                                   double hard) {
+__device__ inline double hard_logp(const Distill& a, const RowLogprob& s, double z_y, double hard) {
   return z_y - s.ref - (a.temperature == 1.0 ? s.log_sum : log1p(hard));
 }
 
@@ -616,8 +617,7 @@ template <class T> __global__ void FF_ROW_BOUNDS distill_top_kernel(const Distil
   const RowLogprob s = broadcast(mine).s;
   const double inverse_t = 1.0 / a.temperature;
   const A c = static_cast<A>(kLog2e / a.temperature), ref = static_cast<A>(s.ref);
-  const A hard_c =
-      static_cast<A>(a.ce_weight != 0.0 && a.temperature != 1.0 ? kLog2e : 0.0);
+  const A hard_c = static_cast<A>(a.ce_weight != 0.0 && a.temperature != 1.0 ? kLog2e : 0.0);
   // the rest's exponentials, the cross-entropy's and its ties, D, Σ p·dD/dp
   double sums[5] = {0, 0, 0, 0, 0};
   {
@@ -718,8 +718,7 @@ template <class T> void launch_top(const Distill& a) {
 #endif
   if (bytes > limit) {
     throw std::invalid_argument("teacher_indices: for rows of up to " + std::to_string(8 * limit) +
-                                " columns on this device, not of " +
-                                std::to_string(a.shape.vocab));
+                                " columns on this device, not of " + std::to_string(a.shape.vocab));
   }
   launch(distill_top_kernel<T>, a.shape.rows, threads_for<T>(a), static_cast<size_t>(bytes), a);
 }
