@@ -438,10 +438,10 @@ def test_inplace(isa, kind, dtype):
     targets = torch.randint(0, 2000, (24,))
     for reduction in ("mean", "none"):
         for more in (
-            {"teacher": teacher},
-            {"teacher": teacher, "alpha": 0.4, "targets": targets, "temperature": 2.0},
-            {"teacher": values, "teacher_indices": indices},
-            {"teacher": values, "teacher_indices": indices, "alpha": 0.4, "targets": targets},
+            {"teacher_logits": teacher},
+            {"teacher_logits": teacher, "alpha": 0.4, "targets": targets, "temperature": 2.0},
+            {"teacher_logits": values, "teacher_indices": indices},
+            {"teacher_logits": values, "teacher_indices": indices, "alpha": 0.4, "targets": targets},
         ):
             options = {"kind": kind, "reduction": reduction, **more}
             x, y = student.clone().requires_grad_(), student.clone().requires_grad_()
@@ -542,12 +542,12 @@ def test_gradcheck(isa):
     mask = torch.tensor([True, True, False, True])
     for kind in KINDS:
         for options in (
-            {"teacher": teacher},
-            {"teacher": teacher, "temperature": 0.6, "alpha": 0.3, "targets": targets, "mask": mask},
-            {"teacher": teacher, "alpha": 0.3, "targets": targets, "temperature_squared": True},
-            {"teacher": values, "teacher_indices": indices, "temperature": 1.7},
-            {"teacher": values, "teacher_indices": indices, "alpha": 0.3, "targets": targets},
-            {"teacher": teacher, "vocab_size": 8, "beta": 0.2},
+            {"teacher_logits": teacher},
+            {"teacher_logits": teacher, "temperature": 0.6, "alpha": 0.3, "targets": targets, "mask": mask},
+            {"teacher_logits": teacher, "alpha": 0.3, "targets": targets, "temperature_squared": True},
+            {"teacher_logits": values, "teacher_indices": indices, "temperature": 1.7},
+            {"teacher_logits": values, "teacher_indices": indices, "alpha": 0.3, "targets": targets},
+            {"teacher_logits": teacher, "vocab_size": 8, "beta": 0.2},
         ):
             for reduction in ("mean", "sum", "none"):
                 assert torch.autograd.gradcheck(
@@ -743,21 +743,24 @@ def test_streamed_gradient_has_the_same_bits(dtype, rows):
 
 def test_peak_memory():
     """The gradient, and no scratch of the logits' size: 1 MB and 32 bytes a row at most."""
-    from torch.profiler import ProfilerActivity, profile
-
     student, teacher = make(64, 8000)
+
+    class Allocated(torch.utils._python_dispatch.TorchDispatchMode):
+        bytes = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if "empty" in str(function) or "zeros" in str(function):
+                Allocated.bytes += out.numel() * out.element_size()
+            return out
+
     x = student.requires_grad_()
     for kind in KINDS:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-            ff.distill_loss(x, teacher, kind=kind).backward()
-        x.grad = None
-        sizes = [e.cpu_memory_usage for e in seen.events() if e.name == "[memory]"]
-        largest = total = 0
-        for size in sizes:
-            total += size
-            largest = max(largest, total)
-        assert largest >= student.numel() * 4
-        assert largest <= student.numel() * 4 + 2**20 + 32 * 64
+        Allocated.bytes = 0
+        with Allocated():
+            loss = ff.distill_loss(x, teacher, kind=kind)
+        loss.backward()
+        assert student.numel() * 4 <= Allocated.bytes <= student.numel() * 4 + 2**20 + 32 * 64
 
 
 # ---- eager -------------------------------------------------------------------------------------
@@ -784,7 +787,7 @@ def test_eager_backend(kind, dtype):
                 ours, dz = run(ff.distill_loss, student, t, **options)
             want, want_dz = truth(student, t, **options)
             torch.testing.assert_close(ours.double(), torch.as_tensor(want), rtol=1e-5, atol=1e-6)
-            check("gradient", dz, want_dz, want_dz)
+            torch.testing.assert_close(dz, torch.as_tensor(want_dz).to(dtype))
 
 
 # ---- wrong arguments ---------------------------------------------------------------------------
