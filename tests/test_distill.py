@@ -119,10 +119,7 @@ def test_scalar_over_seeds(dtype):
             student, teacher = make(9, 301, dtype, seed=seed)
             want, _ = truth(student, teacher, kind=kind)
             errors.add(
-                ff.distill_loss(student, teacher, kind=kind),
-                plain(student, teacher, kind=kind),
-                want,
-                want,
+                ff.distill_loss(student, teacher, kind=kind), plain(student, teacher, kind=kind), want, want
             )
         errors.check()
 
@@ -137,9 +134,7 @@ def test_beta_and_temperature(isa, kind, beta, temperature):
     options = {"kind": kind, "beta": beta, "temperature": temperature}
     for squared in (False, True):
         compare("temperature", student, teacher, temperature_squared=squared, **options)
-    as_tensors = {
-        k: torch.tensor(v, dtype=torch.float64) for k, v in options.items() if k != "kind"
-    }
+    as_tensors = {k: torch.tensor(v, dtype=torch.float64) for k, v in options.items() if k != "kind"}
     a = ff.distill_loss(student, teacher, kind=kind, **as_tensors)
     assert torch.equal(a, ff.distill_loss(student, teacher, **options))
 
@@ -233,9 +228,7 @@ def test_rows_that_do_not_count_are_not_read(isa, kind, fill, dtype):
             assert (x.grad[dead] == 0).all()
     for reduction, value in (("mean", 0.0), ("sum", 0.0), ("none", 0.0)):
         none = torch.zeros(6, dtype=torch.bool)
-        loss, dz = run(
-            ff.distill_loss, dirty, dirty_teacher, kind=kind, mask=none, reduction=reduction
-        )
+        loss, dz = run(ff.distill_loss, dirty, dirty_teacher, kind=kind, mask=none, reduction=reduction)
         assert (loss == value).all()
         assert (dz == 0).all()
 
@@ -256,11 +249,7 @@ def test_vocab_size(isa, widths, dtype):
             compare("vocab_size", student, teacher, **options)
             ours, dz = run(ff.distill_loss, student, teacher, **options)
             want, want_dz = run(
-                ff.distill_loss,
-                student[:, :vocab],
-                teacher[:, :vocab],
-                kind=kind,
-                reduction=reduction,
+                ff.distill_loss, student[:, :vocab], teacher[:, :vocab], kind=kind, reduction=reduction
             )
             assert torch.equal(ours, want)
             assert torch.equal(dz[:, :vocab], want_dz)
@@ -297,10 +286,7 @@ def test_top_k(isa, kind, k, dtype):
     student, whole = make(rows, vocab, dtype)
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     teacher, indices = top_k(whole, k, temperature, wide)
-    for options in (
-        {},
-        {"alpha": 0.4, "targets": torch.tensor([1, IGNORE, 3000, int(indices[3, 0])])},
-    ):
+    for options in ({}, {"alpha": 0.4, "targets": torch.tensor([1, IGNORE, 3000, int(indices[3, 0])])}):
         for i in (indices, indices.int()):
             compare(
                 f"top {k}", student, teacher, kind=kind, teacher_indices=i, temperature=temperature,
@@ -309,12 +295,7 @@ def test_top_k(isa, kind, k, dtype):
     if k == vocab:
         want, want_dz = truth(student, whole, kind=kind, temperature=temperature)
         ours, dz = run(
-            ff.distill_loss,
-            student,
-            teacher,
-            kind=kind,
-            temperature=temperature,
-            teacher_indices=indices,
+            ff.distill_loss, student, teacher, kind=kind, temperature=temperature, teacher_indices=indices
         )
         check("the whole", ours, want, want)
         check("the whole", dz, want_dz, want_dz)
@@ -334,18 +315,8 @@ def test_top_k_at_the_edges(isa, kind):
     teacher[4, 2] = -float("inf")
     student[5].scatter_(0, indices[5], -200.0)
     for options in ({}, {"vocab_size": 500}):
-        compare(
-            "edge",
-            student,
-            teacher,
-            kind=kind,
-            teacher_indices=indices,
-            reduction="none",
-            **options,
-        )
-    loss, dz = run(
-        ff.distill_loss, student, teacher, kind=kind, teacher_indices=indices, reduction="none"
-    )
+        compare("edge", student, teacher, kind=kind, teacher_indices=indices, reduction="none", **options)
+    loss, dz = run(ff.distill_loss, student, teacher, kind=kind, teacher_indices=indices, reduction="none")
     assert (loss[3] == float("inf")) == (kind == "forward_kl")
     assert torch.isfinite(dz).all()
 
@@ -356,12 +327,7 @@ def test_top_k_reverse_without_a_rest(isa):
     teacher, indices = top_k(whole, 4)
     teacher[1] = torch.tensor([0.0, -float("inf"), -float("inf"), -float("inf")])
     loss, dz = run(
-        ff.distill_loss,
-        student,
-        teacher,
-        kind="reverse_kl",
-        teacher_indices=indices,
-        reduction="none",
+        ff.distill_loss, student, teacher, kind="reverse_kl", teacher_indices=indices, reduction="none"
     )
     assert loss[1] == float("inf")
     assert torch.isnan(dz[1]).all()
@@ -440,9 +406,7 @@ def test_upstream(kind, inplace, upstream):
     if inplace:
         assert x.grad.data_ptr() == x.data_ptr()
     rows = torch.randn(7)
-    _, dz = run(
-        ff.distill_loss, student, teacher, rows, kind=kind, reduction="none", inplace=inplace
-    )
+    _, dz = run(ff.distill_loss, student, teacher, rows, kind=kind, reduction="none", inplace=inplace)
     _, want = truth(student, teacher, kind=kind, reduction="none")
     want = want * rows.double().numpy()[:, None]
     check("by row", dz, want, want)
@@ -474,10 +438,10 @@ def test_inplace(isa, kind, dtype):
     targets = torch.randint(0, 2000, (24,))
     for reduction in ("mean", "none"):
         for more in (
-            {"teacher": teacher},
-            {"teacher": teacher, "alpha": 0.4, "targets": targets, "temperature": 2.0},
-            {"teacher": values, "teacher_indices": indices},
-            {"teacher": values, "teacher_indices": indices, "alpha": 0.4, "targets": targets},
+            {"teacher_logits": teacher},
+            {"teacher_logits": teacher, "alpha": 0.4, "targets": targets, "temperature": 2.0},
+            {"teacher_logits": values, "teacher_indices": indices},
+            {"teacher_logits": values, "teacher_indices": indices, "alpha": 0.4, "targets": targets},
         ):
             options = {"kind": kind, "reduction": reduction, **more}
             x, y = student.clone().requires_grad_(), student.clone().requires_grad_()
@@ -578,18 +542,12 @@ def test_gradcheck(isa):
     mask = torch.tensor([True, True, False, True])
     for kind in KINDS:
         for options in (
-            {"teacher": teacher},
-            {
-                "teacher": teacher,
-                "temperature": 0.6,
-                "alpha": 0.3,
-                "targets": targets,
-                "mask": mask,
-            },
-            {"teacher": teacher, "alpha": 0.3, "targets": targets, "temperature_squared": True},
-            {"teacher": values, "teacher_indices": indices, "temperature": 1.7},
-            {"teacher": values, "teacher_indices": indices, "alpha": 0.3, "targets": targets},
-            {"teacher": teacher, "vocab_size": 8, "beta": 0.2},
+            {"teacher_logits": teacher},
+            {"teacher_logits": teacher, "temperature": 0.6, "alpha": 0.3, "targets": targets, "mask": mask},
+            {"teacher_logits": teacher, "alpha": 0.3, "targets": targets, "temperature_squared": True},
+            {"teacher_logits": values, "teacher_indices": indices, "temperature": 1.7},
+            {"teacher_logits": values, "teacher_indices": indices, "alpha": 0.3, "targets": targets},
+            {"teacher_logits": teacher, "vocab_size": 8, "beta": 0.2},
         ):
             for reduction in ("mean", "sum", "none"):
                 assert torch.autograd.gradcheck(
@@ -654,10 +612,7 @@ def test_only_the_student_has_a_gradient():
 def test_double_backward_and_forward_mode_raise():
     student, teacher = make(3, 8)
     for reduction in ("mean", "none"):
-        hidden, weight = (
-            torch.randn(3, 5, requires_grad=True),
-            torch.randn(5, 8, requires_grad=True),
-        )
+        hidden, weight = torch.randn(3, 5, requires_grad=True), torch.randn(5, 8, requires_grad=True)
         loss = ff.distill_loss(hidden @ weight, teacher, reduction=reduction).sum()
         (g,) = torch.autograd.grad(loss, hidden, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -708,10 +663,7 @@ def test_compile(reduction, counter):
     for i in range(6):  # beta 0, of the forward KL, and 1, of the reverse, among them
         beta, t = i / 5, 0.5 + 0.13 * i
         x, y = student.clone().requires_grad_(), student.clone().requires_grad_()
-        a, b = (
-            compiled(x, teacher, mask, targets, beta, t),
-            step(y, teacher, mask, targets, beta, t),
-        )
+        a, b = compiled(x, teacher, mask, targets, beta, t), step(y, teacher, mask, targets, beta, t)
         a.backward()
         b.backward()
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
@@ -791,21 +743,24 @@ def test_streamed_gradient_has_the_same_bits(dtype, rows):
 
 def test_peak_memory():
     """The gradient, and no scratch of the logits' size: 1 MB and 32 bytes a row at most."""
-    from torch.profiler import ProfilerActivity, profile
-
     student, teacher = make(64, 8000)
+
+    class Allocated(torch.utils._python_dispatch.TorchDispatchMode):
+        bytes = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if "empty" in str(function) or "zeros" in str(function):
+                Allocated.bytes += out.numel() * out.element_size()
+            return out
+
     x = student.requires_grad_()
     for kind in KINDS:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-            ff.distill_loss(x, teacher, kind=kind).backward()
-        x.grad = None
-        sizes = [e.cpu_memory_usage for e in seen.events() if e.name == "[memory]"]
-        largest = total = 0
-        for size in sizes:
-            total += size
-            largest = max(largest, total)
-        assert largest >= student.numel() * 4
-        assert largest <= student.numel() * 4 + 2**20 + 32 * 64
+        Allocated.bytes = 0
+        with Allocated():
+            loss = ff.distill_loss(x, teacher, kind=kind)
+        loss.backward()
+        assert student.numel() * 4 <= Allocated.bytes <= student.numel() * 4 + 2**20 + 32 * 64
 
 
 # ---- eager -------------------------------------------------------------------------------------
@@ -832,7 +787,7 @@ def test_eager_backend(kind, dtype):
                 ours, dz = run(ff.distill_loss, student, t, **options)
             want, want_dz = truth(student, t, **options)
             torch.testing.assert_close(ours.double(), torch.as_tensor(want), rtol=1e-5, atol=1e-6)
-            check("gradient", dz, want_dz, want_dz)
+            torch.testing.assert_close(dz, torch.as_tensor(want_dz).to(dtype))
 
 
 # ---- wrong arguments ---------------------------------------------------------------------------
@@ -864,11 +819,7 @@ def test_wrong_teachers_and_targets(eager):
                 student, values, out, broken, None, None, 0.5, 1.0, 1.0, 0, False, 20, IGNORE, 2
             )
     assert (out == 5).all()
-    raises(
-        "not in \\[0, 12\\)",
-        vocab_size=12,
-        teacher_indices=indices * 0 + torch.tensor([0, 1, 2, 12]),
-    )
+    raises("not in \\[0, 12\\)", vocab_size=12, teacher_indices=indices * 0 + torch.tensor([0, 1, 2, 12]))
     broken = indices.clone()
     broken[2, 3] = broken[2, 0]
     raises("teacher_indices: row 2 has an index twice", teacher_indices=broken)

@@ -89,7 +89,9 @@ double element(const Row& row, int64_t i) {
 }
 
 template <class T> FF_INLINE VecH half_bits(VecF x) {
-  if constexpr (__is_same(T, bf16)) return to_bf16_bits(x);
+  if constexpr (__is_same(T, bf16)) {
+    return __builtin_convertvector(round_to_bf16(x) >> 16, VecH);  // a quiet NaN stays one
+  }
   return to_f16_bits(x);
 }
 
@@ -331,8 +333,8 @@ void add_divergences(const A* s, const A* t, int64_t n, const PairStats& stats, 
   const auto add = [&]<int K>(V(&x)[K], V(&y)[K]) __attribute__((always_inline)) {
     V e[K], f[K];
     for (int u = 0; u < K; ++u) x[u] -= ref_s, y[u] -= ref_t;
-    exp_scaled<Precision::full>(x, e, scale.c, floor);
-    exp_scaled<Precision::full>(y, f, scale.c, floor);
+    exp_scaled<Precision::exact>(x, e, scale.c, floor);
+    exp_scaled<Precision::exact>(y, f, scale.c, floor);
     for (int u = 0; u < K; ++u) {
       const auto m = mixture_logs<A>(x[u], y[u], e[u], f[u], mixture);
       of_q = fma(m.q, m.log_q, of_q);
@@ -378,15 +380,17 @@ void gradient_block(const A* s, const A* t, int64_t n, const PairStats& stats, c
   constexpr int N = kLanes<A>;
   const V ref_s = splat<V>(stats.s.ref), ref_t = splat<V>(stats.t.ref);
   const V floor = splat<V>(scale.floor), va = splat<V>(a), vb = splat<V>(b);
+  constexpr Precision kPrecision =
+      kKind == DistillKind::jsd ? Precision::exact : Precision::full;  // a logarithm sees the error
   const auto value = [&]<int K>(V(&x)[K], V(&y)[K]) __attribute__((always_inline)) {
     V e[K], f[K];
     for (int u = 0; u < K; ++u) x[u] -= ref_s, y[u] -= ref_t;
     if constexpr (kKind == DistillKind::reverse_kl) {
       for (int u = 0; u < K; ++u) f[u] = x[u] - y[u];
     } else {
-      exp_scaled<Precision::full>(y, f, scale.c, floor);
+      exp_scaled<kPrecision>(y, f, scale.c, floor);
     }
-    exp_scaled<Precision::full>(x, e, scale.c, floor);
+    exp_scaled<kPrecision>(x, e, scale.c, floor);
     for (int u = 0; u < K; ++u) {
       if constexpr (kKind == DistillKind::forward_kl) {
         x[u] = fma(e[u], va, f[u] * vb);

@@ -100,7 +100,8 @@ def distill_loss(
         else:
             row, indices = np.asarray(teacher[i], np.float64), teacher_indices[i]
         if alpha > 0:
-            value, dz = _row(z, row, indices, kind, beta, temperature)
+            with np.errstate(invalid="ignore"):  # inf·0, of a gradient that is NaN
+                value, dz = _row(z, row, indices, kind, beta, temperature)
             losses[i] = factor * value
             gradient[i, :vocab] = factor * dz
         if alpha < 1:
