@@ -19,7 +19,7 @@ HOT = re.compile(
     r"^(token_logprobs|token_logprobs_backward|cross_entropy|scale_gradient|quantize|dequantize|"
     r"codebook_linear|codebook_linear_transposed|shrink|outer|expand|dropout|lora_linear|"
     r"dora_norm|dora_scale|dora_columns|segmented_shrink|segmented_few|segmented_outer|"
-    r"segmented_expand|policy_logits|distill|distill_top)_kernel<(?!double)"
+    r"segmented_expand|policy_logits|distill)_kernel<(?!double)"
 )
 
 
