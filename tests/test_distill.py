@@ -175,7 +175,7 @@ def test_nearly_equal_distributions(isa, kind, apart, request):
             assert loss.max() < 1e-7
 
 
-@pytest.mark.parametrize("spread, shift", [(1e-3, 0.0), (30.0, -1e4), (30.0, 3e4), (1e4, 0.0)])
+@pytest.mark.parametrize(("spread", "shift"), [(1e-3, 0.0), (30.0, -1e4), (30.0, 3e4), (1e4, 0.0)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_extreme_logits(isa, kind, spread, shift, request):
     if kind == "jsd" and spread == 30.0:
@@ -803,7 +803,7 @@ def test_same_bits_for_any_thread_count(dtype):
                 assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dtype, rows", [(torch.float32, 700), (torch.bfloat16, 1400)], ids=str)
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 700), (torch.bfloat16, 1400)], ids=str)
 def test_streamed_gradient_has_the_same_bits(dtype, rows):
     """Above 16 MiB the gradient is written past the caches; odd row lengths start unaligned."""
     student, teacher = make(rows, 6151, dtype)
@@ -955,9 +955,9 @@ def test_wrong_arguments():
         ("temperature", (0.0, -1.0, float("inf"), float("nan"), 1e38), "positive and finite"),
     ):
         for value in values:
-            for given in (value, torch.tensor(value, dtype=torch.float64)):
+            for passed in (value, torch.tensor(value, dtype=torch.float64)):
                 with pytest.raises(ValueError, match=f"{name}: .*{allowed}"):
-                    ff.distill_loss(x, t, **{name: given})
+                    ff.distill_loss(x, t, **{name: passed})
         with pytest.raises(TypeError, match=f"{name}: a number"):
             ff.distill_loss(x, t, **{name: "1"})
 
