@@ -47,7 +47,9 @@ def plain(student, teacher, kind, beta=0.5, temperature=1.0):
         rows = (p * (log_p - log_q)).sum(-1)
         dz = p * (log_p - log_q - rows[:, None])
     else:
-        log_m = np.logaddexp(log_q + log_q.dtype.type(np.log(beta)), log_p + log_p.dtype.type(np.log1p(-beta)))
+        log_m = np.logaddexp(
+            log_q + log_q.dtype.type(np.log(beta)), log_p + log_p.dtype.type(np.log1p(-beta))
+        )
         of_p = (p * (log_p - log_m)).sum(-1)
         rows = beta * (q * (log_q - log_m)).sum(-1) + (1 - beta) * of_p
         dz = (1 - beta) * p * (log_p - log_m - of_p[:, None])
@@ -83,12 +85,20 @@ def test_options(isa, kind):
         {"teacher": values, "teacher_indices": indices},
         {"teacher": values, "teacher_indices": indices.astype(np.int32), "mask": mask > 0},
         {"teacher": teacher, "targets": targets, "alpha": 0.3, "temperature_squared": True},
-        {"teacher": values, "teacher_indices": indices, "targets": targets, "alpha": 0.3, "mask": mask},
+        {
+            "teacher": values,
+            "teacher_indices": indices,
+            "targets": targets,
+            "alpha": 0.3,
+            "mask": mask,
+        },
     ):
         options = {"kind": kind, "temperature": 1.4, **more}
         t = options.pop("teacher")
         for reduction in ("mean", "sum", "none"):
-            ours, dz = ffn.distill_loss(student, t, reduction=reduction, return_grad=True, **options)
+            ours, dz = ffn.distill_loss(
+                student, t, reduction=reduction, return_grad=True, **options
+            )
             want, want_dz = reference.distill_loss(student, t, reduction=reduction, **options)
             check("loss", ours, want, want)
             check("gradient", dz, want_dz, want_dz)
@@ -109,7 +119,12 @@ def test_same_bits_as_torch():
             x = torch.tensor(student, requires_grad=True)
             tensors = {k: torch.from_numpy(v) for k, v in more.items()}
             loss = ff.distill_loss(
-                x, torch.from_numpy(t), kind=kind, alpha=0.4, targets=torch.from_numpy(targets), **tensors
+                x,
+                torch.from_numpy(t),
+                kind=kind,
+                alpha=0.4,
+                targets=torch.from_numpy(targets),
+                **tensors,
             )
             loss.backward()
             assert_same(ours, (loss.detach().numpy()[()], x.grad.numpy()))

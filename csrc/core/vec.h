@@ -411,12 +411,12 @@ FF_INLINE void exp_and_minus_one(VecD x, VecD* e, VecD* minus_one) {
 
 // ---- logarithm ----
 //
-// x = 2^n·(1 + f), 2/3 <= 1 + f < 4/3, log(1 + f) = f - f²/2 + f³·P(f): relative error 1.0e-7, RMS 3.5e-8
-// (beside n·ln 2 in float, 3e-8·|n|), also near x = 1. For finite x > 0 that is not subnormal; at 0 and
-// in subnormal numbers some finite number, for NaN and infinity rubbish.
+// x = 2^n·(1 + f), 2/3 <= 1 + f < 4/3, log(1 + f) = f - f²/2 + f³·P(f): relative error 1.0e-7,
+// RMS 3.5e-8 (beside n·ln 2 in float, 3e-8·|n|), also near x = 1. For finite x > 0 that is not
+// subnormal; at 0 and in subnormal numbers some finite number, for NaN and infinity rubbish.
 FF_INLINE VecF log_positive(VecF x) {
-  constexpr float kSeries[] = {0x1.555528p-2f,  -0x1.000b1cp-2f, 0x1.99c31ep-3f, -0x1.515a6ap-3f,
-                               0x1.1f964cp-3f,  -0x1.35b3e0p-3f, 0x1.1b0902p-3f};
+  constexpr float kSeries[] = {0x1.555528p-2f, -0x1.000b1cp-2f, 0x1.99c31ep-3f, -0x1.515a6ap-3f,
+                               0x1.1f964cp-3f, -0x1.35b3e0p-3f, 0x1.1b0902p-3f};
   const VecI n = ((VecI)x - 0x3f2aaaab) >> 23;
   const VecF f = (VecF)((VecI)x - (VecI)((VecU)n << 23)) - 1.0f, f2 = f * f;
   VecF p = splat<VecF>(kSeries[6]);

@@ -1,17 +1,18 @@
 // Distillation from logits on the CPU: student and teacher are read from memory once.
 //
 //   pass over a row         an element: exponentials, logarithms   reads from
-//   statistics              2, 0                                   memory (sizeof student + teacher)
-//   jsd: both divergences   2, 1                                   cache
-//   gradient                2, jsd 1; cross-entropy at T != 1: 1   cache; writes sizeof student
+//   statistics              2, 0                                   memory (sizeof student +
+//   teacher) jsd: both divergences   2, 1                                   cache gradient 2, jsd
+//   1; cross-entropy at T != 1: 1   cache; writes sizeof student
 //
-// The row's log-sum-exps and, for the KLs, Σ e·(difference of the logits) are found in one pass. The
-// gradient follows while both rows are in the cache. Between the two nothing of a row is kept.
+// The row's log-sum-exps and, for the KLs, Σ e·(difference of the logits) are found in one pass.
+// The gradient follows while both rows are in the cache. Between the two nothing of a row is kept.
 //
-// A block of 2048 elements at a time, widened to the accumulator type where it is another (16-bit types;
-// a teacher of another type than the student), so that nothing here is a template over two types.
-// float32 accumulators per block, double beyond (all double for a float64 student). Rows are split over
-// threads whole, so nothing depends on their number; rows that do not count are never read.
+// A block of 2048 elements at a time, widened to the accumulator type where it is another (16-bit
+// types; a teacher of another type than the student), so that nothing here is a template over two
+// types. float32 accumulators per block, double beyond (all double for a float64 student). Rows are
+// split over threads whole, so nothing depends on their number; rows that do not count are never
+// read.
 //
 // Targets and the teacher's indices were checked, but another thread of the caller may write them
 // meanwhile: one that is out of range now is not followed.
@@ -300,8 +301,8 @@ struct Mixture {
   double inverse_s, inverse_t, inverse_temperature, gap, beta;
 };
 
-// log(p/m) and log(q/m), m = β·q + (1-β)·p, by way of the larger of p and q: nothing overflows, and p or
-// q of 0, whose logit is clamped, leaves a finite number. On return e_s and e_t are p and q.
+// log(p/m) and log(q/m), m = β·q + (1-β)·p, by way of the larger of p and q: nothing overflows, and
+// p or q of 0, whose logit is clamped, leaves a finite number. On return e_s and e_t are p and q.
 template <class V> struct MixtureLogs {
   V p, q, log_p, log_q;
 };
@@ -467,8 +468,8 @@ Sum row_sum(const Row& row, int64_t n, const Named* without, const Scale& scale)
   detail::BlockSums block{};
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t count = n - i < kBlock ? n - i : kBlock;
-    const A* z = without ? hidden_block(row, i, count, *without, buffer)
-                         : block_of(row, i, count, buffer);
+    const A* z =
+        without ? hidden_block(row, i, count, *without, buffer) : block_of(row, i, count, buffer);
     double ref = total.ref;
     if (ref == kMinusInf) ref = detail::block_top(z, count);
     const double usable = ref == kMinusInf ? 0.0 : ref;
@@ -499,8 +500,8 @@ Bucket bucket(DistillKind kind, double log_p, double log_q, double beta) {
   return {(q == 0.0 ? 0.0 : beta * q * (log_q - log_m)) + of_p, of_p};
 }
 
-// The divergence over K + 1 buckets. The rest is summed by itself, so that its probability keeps its
-// digits however small it is: 1 - Σ p_k would not.
+// The divergence over K + 1 buckets. The rest is summed by itself, so that its probability keeps
+// its digits however small it is: 1 - Σ p_k would not.
 struct TopStats {
   Sum rest;
   double lse = 0.0, value = 0.0;  // lse: of z/T
@@ -514,8 +515,7 @@ TopStats top_stats(const Row& student, int64_t n, const Named& named, DistillKin
   TopStats s;
   s.rest = row_sum<A>(student, n, &named, scale);
   const double inverse = 1.0 / scale.temperature;
-  const double log_rest =
-      s.rest.sum() == 0.0 ? kMinusInf : s.rest.ref * inverse + s.rest.log_sum();
+  const double log_rest = s.rest.sum() == 0.0 ? kMinusInf : s.rest.ref * inverse + s.rest.log_sum();
   double top = log_rest;
   int64_t first = -1;  // whose term is 1, and left out: -1 the rest's
   for (int64_t k = 0; k < named.count; ++k) {
@@ -594,8 +594,8 @@ template <class A> struct RowWork {
     return pair_stats<A, DistillKind::jsd>(student, teacher, n, scale);
   }
 
-  void pair_gradient(const A* s, const A* t, int64_t n, const PairStats& stats, double ca, double cb,
-                     A* g) const {
+  void pair_gradient(const A* s, const A* t, int64_t n, const PairStats& stats, double ca,
+                     double cb, A* g) const {
     switch (a.kind) {
       case DistillKind::forward_kl:
         gradient_block<A, DistillKind::forward_kl>(s, t, n, stats, scale, mixture, ca, cb, g);
@@ -692,8 +692,8 @@ template <class A> struct RowWork {
       if (wants_kl && top) {
         top_block<A>(student, i, count, named, with_top, a.kind, a.beta, scale, weight, g);
       } else if (wants_kl) {
-        pair_gradient(block_of(student, i, count, buffer[0]), block_of(teacher, i, count, buffer[1]),
-                      count, pair, ca, cb, g);
+        pair_gradient(block_of(student, i, count, buffer[0]),
+                      block_of(teacher, i, count, buffer[1]), count, pair, ca, cb, g);
       }
       if (own) {
         const A* s = block_of(student, i, count, buffer[0]);
@@ -752,8 +752,8 @@ void distill(const Distill& a) {
 
 // ---- what may be wrong with a top-K teacher ----
 
-// How much more than 1 the rounding of log-probabilities may make of their probabilities; the same in
-// eager/distill.py and the GPU kernels.
+// How much more than 1 the rounding of log-probabilities may make of their probabilities; the same
+// in eager/distill.py and the GPU kernels.
 double mass_tolerance(DType dtype) {
   return dtype == DType::bf16 ? 5e-2 : dtype == DType::f16 ? 1e-2 : 1e-3;
 }

@@ -260,9 +260,7 @@ def check_vocab_size(value: Any) -> None:
         raise TypeError(f"vocab_size: an int or None, not {value!r}")
 
 
-def check_distill_numbers(
-    beta: float, temperature: float, alpha: float, has_targets: bool
-) -> None:
+def check_distill_numbers(beta: float, temperature: float, alpha: float, has_targets: bool) -> None:
     require(0.0 <= beta <= 1.0, "beta", beta, "0 to 1")
     check_temperature(temperature)
     require(0.0 <= alpha <= 1.0, "alpha", alpha, "0 to 1")

@@ -106,10 +106,12 @@ def _distill(
     if want_loss:
         loss = student.new_empty(leading if reduction == 0 else (), dtype=dtype)
     if g is not None:
-        if reduction:
-            g = scalar_gradient(g, student, dtype)
-        else:
-            g = row_gradient("g", g, student[..., 0], dtype)
+        by_row = reduction == 0
+        g = (
+            row_gradient("g", g, student[..., 0], dtype)
+            if by_row
+            else scalar_gradient(g, student, dtype)
+        )
     if reduction:
         scratch = student.new_empty((count + 1,), dtype=torch.float64)
     counts = [None if t is None else t.contiguous() for t in (indices, mask, targets)]
