@@ -24,6 +24,7 @@ BAD_TARGETS = tl.constexpr(0)
 BAD_CU_SEQLENS = tl.constexpr(1)
 BAD_LENGTHS = tl.constexpr(2)
 BAD_ADAPTER = tl.constexpr(3)
+BAD_TEACHER = tl.constexpr(4)
 
 # csrc/core/dtype.h, enum Reduction.
 REDUCE_NONE = tl.constexpr(0)

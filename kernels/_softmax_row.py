@@ -62,7 +62,9 @@ def middle(address):
 
 
 @triton.jit
-def row_stats(z, middle, vocab, c, ENTROPY, LOGIT_SUM, BLOCK, EVICTION):
+def row_stats(
+    z, middle, vocab, c, ENTROPY, LOGIT_SUM, BLOCK, EVICTION, IN_64: tl.constexpr = False
+):
     """One pass: ref, excess, dot, logit_sum of a row, float64.
 
     ref        the maximum
@@ -72,9 +74,10 @@ def row_stats(z, middle, vocab, c, ENTROPY, LOGIT_SUM, BLOCK, EVICTION):
 
     Each lane keeps its own running maximum m and sums relative to it, with one exponential an element: a new
     maximum moves the sums to itself by the e that its predecessor takes. An empty lane is m = the lowest
-    number, s = -1 (no terms, not even the maximum's own), and nothing below needs a case for it.
+    number, s = -1 (no terms, not even the maximum's own), and nothing below needs a case for it. IN_64: in
+    float64 whatever the type of z; c is of the type that it is computed in.
     """
-    WIDE: tl.constexpr = z.dtype.element_ty == tl.float64
+    WIDE: tl.constexpr = IN_64 or z.dtype.element_ty == tl.float64
     DTYPE: tl.constexpr = tl.float64 if WIDE else tl.float32
     m = tl.full((BLOCK,), LOWEST_64 if WIDE else LOWEST_32, DTYPE)
     s = tl.full((BLOCK,), -1.0, DTYPE)

@@ -27,10 +27,18 @@ from typing import Any
 import torch
 import triton
 from cuda_resources import cuobjdump
-from finefuse._args import DTYPES, KL, REDUCTIONS, SURROGATES
-from finefuse.kernels import codebook, dora, logprobs, lora, policy, preference, segmented
-from finefuse._args import DTYPES, KL, PREFERENCE_LOSSES, REDUCTIONS, SURROGATES
-from finefuse.kernels import codebook, dora, logprobs, lora, policy, preference, prune, segmented
+from finefuse._args import DISTILL_KINDS, DTYPES, KL, REDUCTIONS, SURROGATES
+from finefuse.kernels import (
+    codebook,
+    distill,
+    dora,
+    logprobs,
+    lora,
+    policy,
+    preference,
+    prune,
+    segmented,
+)
 
 ARCHITECTURES = (80, 90)
 # Memory-bound over the logits or the weight: a spill there costs what the fusion saves.
@@ -42,10 +50,11 @@ HOT = (
     "dora_scale_kernel", "dora_columns_kernel", "segmented_shrink_kernel", "segmented_outer_kernel",
     "segmented_expand_kernel", "policy_logits_kernel", "prune_histogram_kernel",
     "prune_ties_kernel", "prune_apply_kernel", "prune_row_kernel", "prune_group_kernel",
+    "distill_kernel",
 )  # fmt: skip
 # The argument whose type is what a kernel computes on.
 COMPUTED = ("logits", "gradient", "x", "y", "z", "dy", "weight")
-MODULES = (codebook, dora, logprobs, lora, policy, preference, prune, segmented)
+MODULES = (codebook, distill, dora, logprobs, lora, policy, preference, prune, segmented)
 
 _NAMES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
@@ -249,6 +258,7 @@ def _call_everything() -> None:
     _call_dora(tensor, place)
     _call_policy(tensor, place)
     _call_prune(tensor, place)
+    _call_distill(tensor, place)
 
 
 def _call_codebook(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> None:
@@ -416,6 +426,35 @@ def _call_prune(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> No
             )  # fmt: skip
     for bits in (2, 3, 4, 8):
         prune.prune_codes(u8, 4096, bits, 7, mask, place)
+def _call_distill(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> None:
+    """Every kind with every type, and the tiles; two types, and what may be absent, once each."""
+    f64, f32, mask = tensor(torch.float64), tensor(torch.float32), tensor(torch.bool)
+    i64, i32 = tensor(torch.int64), tensor(torch.int32)
+    rows = itertools.cycle(itertools.product((None, mask), (None, i64, i32)))
+    of_top = itertools.cycle((i64, i32, i32, i64, i64))
+    for (name, code), (other, teacher_code) in itertools.product(DTYPES.items(), DTYPES.items()):
+        z, t = tensor(getattr(torch, name)), tensor(getattr(torch, other))
+        x = f64 if z.dtype == torch.float64 else f32
+        vocabs = (151936, 50257, 8192, 8191, 257, 512) if name == other else (512,)
+        # jsd first, which takes the most: each tile's loop is compiled with it
+        for vocab, kind in itertools.product(vocabs, reversed(DISTILL_KINDS.values())):
+            layout = (code, 4096, vocab, 4096, 0, vocab)
+            short = name == other and vocab == 512
+            for gradient, reduction in itertools.product((z, None), (0, 2)):
+                for _ in range(6 if short else 1):
+                    m, y = next(rows)
+                    numbers = (0.3, 0.7, 0.5, 0.5 if y is not None else 0.0)
+                    rest = (
+                        kind, numbers, m, y, y is i32, -100, reduction, x, f64 if reduction else None, x,
+                        place,
+                    )  # fmt: skip
+                    before = (z, layout, vocab, gradient, layout, t)
+                    of_teacher = (teacher_code, 4096, vocab, 4096, 0, vocab)
+                    distill.distill(*before, of_teacher, None, False, *rest)
+                    indices = next(of_top)
+                    widths = [(teacher_code, 4096, k, 4096, 0, k) for k in (16, 20, 512)]
+                    for teacher_layout in widths if short else widths[:1]:
+                        distill.distill(*before, teacher_layout, indices, indices is i32, *rest)
 
 
 def pairs(variant: Variant) -> set[tuple[str, ...]]:

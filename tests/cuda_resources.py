@@ -20,7 +20,7 @@ HOT = re.compile(
     r"codebook_linear|codebook_linear_transposed|shrink|outer|expand|dropout|lora_linear|"
     r"dora_norm|dora_scale|dora_columns|segmented_shrink|segmented_few|segmented_outer|"
     r"segmented_expand|policy_logits|prune_histogram|prune_ties|prune_apply|prune_row|"
-    r"prune_group)_kernel<(?!double)"
+    r"prune_group|distill)_kernel<(?!double)"
 )
 
 

@@ -86,32 +86,56 @@ template <bool kStaged, class T> __device__ RowPart row_part(const T* z, int64_t
   return {from, (end < vocab ? end : vocab) - from, rank == 0};
 }
 
-// From the statistics of the parts those of the row. All threads come here; thread 0's value
-// counts.
-__device__ inline RowStats row_stats_of_all(const RowStats& own, double temperature) {
+// From the statistics of the parts those of K rows. All threads come here; thread 0's values count.
+template <int K> __device__ inline void row_stats_of_all(RowStats (&rows)[K], double temperature) {
   const unsigned blocks = cluster_size();
-  if (blocks == 1) return own;
-  __shared__ RowStats part;
-  if (threadIdx.x == 0) part = own;
-  cluster_arrive();
-  cluster_wait();
-  RowStats s = own;
-  if (threadIdx.x < 32) {
-    const bool there = threadIdx.x < blocks;
-    RowStats x{-INFINITY, -1, 0, 0};
-    if (there) x = *in_block(&part, threadIdx.x);
-    s.ref = warp_max(x.ref);
-    const bool highest = there && x.ref == s.ref, lower = x.ref > -INFINITY && !highest;
-    const double shift = lower ? x.ref - s.ref : 0.0;
-    const double scale = lower ? exp(shift / temperature) : 0.0;
-    // one of the 1s that `excess` leaves out stays out
-    const double ones = warp_sum(highest ? 1.0 : 0.0) - 1.0;
-    s.excess = warp_sum(highest ? x.excess : lower ? scale * x.sum() : 0.0) + ones;
-    s.dot = warp_sum(highest ? x.dot : lower ? scale * (x.dot + shift * x.sum()) : 0.0);
-    s.logit_sum = warp_sum(x.logit_sum);
+  if (blocks == 1) return;
+  __shared__ RowStats part[K];
+  if (threadIdx.x == 0) {
+    for (int k = 0; k < K; ++k) part[k] = rows[k];
   }
   cluster_arrive();
-  return s;
+  cluster_wait();
+  if (threadIdx.x < 32) {
+    const bool there = threadIdx.x < blocks;
+    FF_UNROLL for (int k = 0; k < K; ++k) {
+      RowStats &s = rows[k], x{-INFINITY, -1, 0, 0};
+      if (there) x = *in_block(&part[k], threadIdx.x);
+      s.ref = warp_max(x.ref);
+      const bool highest = there && x.ref == s.ref, lower = x.ref > -INFINITY && !highest;
+      const double shift = lower ? x.ref - s.ref : 0.0;
+      const double scale = lower ? exp(shift / temperature) : 0.0;
+      // one of the 1s that `excess` leaves out stays out
+      const double ones = warp_sum(highest ? 1.0 : 0.0) - 1.0;
+      s.excess = warp_sum(highest ? x.excess : lower ? scale * x.sum() : 0.0) + ones;
+      s.dot = warp_sum(highest ? x.dot : lower ? scale * (x.dot + shift * x.sum()) : 0.0);
+      s.logit_sum = warp_sum(x.logit_sum);
+    }
+  }
+  cluster_arrive();
+}
+__device__ inline RowStats row_stats_of_all(const RowStats& own, double temperature) {
+  RowStats rows[1] = {own};
+  row_stats_of_all(rows, temperature);
+  return rows[0];
+}
+
+// Sums over the blocks' threads 0; the second time a kernel asks all of them, row_end() before.
+template <int K> __device__ inline void sum_of_all(double (&x)[K]) {
+  const unsigned blocks = cluster_size();
+  if (blocks == 1) return;
+  __shared__ double part[K];
+  if (threadIdx.x == 0) {
+    for (int k = 0; k < K; ++k) part[k] = x[k];
+  }
+  cluster_arrive();
+  cluster_wait();
+  if (threadIdx.x < 32) {
+    FF_UNROLL for (int k = 0; k < K; ++k) {
+      x[k] = warp_sum(threadIdx.x < blocks ? *in_block(&part[k], threadIdx.x) : 0.0);
+    }
+  }
+  cluster_arrive();
 }
 
 // Nobody reads the shared memory of a block that has ended.
@@ -153,14 +177,20 @@ template <class Args> int cluster_limit(void (*kernel)(Args)) {
 #endif
 }
 
-// `staged` where a row fits in the shared memory of a block, or of a cluster of them, else `twice`,
-// which reads it again.
+// What a block keeps of so many rows (logits, and what goes with them, of one type), each of them
+// as misaligned as it is. Two are not misaligned alike.
+template <class T> FF_HD int64_t stage_bytes(int64_t vocab, unsigned blocks, int rows) {
+  const int64_t size = part_size<T>(vocab, blocks) * static_cast<int64_t>(sizeof(T));
+  return (size + (rows == 1 ? 31 : 47)) / 16 * 16;
+}
+
+// `staged` where a row, or `rows` rows that go together, fit in the shared memory of a block, or of
+// a cluster of them, else `twice`, which reads them again.
 template <class T, class Args>
-void launch_rows(void (*staged)(Args), void (*twice)(Args), const Args& a) {
+void launch_rows(void (*staged)(Args), void (*twice)(Args), const Args& a, int rows = 1) {
   const int64_t limit = stage_limit();
-  const auto bytes = [&](int blocks) {  // and as much as the row is misaligned
-    const int64_t size = part_size<T>(a.shape.vocab, static_cast<unsigned>(blocks));
-    return (size * static_cast<int64_t>(sizeof(T)) + 31) / 16 * 16;
+  const auto bytes = [&](int blocks) {
+    return rows * stage_bytes<T>(a.shape.vocab, static_cast<unsigned>(blocks), rows);
   };
   int blocks = 1;
   if (bytes(1) > limit) {

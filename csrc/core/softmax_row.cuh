@@ -55,6 +55,30 @@ template <class A, bool kEntropy, bool kLogitSum> struct Running {
   }
 };
 
+// What all threads have seen of a row of n; thread 0's return value counts.
+template <class A, bool kEntropy, bool kLogitSum>
+__device__ RowStats stats_of_threads(const Running<A, kEntropy, kLogitSum>& own, int64_t n, A c) {
+  const A top = block_max(own.top);
+  const A shift = own.top - top, total = own.sum + own.ties;
+  const bool highest = shift == 0;
+  double sums[4] = {0, 0, 0, 0};  // ties at the top, all other terms, dot, logits
+  if (total != 0) {
+    const double scale = static_cast<double>(highest ? A{1} : exp2_fast(shift * c));
+    sums[0] = highest ? static_cast<double>(own.ties) : 0.0;
+    sums[1] = highest ? static_cast<double>(own.sum) : scale * static_cast<double>(total);
+    if (scale != 0)
+      sums[2] = scale * (static_cast<double>(own.dot) + static_cast<double>(shift) * total);
+  }
+  if (kLogitSum && own.count != 0) {
+    sums[3] = static_cast<double>(own.logits) + static_cast<double>(own.count) * shift;
+  }
+  block_sum(sums);
+  const double ref = static_cast<double>(top);
+  RowStats s{ref, sums[1] + (sums[0] - 1.0), sums[2], sums[3] + ref * static_cast<double>(n)};
+  if (s.excess == -1.0) s.ref = -INFINITY;  // nothing above -inf
+  return s;
+}
+
 // Thread 0's return value counts. `stage`, shared memory as misaligned as `z`, gets a copy of the
 // row where it is not null.
 template <class T, bool kEntropy, bool kLogitSum, Access kAccess>
@@ -90,26 +114,7 @@ __device__ RowStats row_stats(const T* z, int64_t n, double temperature, T* stag
   for (; i < span.tail; i += step) vectors.template operator()<1>(i, step);
   for (i = threadIdx.x; i < span.head; i += blockDim.x) one(i);
   for (i = span.tail + threadIdx.x; i < n; i += blockDim.x) one(i);
-
-  const A top = block_max(own.top);
-  const A shift = own.top - top, total = own.sum + own.ties;
-  const bool highest = shift == 0;
-  double sums[4] = {0, 0, 0, 0};  // ties at the top, all other terms, dot, logits
-  if (total != 0) {
-    const double scale = static_cast<double>(highest ? A{1} : exp2_fast(shift * c));
-    sums[0] = highest ? static_cast<double>(own.ties) : 0.0;
-    sums[1] = highest ? static_cast<double>(own.sum) : scale * static_cast<double>(total);
-    if (scale != 0)
-      sums[2] = scale * (static_cast<double>(own.dot) + static_cast<double>(shift) * total);
-  }
-  if (kLogitSum && own.count != 0) {
-    sums[3] = static_cast<double>(own.logits) + static_cast<double>(own.count) * shift;
-  }
-  block_sum(sums);
-  const double ref = static_cast<double>(top);
-  RowStats s{ref, sums[1] + (sums[0] - 1.0), sums[2], sums[3] + ref * static_cast<double>(n)};
-  if (s.excess == -1.0) s.ref = -INFINITY;  // nothing above -inf
-  return s;
+  return stats_of_threads(own, n, c);
 }
 
 // `z` may be `out` itself, or the copy in shared memory (Access::keep).

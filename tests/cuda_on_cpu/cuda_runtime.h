@@ -62,6 +62,11 @@ template <class V> V atomicAdd(V* p, V value) {
   *p += value;
   return before;
 }
+inline unsigned atomicOr(unsigned* p, unsigned bits) {
+  const unsigned before = *p;
+  *p |= bits;
+  return before;
+}
 
 inline float __fadd_rn(float a, float b) { return a + b; }  // built with -ffp-contract=off
 inline float __fmul_rn(float a, float b) { return a * b; }
