@@ -4,9 +4,8 @@ Bytes at least: a forward reads the logits of both once; with the gradient they 
 written, which all candidates are measured by. The values and indices of a top-K teacher count instead of its
 logits.
 
-Only the student has a gradient; peers that would give the teacher one get a teacher that wants none. TRL has a
-forward and a reverse KL (its beta 0 and 1) and JSD; Liger's kernels take log-probabilities, which its users
-make by `log_softmax`, and JSD in them weighs as ours does.
+Only the student has a gradient. TRL's loss has the forward and the reverse KL at its beta 0 and 1. Liger's
+kernels take log-probabilities; they run on a GPU alone.
 """
 
 from __future__ import annotations
