@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -183,6 +184,128 @@ def gae(rewards: Tensor, values: Tensor) -> Tensor:
     advantages = torch.stack(backwards[::-1], dim=1)
     advantages + values  # the returns
     return advantages
+
+
+# ---- distillation: rows of logits, the mean over rows; only the student has a gradient ---------
+
+
+def both_in_float32(loss: Loss) -> Loss:
+    """As `in_float32`, of a student and a teacher."""
+
+    def widened(student: Tensor, teacher: Tensor, *rest: Tensor) -> Tensor:
+        return loss(student.float(), teacher.float(), *rest)
+
+    return widened
+
+
+def log_softmaxes(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)
+
+
+def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    p, q = log_softmaxes(student, teacher)
+    return (q.exp() * (q - p)).sum(-1).mean()
+
+
+def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    p, q = log_softmaxes(student, teacher)
+    return (p.exp() * (p - q)).sum(-1).mean()
+
+
+def jsd(student: Tensor, teacher: Tensor) -> Tensor:
+    p, q = log_softmaxes(student, teacher)
+    m = torch.logaddexp(p, q) - math.log(2)
+    return 0.5 * (q.exp() * (q - m) + p.exp() * (p - m)).sum(-1).mean()
+
+
+def forward_kl_div(student: Tensor, teacher: Tensor) -> Tensor:
+    p, q = log_softmaxes(student, teacher)
+    return functional.kl_div(p, q, reduction="batchmean", log_target=True)
+
+
+def reverse_kl_div(student: Tensor, teacher: Tensor) -> Tensor:
+    p, q = log_softmaxes(student, teacher)
+    return functional.kl_div(q, p, reduction="batchmean", log_target=True)
+
+
+def jsd_kl_div(student: Tensor, teacher: Tensor) -> Tensor:
+    p, q = log_softmaxes(student, teacher)
+    m = torch.logaddexp(p, q) - math.log(2)
+    halves = [functional.kl_div(m, x, reduction="batchmean", log_target=True) for x in (p, q)]
+    return 0.5 * (halves[0] + halves[1])
+
+
+def forward_kl_and_cross_entropy(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
+    return 0.5 * (forward_kl(student, teacher) + functional.cross_entropy(student, targets))
+
+
+def forward_kl_top(student: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+    """The rest in one bucket; values are log-probabilities."""
+    p = torch.log_softmax(student, -1).gather(-1, indices)
+    q, inside = values.exp(), p.exp().sum(-1)
+    rest = 1 - q.sum(-1)
+    return ((q * (values - p)).sum(-1) + rest * (rest.log() - torch.log1p(-inside))).mean()
+
+
+def distill_trl(beta: float) -> Loss:
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        from trl.experimental.gkd import GKDTrainer
+
+        return GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta)
+
+    return loss
+
+
+def distill_liger(beta: float) -> Loss:
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        from liger_kernel.transformers import LigerJSD, LigerKLDIVLoss
+
+        p, q = log_softmaxes(student, teacher)
+        if beta == 0:
+            return LigerKLDIVLoss(reduction="batchmean", log_target=True)(p, q)
+        return LigerJSD(beta=beta)(p, q)
+
+    return loss
+
+
+# ---- pruning: True where an element is kept -----------------------------------------------------
+
+
+def prune_kthvalue(weight: Tensor, drop: int) -> Tensor:
+    """By a threshold: all that equal it go, or none."""
+    score = weight.abs()
+    return score > score.flatten().kthvalue(drop).values
+
+
+def prune_topk(weight: Tensor, drop: int) -> Tensor:
+    """As torch.nn.utils.prune.l1_unstructured computes its mask."""
+    smallest = weight.abs().flatten().topk(drop, largest=False).indices
+    mask = torch.ones_like(weight, dtype=torch.bool)
+    mask.view(-1)[smallest] = False
+    return mask
+
+
+def wanda_sort(weight: Tensor, norm: Tensor, drop: int) -> Tensor:
+    """As Wanda's own program does: a stable sort of each row."""
+    order = (weight.abs() * norm).sort(dim=-1, stable=True).indices
+    return torch.ones_like(weight, dtype=torch.bool).scatter_(-1, order[:, :drop], False)
+
+
+def wanda_topk(weight: Tensor, norm: Tensor, drop: int) -> Tensor:
+    smallest = (weight.abs() * norm).topk(drop, dim=-1, largest=False).indices
+    return torch.ones_like(weight, dtype=torch.bool).scatter_(-1, smallest, False)
+
+
+def wanda_kthvalue(weight: Tensor, norm: Tensor, drop: int) -> Tensor:
+    score = weight.abs() * norm
+    return score > score.kthvalue(drop, dim=-1, keepdim=True).values
+
+
+def prune_2_4(weight: Tensor) -> Tensor:
+    groups = weight.abs().view(-1, 4)
+    smallest = groups.topk(2, dim=-1, largest=False).indices
+    mask = torch.ones_like(groups, dtype=torch.bool).scatter_(-1, smallest, False)
+    return mask.view(weight.shape)
 
 
 def nf4_decoded(

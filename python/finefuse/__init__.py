@@ -104,7 +104,6 @@ if _find_spec("torch") is not None:
         simpo_loss,
         spin_loss,
     )
-    from .preference import PreferenceOutput, preference_loss, preference_loss_from_logits
     from .prune import prune_, prune_mask
     from .segmented import lora_linear_segmented
 else:

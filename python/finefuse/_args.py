@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from math import inf, prod
-from math import floor, inf
+from math import floor, inf, prod
 from typing import Any, NamedTuple
 
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "float64": 3}
