@@ -409,8 +409,12 @@ def known_pairs() -> set[tuple[str, ...]]:
 
 
 def loop(variant: Variant) -> tuple[str, ...] | None:
-    """What shapes the loop over the row of a hot kernel; unaligned, bfloat16 stands for all."""
+    """What shapes the loop of a hot kernel: its tile; over a row of logits, where unaligned bfloat16 stands
+    for all, the row's pieces and what is made of them."""
     c = variant.choices
+    if variant.hot and "TOKENS" in c:
+        tile = ("num_warps", "TOKENS", "COLUMNS", "INNER", "RANKS")
+        return (variant.name, c[variant.kernel.arg_names[0]], *(c.get(name, "") for name in tile))
     if not variant.hot or "logits" not in c or (c["logits"] != "bf16" and c["aligned"] == "no"):
         return None
     names = ("kernel", "logits", "num_warps", "BLOCK", "aligned", "SMOOTHING", "ENTROPY")
@@ -419,21 +423,28 @@ def loop(variant: Variant) -> tuple[str, ...] | None:
 
 
 def chosen(variants: list[Variant]) -> Iterator[Variant]:
-    """Enough of them to have every choice with every type, and every loop of the hot kernels."""
-    seen: set[Any] = {None}
+    """Few that have every choice with every type, and every loop of the hot kernels: of each kernel always
+    the one that shows most of what is missing."""
+    by_kernel: dict[str, list[tuple[Variant, set[Any]]]] = {}
     for v in variants:
-        new = pairs(v) | {loop(v)}
-        if not new <= seen:
+        by_kernel.setdefault(v.name, []).append((v, pairs(v) | ({loop(v)} - {None})))
+    for candidates in by_kernel.values():
+        missing = set().union(*(shown for _, shown in candidates))
+        while missing:
+            v, shown = max(candidates, key=lambda candidate: len(candidate[1] & missing))
+            missing -= shown
             yield v
-        seen |= new
 
 
 # ---- the table ---------------------------------------------------------------------------------
 
 
-def _compile(job: tuple[int, int]) -> dict[str, int]:
+def _compile(job: tuple[int, int]) -> tuple[dict[str, int], float]:
+    """What the cubin takes, and the seconds of CPU that it took."""
     index, architecture = job
-    return _VARIANTS[index].compile(architecture)
+    before = sum(os.times()[:4])
+    usage = _VARIANTS[index].compile(architecture)
+    return usage, sum(os.times()[:4]) - before
 
 
 _VARIANTS: list[Variant] = []
@@ -451,13 +462,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor() as pool:
-            results = list(pool.map(_compile, jobs, chunksize=8))
+            results = list(pool.map(_compile, jobs, chunksize=2))
     print("| kernel | variant | arch | registers | shared | spills (local bytes, in loops) |")
     print("|---|---|---|---|---|---|")
     failed = 0
     largest: dict[tuple[str, int], list[int]] = {}  # of each kernel, float64 apart
-    for (index, architecture), usage in zip(jobs, results, strict=True):
+    taken: dict[str, list[float]] = {}  # of each module: the seconds of each cubin
+    for (index, architecture), (usage, seconds) in zip(jobs, results, strict=True):
         v = _VARIANTS[index]
+        taken.setdefault(v.kernel.fn.__module__, []).append(seconds)
         options = ", ".join(f"{k} {w}" for k, w in v.choices.items() if k != "kernel")
         spilled = v.hot and usage["in loops"] > 0
         failed += spilled
@@ -474,6 +487,9 @@ def main() -> int:
     for name in sorted({name for name, _ in largest}):
         cells = [", ".join(map(str, largest[name, a])) for a in ARCHITECTURES]
         print(f"| {name} | " + " | ".join(cells) + " |")
+    print("\n| module | cubins | CPU seconds, all | the slowest |\n|---|---|---|---|")
+    for module, times in sorted(taken.items(), key=lambda item: -sum(item[1])):
+        print(f"| {module} | {len(times)} | {sum(times):.0f} | {max(times):.1f} |")
     print(f"\n{len(_VARIANTS)} of {total} variants, Triton {triton.__version__}")
     if failed:
         print(f"{failed} hot kernels spill to local memory in a loop", file=sys.stderr)
