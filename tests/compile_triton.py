@@ -493,9 +493,12 @@ def chosen(variants: list[Variant]) -> Iterator[Variant]:
 # ---- the table ---------------------------------------------------------------------------------
 
 
-def _compile(job: tuple[int, int]) -> dict[str, int]:
+def _compile(job: tuple[int, int]) -> tuple[dict[str, int], float]:
+    """What the cubin takes, and the seconds of CPU that it took."""
     index, architecture = job
-    return _VARIANTS[index].compile(architecture)
+    before = sum(os.times()[:4])
+    usage = _VARIANTS[index].compile(architecture)
+    return usage, sum(os.times()[:4]) - before
 
 
 _VARIANTS: list[Variant] = []
@@ -513,13 +516,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor() as pool:
-            results = list(pool.map(_compile, jobs, chunksize=8))
+            results = list(pool.map(_compile, jobs, chunksize=2))
     print("| kernel | variant | arch | registers | shared | spills (local bytes, in loops) |")
     print("|---|---|---|---|---|---|")
     failed = 0
     largest: dict[tuple[str, int], list[int]] = {}  # of each kernel, float64 apart
-    for (index, architecture), usage in zip(jobs, results, strict=True):
+    taken: dict[str, list[float]] = {}  # of each module: the seconds of each cubin
+    for (index, architecture), (usage, seconds) in zip(jobs, results, strict=True):
         v = _VARIANTS[index]
+        taken.setdefault(v.kernel.fn.__module__, []).append(seconds)
         options = ", ".join(f"{k} {w}" for k, w in v.choices.items() if k != "kernel")
         spilled = v.hot and usage["in loops"] > 0
         failed += spilled
@@ -536,6 +541,9 @@ def main() -> int:
     for name in sorted({name for name, _ in largest}):
         cells = [", ".join(map(str, largest[name, a])) for a in ARCHITECTURES]
         print(f"| {name} | " + " | ".join(cells) + " |")
+    print("\n| module | cubins | CPU seconds, all | the slowest |\n|---|---|---|---|")
+    for module, times in sorted(taken.items(), key=lambda item: -sum(item[1])):
+        print(f"| {module} | {len(times)} | {sum(times):.0f} | {max(times):.1f} |")
     print(f"\n{len(_VARIANTS)} of {total} variants, Triton {triton.__version__}")
     if failed:
         print(f"{failed} hot kernels spill to local memory in a loop", file=sys.stderr)

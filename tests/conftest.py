@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -74,12 +75,22 @@ def _is_compiled(variant: Any) -> None:
 @pytest.fixture(scope="session")
 def quick_interpreter() -> None:
     """Triton's interpreter looks through all of triton.language at each call of a function inside a kernel
-    for what the kernel's start has replaced already, and finds nothing: a third of these tests' time."""
+    for what the kernel's start has replaced already, and finds nothing: a third of these tests' time. At the
+    start itself it goes through every member of these modules, which are the same ones each time."""
     if GPU:
         return
     from triton.runtime import interpreter
 
     patch, tl = getattr(interpreter, "_patch_lang", None), interpreter.tl
+    builtins: dict[Any, list[str]] = {}
+
+    def remembered(pkg: Any, *builder_and_scope: Any) -> None:
+        if pkg not in builtins:
+            members = inspect.getmembers(pkg, tl.core.is_builtin)
+            builtins[pkg] = [name for name, _ in members]
+        for name in builtins[pkg]:
+            if tl.core.is_builtin(member := getattr(pkg, name)):
+                interpreter._patch_attr(pkg, name, member, *builder_and_scope)
 
     def once(function: Any) -> Any:
         langs = [x for x in function.__globals__.values() if x is tl or x is tl.core]
@@ -87,6 +98,7 @@ def quick_interpreter() -> None:
 
     if patch is not None:
         interpreter._patch_lang = once
+        interpreter._patch_builtin = remembered
 
 
 @pytest.fixture(params=["cuda", "triton", "eager"])
