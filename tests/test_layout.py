@@ -56,6 +56,7 @@ def imports(path: Path) -> set[str]:
 BELOW = {
     "bandit": {".numpy.bandit"},  # a simulator of NumPy arrays: the torch door leads there
     "codebook": set(),
+    "distill": {".logprobs"},
     "dora": {".codebook", "._low_rank"},
     "logprobs": set(),
     "lora": {".codebook", ".dora", "._low_rank"},
@@ -66,7 +67,7 @@ BELOW = {
 
 
 # The stems whose kernels a stem's kernels are made of, in csrc/ops, kernels/ and reference/.
-KERNELS_BELOW = {"dora": ("lora",), "segmented": ("lora",)}
+KERNELS_BELOW = {"distill": ("logprobs",), "dora": ("lora",), "segmented": ("lora",)}
 
 
 # Below all stems: matrix products, the tensor of packed codes, what describes it.

@@ -409,6 +409,27 @@ FF_INLINE void exp_and_minus_one(VecD x, VecD* e, VecD* minus_one) {
   *minus_one = fma(p, power, power - 1.0);
 }
 
+// ---- logarithm ----
+//
+// x = 2^n·(1 + f), 2/3 <= 1 + f < 4/3, log(1 + f) = f - f²/2 + f³·P(f): relative error 1.0e-7, RMS 3.5e-8
+// (beside n·ln 2 in float, 3e-8·|n|), also near x = 1. For finite x > 0 that is not subnormal; at 0 and
+// in subnormal numbers some finite number, for NaN and infinity rubbish.
+FF_INLINE VecF log_positive(VecF x) {
+  constexpr float kSeries[] = {0x1.555528p-2f,  -0x1.000b1cp-2f, 0x1.99c31ep-3f, -0x1.515a6ap-3f,
+                               0x1.1f964cp-3f,  -0x1.35b3e0p-3f, 0x1.1b0902p-3f};
+  const VecI n = ((VecI)x - 0x3f2aaaab) >> 23;
+  const VecF f = (VecF)((VecI)x - (VecI)((VecU)n << 23)) - 1.0f, f2 = f * f;
+  VecF p = splat<VecF>(kSeries[6]);
+  for (int i = 5; i >= 0; --i) p = fma(p, f, splat<VecF>(kSeries[i]));
+  const VecF q = fma(p, f, splat<VecF>(-0.5));
+  return fma(__builtin_convertvector(n, VecF), splat<VecF>(0x1.62e430p-1), fma(q, f2, f));
+}
+// In double libm's, element by element; 0 at 0.
+FF_INLINE VecD log_positive(VecD x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = x[i] == 0.0 ? 0.0 : __builtin_log(x[i]);
+  return x;
+}
+
 // `floor` above, in units of x: n = -127 (-1023) at x·c.
 template <class A> FF_INLINE double exp_floor(double c) {
   return (sizeof(A) == 4 ? -127.0 : -1023.0) / c;

@@ -28,6 +28,7 @@ __all__ = [
     "cpo_loss",
     "cross_entropy",
     "dequantize",
+    "distill_loss",
     "dora_norm",
     "dpo_loss",
     "gae",
@@ -76,6 +77,7 @@ if _find_spec("torch") is not None:
         learn_codebook,
         quantize,
     )
+    from .distill import distill_loss
     from .dora import dora_norm
     from .logprobs import cross_entropy, sequence_logprobs, token_logprobs
     from .lora import lora_linear, lora_linear_group, merge_lora, unmerge_lora

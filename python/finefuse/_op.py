@@ -343,17 +343,22 @@ def logit_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Layout]:
         or shape[:-1] != targets.shape
     ):
         check_rows(logits, targets)
-    vocab = shape[-1]
-    if vocab == 0:
+    if shape[-1] == 0:
         check_rows(logits, targets)
-    rows = targets.numel()
-    if logits.is_contiguous():
-        return logits, (code, rows, vocab, rows, 0, vocab)  # type: ignore[return-value]
-    if vocab == 1 or logits.stride(-1) == 1:
-        strides = row_strides(shape, logits.stride())
+    return float_rows(logits, targets.numel())
+
+
+def float_rows(x: Tensor, rows: int) -> tuple[Tensor, Layout]:
+    """The same of any (…, V) of a float type that was checked."""
+    shape, code = x.shape, DTYPES[x.dtype]
+    vocab = shape[-1]
+    if x.is_contiguous():
+        return x, (code, rows, vocab, rows, 0, vocab)
+    if vocab == 1 or x.stride(-1) == 1:
+        strides = row_strides(shape, x.stride())
         if strides is not None:
-            return logits, (code, rows, vocab, *strides)  # type: ignore[return-value]
-    return logit_rows(logits.contiguous(), targets)
+            return x, (code, rows, vocab, *strides)
+    return float_rows(x.contiguous(), rows)
 
 
 def check_rows(logits: Tensor, targets: Tensor, name: str = "targets") -> None:

@@ -21,6 +21,7 @@ from .codebook import (
     learn_codebook,
     quantize,
 )
+from .distill import distill_loss
 from .dora import dora_norm
 from .logprobs import cross_entropy, sequence_logprobs, token_logprobs
 from .lora import lora_linear
@@ -43,6 +44,7 @@ __all__ = [
     "codebook_linear",
     "cross_entropy",
     "dequantize",
+    "distill_loss",
     "dora_norm",
     "gae",
     "get_num_threads",

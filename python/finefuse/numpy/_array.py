@@ -210,12 +210,18 @@ def logit_rows(
             return logits, (code, rows, vocab, rows, 0, vocab), targets, int32
     logits, targets = float_array("logits", logits), index_array(name, targets)
     check_row_shapes(logits.shape, targets.shape, name)
-    layout = _layout(logits, targets.size)
-    if layout is None:
-        logits = contiguous(logits)
-        layout = _layout(logits, targets.size)
-    assert layout is not None
+    logits, layout = float_rows(logits, targets.size)
     return logits, layout, targets, _IS_INT32[targets.dtype]
+
+
+def float_rows(x: Array, rows: int) -> tuple[Array, Layout]:
+    """Any (…, V) of a float type as rows that a kernel can walk, and their layout."""
+    layout = _layout(x, rows)
+    if layout is None:
+        x = contiguous(x)
+        layout = _layout(x, rows)
+    assert layout is not None
+    return x, layout
 
 
 def _layout(logits: Array, rows: int) -> Layout | None:
