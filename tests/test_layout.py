@@ -62,6 +62,7 @@ BELOW = {
     "lora": {".codebook", ".dora", "._low_rank"},
     "policy": {".logprobs"},
     "preference": {".logprobs"},
+    "prune": {".codebook"},
     "segmented": {".codebook", "._low_rank"},
 }  # the stems that a stem may build on
 

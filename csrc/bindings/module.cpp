@@ -131,7 +131,10 @@ struct Cpu {
   }
 
   static void run(const Distill& a) { FF_KERNELS(distill_kernels).distill(a); }
-  static void run(const Prune& a) { FF_KERNELS(prune_kernels).prune(a); }
+  static void run(Prune a) {
+    a.workspace = workspace(prune_cpu_workspace(a));
+    FF_KERNELS(prune_kernels).prune(a);
+  }
   static void run(const PruneCodes& a) { FF_KERNELS(prune_kernels).prune_codes(a); }
   static void run(const Preference& a) { FF_KERNELS(preference_kernels).preference(a); }
 };

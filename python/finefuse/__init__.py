@@ -47,6 +47,8 @@ __all__ = [
     "policy_loss_from_logits",
     "preference_loss",
     "preference_loss_from_logits",
+    "prune_",
+    "prune_mask",
     "quantize",
     "reward_loss",
     "sequence_logprobs",
@@ -102,6 +104,7 @@ if _find_spec("torch") is not None:
         simpo_loss,
         spin_loss,
     )
+    from .prune import prune_, prune_mask
     from .segmented import lora_linear_segmented
 else:
     from . import bandit

@@ -34,6 +34,7 @@ from .policy import (
     value_loss,
 )
 from .preference import PreferenceOutput, preference_loss, preference_loss_from_logits
+from .prune import prune_, prune_mask
 from .segmented import lora_linear_segmented
 
 __all__ = [
@@ -56,6 +57,8 @@ __all__ = [
     "policy_loss_from_logits",
     "preference_loss",
     "preference_loss_from_logits",
+    "prune_",
+    "prune_mask",
     "quantize",
     "sequence_logprobs",
     "set_num_threads",
