@@ -20,7 +20,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-FAMILIES = ("bandit", "codebook", "dora", "logprobs", "lora", "policy", "preference", "segmented")
+FAMILIES = (
+    "bandit", "codebook", "distill", "dora", "logprobs", "lora", "policy", "preference", "prune",
+    "segmented",
+)  # fmt: skip
 RESULTS = Path(__file__).parent / "results"
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 

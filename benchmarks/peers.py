@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -183,6 +184,124 @@ def gae(rewards: Tensor, values: Tensor) -> Tensor:
     advantages = torch.stack(backwards[::-1], dim=1)
     advantages + values  # the returns
     return advantages
+
+
+# ---- distillation: divergences of log-softmaxes, the mean over rows -----------------------------
+
+
+def both(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    if temperature != 1.0:
+        student, teacher = student / temperature, teacher / temperature
+    return torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)
+
+
+def kl(other: Tensor, weighting: Tensor) -> Tensor:
+    """KL(weighting | other) of log-probabilities."""
+    return functional.kl_div(other, weighting, reduction="batchmean", log_target=True)
+
+
+def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    return kl(*both(student, teacher))
+
+
+def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    p, q = both(student, teacher)
+    return kl(q, p)
+
+
+def jsd(student: Tensor, teacher: Tensor) -> Tensor:
+    """With equal shares."""
+    p, q = both(student, teacher)
+    middle = torch.logaddexp(p, q) - math.log(2)
+    return 0.5 * (kl(middle, q) + kl(middle, p))
+
+
+def kl_and_cross_entropy(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
+    """Hinton's: equal shares, the KL at temperature 2 times its square."""
+    return 0.5 * 4 * kl(*both(student, teacher, 2.0)) + 0.5 * functional.cross_entropy(
+        student, targets
+    )
+
+
+def kl_top_k(student: Tensor, logprobs: Tensor, indices: Tensor) -> Tensor:
+    """The teacher's K best and a bucket of the rest."""
+    p, q = torch.log_softmax(student, -1).gather(-1, indices), logprobs.to(student.dtype)
+    p_rest, q_rest = (torch.log1p(-x.exp().sum(-1, keepdim=True)) for x in (p, q))
+    return kl(torch.cat([p, p_rest], -1), torch.cat([q, q_rest], -1))
+
+
+def gkd_trl(beta: float) -> Loss:
+    """beta 0: the forward, 1: the reverse KL."""
+
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        from trl.experimental.gkd import GKDTrainer
+
+        return GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta)
+
+    return loss
+
+
+def kl_liger(student: Tensor, teacher: Tensor) -> Tensor:
+    from liger_kernel.transformers import LigerKLDIVLoss
+
+    return LigerKLDIVLoss(reduction="batchmean", log_target=True)(*both(student, teacher))
+
+
+def jsd_liger(beta: float) -> Loss:
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        from liger_kernel.transformers import LigerJSD
+
+        return LigerJSD(beta=beta)(*both(student, teacher))
+
+    return loss
+
+
+# ---- pruning: masks, True where an element is kept -----------------------------------------------
+
+
+def keep_topk(weight: Tensor, drop: int) -> Tensor:
+    """Of the tensor: as torch.nn.utils.prune, which also sorts what it drops."""
+    keep = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
+    keep[weight.abs().flatten().topk(drop, largest=False, sorted=False).indices] = False
+    return keep.view(weight.shape)
+
+
+def keep_kthvalue(weight: Tensor, drop: int) -> Tensor:
+    """Of the tensor: a threshold, which takes all elements that equal it."""
+    score = weight.abs()
+    return score > score.flatten().kthvalue(drop).values
+
+
+def keep_sorted_rows(weight: Tensor, norm: Tensor, drop: int) -> Tensor:
+    """As Wanda's own code."""
+    order = torch.sort(weight.abs() * norm, dim=-1, stable=True).indices
+    return torch.ones_like(weight, dtype=torch.bool).scatter_(1, order[:, :drop], False)
+
+
+def keep_topk_rows(weight: Tensor, norm: Tensor, drop: int) -> Tensor:
+    score = weight.abs() * norm
+    least = score.topk(drop, dim=-1, largest=False, sorted=False).indices
+    return torch.ones_like(weight, dtype=torch.bool).scatter_(1, least, False)
+
+
+def keep_kthvalue_rows(weight: Tensor, norm: Tensor, drop: int) -> Tensor:
+    score = weight.abs() * norm
+    return score > score.kthvalue(drop, dim=-1, keepdim=True).values
+
+
+def keep_topk_of_4(weight: Tensor) -> Tensor:
+    groups = weight.abs().view(-1, 4)
+    best = groups.topk(2, dim=-1, sorted=False).indices
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, best, True).view(weight.shape)
+
+
+def keep_counted_of_4(weight: Tensor) -> Tensor:
+    """The place of each among its neighbours, for the compiler."""
+    a = weight.abs().view(-1, 4)
+    i = torch.arange(4, device=weight.device)
+    ours, theirs = a.unsqueeze(-1), a.unsqueeze(-2)
+    below = (theirs < ours) | ((theirs == ours) & (i < i.unsqueeze(-1)))
+    return (below.sum(-1) >= 2).view(weight.shape)
 
 
 def nf4_decoded(
