@@ -9,6 +9,7 @@ did not prune the number asked for says by how many. Slow candidates have few tu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -103,28 +104,21 @@ def cases(weight: Tensor, norm: Tensor) -> Iterator[tuple[str, int, int, Tensor,
     )  # fmt: skip
 
 
+def of_type(device: str, rows: int, columns: int, dtype: torch.dtype) -> Iterator[list[Row]]:
+    weight = torch.randn(rows, columns, device=device).mul_(0.02).to(dtype)
+    norm = torch.rand(columns, device=device) + 0.5
+    of = f"{rows}x{columns} {str(dtype).removeprefix('torch.')}"
+    for what, group, drop, score, options, others in cases(weight, norm):
+        ours = {"finefuse": (OURS, functools.partial(ff.prune_mask, weight, **options))}
+        runs = peers.load({**ours, **others}, device)
+        yield compare_masks(f"prune_mask {of}, {what}", runs, weight, score, group, drop)
+        ours = {"finefuse": (OURS, functools.partial(ff.prune_, weight, **options))}
+        name, (needs, mask) = next(iter(others.items()))  # the exact one
+        zeros = {f"{name}, then masked_fill_": (needs, zeroed(weight, mask))}
+        runs = peers.load({**ours, **zeros}, device)
+        yield compare_masks(f"prune_ {of}, {what}", runs, weight, score, group, drop, inplace=True)
+
+
 def run(device: str, quick: bool) -> Iterator[list[Row]]:
-    shape = QUICK_SHAPE if quick else SHAPE
     for dtype in DTYPES:
-        weight = torch.randn(shape, device=device).mul_(0.02).to(dtype)
-        norm = torch.rand(shape[1], device=device) + 0.5
-        of = f"{shape[0]}x{shape[1]} {str(dtype).removeprefix('torch.')}"
-        for what, group, drop, score, options, others in cases(weight, norm):
-
-            def mask(options: Any = options) -> Tensor:
-                return ff.prune_mask(weight, **options)
-
-            def zero(options: Any = options) -> Tensor:
-                return ff.prune_(weight, **options)
-
-            runs = peers.load({"finefuse": (OURS, mask), **others}, device)
-            yield compare_masks(f"prune_mask {of}, {what}", runs, weight, score, group, drop)
-            if what.startswith("50% of each"):
-                continue
-            first = dict(list(others.items())[:1])  # the fastest that is exact
-            zeros: Candidates = {
-                f"{name} and masked_fill_": (needs, zeroed(weight, call))
-                for name, (needs, call) in first.items()
-            }
-            runs = peers.load({"finefuse": (OURS, zero), **zeros}, device)
-            yield compare_masks(f"prune_ {of}, {what}", runs, weight, score, group, drop, True)
+        yield from of_type(device, *(QUICK_SHAPE if quick else SHAPE), dtype)

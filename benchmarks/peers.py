@@ -46,6 +46,80 @@ def dpo_from_vectors_liger(
     )[0]
 
 
+# Of chosen, rejected, their references and lengths; as TRL's trainers have them.
+
+
+def simpo(w: Tensor, l: Tensor, ref_w: Tensor, ref_l: Tensor, n_w: Tensor, n_l: Tensor) -> Tensor:
+    return -functional.logsigmoid(0.1 * (w / n_w - l / n_l) - 0.5).mean()
+
+
+def orpo(w: Tensor, l: Tensor, ref_w: Tensor, ref_l: Tensor, n_w: Tensor, n_l: Tensor) -> Tensor:
+    a, b = w / n_w, l / n_l
+    log_odds = (a - b) - (torch.log1p(-torch.exp(a)) - torch.log1p(-torch.exp(b)))
+    return -w.sum() / n_w.sum() - 0.1 * functional.logsigmoid(log_odds).mean()
+
+
+def kto(w: Tensor, l: Tensor, ref_w: Tensor, ref_l: Tensor, n_w: Tensor, n_l: Tensor) -> Tensor:
+    gains, losses = 1 - torch.sigmoid(0.1 * (w - ref_w)), 1 - torch.sigmoid(0.1 * (ref_l - l))
+    return torch.cat([gains, losses]).mean()
+
+
+def discopop(
+    w: Tensor, l: Tensor, ref_w: Tensor, ref_l: Tensor, n_w: Tensor, n_l: Tensor
+) -> Tensor:
+    x = 0.1 * ((w - ref_w) - (l - ref_l))
+    modulation = torch.sigmoid(x / 0.05)
+    return (-functional.logsigmoid(x) * (1 - modulation) + torch.exp(-x) * modulation).mean()
+
+
+def simpo_liger(
+    w: Tensor, l: Tensor, ref_w: Tensor, ref_l: Tensor, n_w: Tensor, n_l: Tensor
+) -> Tensor:
+    from liger_kernel.chunked_loss.simpo_loss import LigerFusedLinearSimPOFunction
+
+    counted = torch.empty(2 * w.shape[0], device="meta")
+    return LigerFusedLinearSimPOFunction.preference_loss_fn(w / n_w, l / n_l, counted)[0]
+
+
+def orpo_liger(
+    w: Tensor, l: Tensor, ref_w: Tensor, ref_l: Tensor, n_w: Tensor, n_l: Tensor
+) -> Tensor:
+    """Its NLL is of the fused layer: added here."""
+    from liger_kernel.chunked_loss.orpo_loss import LigerFusedLinearORPOFunction
+
+    counted = torch.empty(2 * w.shape[0], device="meta")
+    ratio = LigerFusedLinearORPOFunction.preference_loss_fn(w / n_w, l / n_l, counted)[0]
+    return ratio - w.sum() / n_w.sum()
+
+
+def kto_liger(
+    w: Tensor, l: Tensor, ref_w: Tensor, ref_l: Tensor, n_w: Tensor, n_l: Tensor
+) -> Tensor:
+    from liger_kernel.chunked_loss.kto_loss import LigerFusedLinearKTOFunction
+
+    labels = torch.arange(2 * w.shape[0], device=w.device) < w.shape[0]
+    return LigerFusedLinearKTOFunction.preference_loss_fn(
+        torch.cat([w, l]), labels, labels, torch.cat([ref_w, ref_l])
+    )[0]
+
+
+def discopop_liger(
+    w: Tensor, l: Tensor, ref_w: Tensor, ref_l: Tensor, n_w: Tensor, n_l: Tensor
+) -> Tensor:
+    from liger_kernel.chunked_loss.dpo_loss import LigerFusedLinearDPOFunction
+
+    counted = torch.empty(2 * w.shape[0], device="meta")
+    return LigerFusedLinearDPOFunction.preference_loss_fn(
+        w, l, counted, ref_w, ref_l, loss_type="discopop"
+    )[0]
+
+
+PREFERENCES = {"simpo": simpo, "orpo": orpo, "kto": kto, "discopop": discopop}
+PREFERENCES_LIGER = {
+    "simpo": simpo_liger, "orpo": orpo_liger, "kto": kto_liger, "discopop": discopop_liger,
+}  # fmt: skip
+
+
 def dpo_eager(logits: Tensor, targets: Tensor, ref: Tensor, beta: float = 0.1) -> Tensor:
     return dpo_from_sums(logprobs_eager(logits, targets).sum(-1), ref, beta)
 
