@@ -3,8 +3,8 @@
 Bytes at least: student and teacher are read once; with the gradient it is also written once. All candidates
 are measured by that, those too that go over the logits more often.
 
-TRL's loss is the static one of its GKD trainer: beta 0 is the forward KL, 1 the reverse. Liger's kernels start from
-log-softmaxes, which its users compute by torch; on a CPU they cannot run.
+TRL's loss is the static one of its GKD trainer: beta 0 is the forward KL, 1 the reverse. Liger's kernels
+start from log-softmaxes, which its users compute by torch; on a CPU they cannot run.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@ family beside DPO, "sigmoid", which is the first row: ratios are to its time.
 
 Bytes at least: a forward reads the logits once; with the gradient they are read twice and it is written.
 
-The errors of every loss are against the same loss by plain torch operations in float64. Of the
+The errors of every loss are against the float64 reference, through plain log-softmaxes. Of the
 peers that start from vectors each gets what its users have: averages for Liger's SimPO and ORPO, one vector
 and labels, joined within the call, for its KTO.
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 import finefuse as ff
 import torch
+from finefuse.reference import preference as reference
 from torch import Tensor
 
 from . import peers
@@ -122,18 +123,35 @@ def from_vectors(device: str, pairs: int) -> list[Row]:
     return compare_small(case, runs, tuple(vectors), step(peers.dpo_from_vectors), calls=100)
 
 
-def in_eager(run: Run) -> Run:
-    def call(*inputs: Tensor) -> Tensor:
-        with ff.backend("eager"):
-            return run(*inputs)
+def exact(loss: str, *vectors: Tensor) -> list[Tensor]:
+    """The gradients of chosen and rejected by the float64 reference; of `from_six`'s arguments."""
+    w, l, ref_w, ref_l, n_w, n_l = (v.detach().cpu().double().numpy() for v in vectors)
+    out = reference.preference_loss(
+        w, l, ref_w, ref_l, loss=loss, chosen_lengths=n_w, rejected_lengths=n_l,
+        **OPTIONS.get(loss, {}),
+    )  # fmt: skip
+    return [torch.from_numpy(d).to(vectors[0]) for d in (out.d_chosen, out.d_rejected)]
 
-    return call
+
+def exact_from_logits(loss: str, logits: Tensor, targets: Tensor, ref: Tensor) -> Tensor:
+    lp = peers.logprobs_eager(logits, targets).sum(-1)
+    lengths = torch.full_like(ref, targets.shape[1]).chunk(2)
+    lp.backward(torch.cat(exact(loss, *lp.chunk(2), *ref.chunk(2), *lengths)))
+    assert logits.grad is not None
+    return logits.grad
 
 
-def with_errors(rows: list[Row], runs: dict[str, Run], samples: list[Inputs]) -> list[Row]:
-    """Each loss against itself by plain operations in float64."""
-    for row, call in zip(rows, runs.values(), strict=True):
-        (row.error,) = errors([call], in_eager(call), samples)
+def exact_from_vectors(loss: str, *vectors: Tensor) -> Tensor:
+    return exact(loss, *vectors)[0]
+
+
+def with_errors(
+    rows: list[Row], runs: dict[str, Run], truth: Callable[..., Tensor], samples: list[Inputs]
+) -> list[Row]:
+    """Each loss against its own truth; a GPU has as many rows a loss as backends."""
+    for row, (name, call) in zip(rows, runs.items(), strict=True):
+        loss = functools.partial(truth, name.split()[0])
+        (row.error,) = errors([call], loss, samples)
     return rows
 
 
@@ -153,14 +171,14 @@ def every_loss_from_logits(
 
     steps = {loss: (OURS, gradient(functools.partial(of, loss))) for loss in LOSSES}
     runs, inputs = peers.load(steps, device), draw(batch, tokens)
-    first = next(iter(runs.values()))
     samples = [draw(4, 8)]
+    first = functools.partial(exact_from_logits, LOSSES[0])
     rows = compare(
         f"every loss from logits {batch}x{tokens}x{vocab} {str(dtype).removeprefix('torch.')}, "
         "forward + backward",
-        runs, inputs, in_eager(first), samples, 3 * inputs[0].nbytes,
+        runs, inputs, first, samples, 3 * inputs[0].nbytes,
     )  # fmt: skip
-    return with_errors(rows, runs, samples)
+    return with_errors(rows, runs, exact_from_logits, samples)
 
 
 Vectors = Callable[..., Tensor]  # of chosen, rejected, their references and lengths, to a loss
@@ -195,10 +213,10 @@ def from_six(loss: str, w: Tensor, l: Tensor, ref_w: Tensor, ref_l: Tensor, *n: 
 def every_loss_from_vectors(device: str, pairs: int) -> list[Row]:
     steps = {loss: (OURS, by_chosen(functools.partial(from_six, loss))) for loss in LOSSES}
     runs, inputs = peers.load(steps, device), vectors(device, pairs)
-    first = next(iter(runs.values()))
+    first = functools.partial(exact_from_vectors, LOSSES[0])
     case = f"every loss from vectors of {pairs}, forward + backward"
-    rows = compare_small(case, runs, inputs, in_eager(first), calls=50)
-    return with_errors(rows, runs, [inputs])
+    rows = compare_small(case, runs, inputs, first, calls=50)
+    return with_errors(rows, runs, exact_from_vectors, [inputs])
 
 
 def one_loss_from_vectors(device: str, pairs: int, loss: str) -> list[Row]:

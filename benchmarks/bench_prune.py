@@ -78,7 +78,7 @@ def zeroed(weight: Tensor, mask: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 def cases(weight: Tensor, norm: Tensor) -> Iterator[tuple[str, int, int, Tensor, Any, Candidates]]:
     """What is pruned, (group, drop, scores), our options, the peers' masks."""
-    rows, columns = weight.shape
+    columns = weight.shape[-1]
     half, size = weight.numel() // 2, weight.abs()
     yield (
         "50% of the tensor", weight.numel(), half, size, {"sparsity": 0.5}, {
