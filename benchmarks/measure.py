@@ -7,6 +7,7 @@ that a drifting machine favours whoever comes first.
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -115,28 +116,31 @@ def interleaved(
     budget: float,
     setup: Callable[[], Any],
     twice: bool = True,
+    slow: float = math.inf,
 ) -> None:
     """Rounds in which every candidate has its turn, so that a drifting machine drifts for all.
 
     In its turn it runs twice and the second run counts, as in a training loop: the memory it takes is
     what it gave back just before, not what another left, or what a virtual machine's host took back
     from the idle free list (that costs whoever comes next up to ten times the page faults). After
-    `budget` seconds no further round begins, but four are run. A call of more than two seconds, which
-    no page faults matter to, has three turns of one run.
+    `budget` seconds no further round begins, but four are run. A call of more than `slow` seconds, to
+    which page faults matter little, has three turns of one run, the first in the warm-up.
     """
-    slow = []
-    for call in calls:  # warm up, twice: the first may compile
-        for _ in range(2):
-            setup()
-            start = time.perf_counter()
-            call()
-        slow.append(time.perf_counter() - start > 2.0)  # on a GPU of the host: none is
+    few = []
+    for row, call in zip(rows, calls, strict=True):  # warm up, twice: the first may compile
+        setup()
+        call()
+        setup()
+        seconds = seconds_of(call)
+        few.append(seconds > slow)
+        if few[-1]:
+            row.times.append(seconds)
     start = time.perf_counter()
     for done in range(rounds):
         if done >= 4 and time.perf_counter() - start > budget:
             break
-        for row, call, once in zip(rows, calls, slow, strict=True):
-            if once and done >= 3:
+        for row, call, once in zip(rows, calls, few, strict=True):
+            if once and done >= 2:
                 continue
             if twice and not once:
                 setup()

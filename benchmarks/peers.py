@@ -358,11 +358,6 @@ def keep_topk_rows(weight: Tensor, norm: Tensor, drop: int) -> Tensor:
     return torch.ones_like(weight, dtype=torch.bool).scatter_(1, least, False)
 
 
-def keep_kthvalue_rows(weight: Tensor, norm: Tensor, drop: int) -> Tensor:
-    score = weight.abs() * norm
-    return score > score.kthvalue(drop, dim=-1, keepdim=True).values
-
-
 def keep_topk_of_4(weight: Tensor) -> Tensor:
     groups = weight.abs().view(-1, 4)
     best = groups.topk(2, dim=-1, sorted=False).indices
