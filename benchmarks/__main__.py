@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 FAMILIES = (
-    "bandit", "codebook", "distill", "dora", "logprobs", "lora", "policy", "preference", "prune", "segmented",
+    "bandit", "codebook", "distill", "dora", "logprobs", "lora", "policy", "preference", "prune",
+    "segmented",
 )  # fmt: skip
 RESULTS = Path(__file__).parent / "results"
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -48,8 +49,9 @@ def in_a_process(args: argparse.Namespace, family: str, env: dict[str, str]) -> 
     with tempfile.NamedTemporaryFile() as file:
         command = [sys.executable, "-m", "benchmarks", family, "--device", args.device]
         command += ["--child", file.name, *(["--quick"] * args.quick)]
-        # the profiler counts memory, silently
-        env = {**os.environ, "KINETO_LOG_LEVEL": "99", **env}
+        # the profiler counts memory, silently; TRL's experimental part says so at each import
+        quiet = {"KINETO_LOG_LEVEL": "99", "TRL_EXPERIMENTAL_SILENCE": "1"}
+        env = {**os.environ, **quiet, **env}
         code = subprocess.run(command, env=env).returncode
         if code:
             sys.exit(code)

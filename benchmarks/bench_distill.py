@@ -1,16 +1,15 @@
 """Distillation from logits: forward and reverse KL, JSD, cross-entropy beside it, a top-K teacher.
 
-Bytes at least: a forward reads the logits of both once; with the gradient they are read once and it is
-written, which all candidates are measured by. The values and indices of a top-K teacher count instead of its
-logits.
+Bytes at least: student and teacher are read once; with the gradient it is also written once. All candidates
+are measured by that, those too that go over the logits more often.
 
-Only the student has a gradient. TRL's loss has the forward and the reverse KL at its beta 0 and 1. Liger's
-kernels take log-probabilities; they run on a GPU alone.
+TRL's loss is the static one of its GKD trainer: beta 0 is the forward KL, 1 the reverse. Liger's kernels
+start from log-softmaxes, which its users compute by torch; on a CPU they cannot run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import finefuse as ff
@@ -26,104 +25,128 @@ SHAPES = {
     "cpu": (
         (1024, 32000, torch.float32),
         (1024, 32000, torch.bfloat16),
-        (512, 128256, torch.bfloat16),
+        (256, 128256, torch.bfloat16),
     ),
     "cuda": (
-        (8192, 32000, torch.bfloat16),
-        (8192, 128256, torch.bfloat16),
-        (8192, 32000, torch.float32),
+        (4096, 32000, torch.bfloat16),
+        (4096, 128256, torch.bfloat16),
+        (4096, 32000, torch.float32),
     ),
 }
-TOP = 64
+K = 64
+QUICK_ROWS = 16
+
+Candidates = dict[str, tuple[str, Loss]]
 
 
-def ours(kind: str, inplace: bool = False, **options: Any) -> Loss:
-    def loss(student: Tensor, teacher: Tensor, *rest: Tensor) -> Tensor:
-        given = dict(
-            zip(("targets",) if "alpha" in options else ("teacher_indices",), rest, strict=False)
-        )
-        return ff.distill_loss(student, teacher, kind=kind, inplace=inplace, **options, **given)
+def ours(inplace: bool = False, **options: Any) -> Loss:
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        return ff.distill_loss(student, teacher, inplace=inplace, **options)
 
     return loss
 
 
-def draw(device: str, rows: int, vocab: int, dtype: torch.dtype, leaf: bool) -> Inputs:
-    student = torch.randn(rows, vocab, dtype=dtype, device=device).mul_(3)
-    teacher = torch.randn_like(student).mul_(3)
-    return student.requires_grad_(leaf), teacher
+def ours_mix(inplace: bool = False) -> Loss:
+    def loss(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
+        return ff.distill_loss(
+            student, teacher, alpha=0.5, targets=targets, temperature=2.0, temperature_squared=True,
+            inplace=inplace,
+        )  # fmt: skip
+
+    return loss
 
 
-def with_targets(*args: Any) -> Inputs:
-    student, teacher = draw(*args)
-    targets = torch.randint(0, student.shape[1], student.shape[:1], device=student.device)
-    return student, teacher, targets
+def ours_top_k(inplace: bool = False) -> Loss:
+    def loss(student: Tensor, logprobs: Tensor, indices: Tensor) -> Tensor:
+        return ff.distill_loss(student, logprobs, teacher_indices=indices, inplace=inplace)
+
+    return loss
 
 
-def with_top(*args: Any) -> Inputs:
-    """The teacher's largest log-probabilities and where they are."""
-    student, teacher = draw(*args)
-    values, indices = torch.log_softmax(teacher.float(), -1).topk(TOP)
-    return student, values.to(teacher.dtype), indices
+def draw(device: str, rows: int, vocab: int, dtype: torch.dtype) -> Inputs:
+    """A student that is near its teacher, as after some training."""
+    teacher = torch.randn(rows, vocab, dtype=dtype, device=device).mul_(3)
+    return (torch.randn_like(teacher) + teacher).requires_grad_(), teacher
 
 
-def case(
+def draw_mix(device: str, rows: int, vocab: int, dtype: torch.dtype) -> Inputs:
+    targets = torch.randint(0, vocab, (rows,), device=device)
+    return *draw(device, rows, vocab, dtype), targets
+
+
+def draw_top_k(device: str, rows: int, vocab: int, dtype: torch.dtype) -> Inputs:
+    """The teacher's K best log-probabilities, as a server sends them, and their tokens."""
+    student, teacher = draw(device, rows, vocab, dtype)
+    return student, *torch.log_softmax(teacher.float(), -1).topk(K)
+
+
+def from_logits(
     name: str,
-    fused: Callable[..., Loss],
+    fused: Any,
     plain: Loss,
-    others: dict[str, tuple[str, Loss]],
-    inputs_of: Callable[..., Inputs],
+    others: Candidates,
+    drawn: Any,
     device: str,
     rows: int,
     vocab: int,
     dtype: torch.dtype,
-    leaf: bool,
+    backward: bool = True,
 ) -> list[Row]:
-    step = gradient if leaf else forward
-    runs = {"finefuse": (OURS, fused())}
-    if leaf:
+    """One divergence; `fused` makes our loss, in place if asked, `drawn` its inputs."""
+    runs: Candidates = {"finefuse": (OURS, fused())}
+    if backward:
         runs["finefuse in place"] = (OURS, fused(inplace=True))
     runs["torch.compile"] = (TORCH, peers.compiled(plain))
     if dtype is not torch.float32:
-        runs["torch.compile in float32"] = (TORCH, peers.compiled(peers.both_in_float32(plain)))
+        runs["torch.compile in float32"] = (TORCH, peers.compiled(peers.in_float32(plain)))
     runs |= {"eager": (TORCH, plain), **others}
-    inputs = inputs_of(device, rows, vocab, dtype, leaf)
-    read = sum(t.nbytes for t in inputs)
+    step = gradient if backward else forward
+    inputs = drawn(device, rows, vocab, dtype)
+    moved = inputs[0].nbytes * (2 if backward else 1) + sum(t.nbytes for t in inputs[1:])
+    if not backward:
+        inputs = tuple(t.detach() for t in inputs)
     return compare(
-        f"{name} {rows}x{vocab} {str(dtype).removeprefix('torch.')}, forward{' + backward' * leaf}",
+        f"{name} {rows}x{vocab} {str(dtype).removeprefix('torch.')}, "
+        f"forward{' + backward' if backward else ''}",
         peers.load({who: (needs, step(loss)) for who, (needs, loss) in runs.items()}, device),
         inputs,
         truth=step(plain),
-        samples=[inputs_of(device, 16, vocab, dtype, leaf) for _ in range(4)],
-        moved=read + inputs[0].nbytes * leaf,
+        samples=[drawn(device, 8, vocab, dtype) for _ in range(2)],
+        moved=moved,
+        budget=8.0,
     )
 
 
 def run(device: str, quick: bool) -> Iterator[list[Row]]:
-    kinds = {
-        "forward KL": ("forward_kl", peers.forward_kl, peers.forward_kl_div, 0.0),
-        "reverse KL": ("reverse_kl", peers.reverse_kl, peers.reverse_kl_div, 1.0),
-        "JSD": ("jsd", peers.jsd, peers.jsd_kl_div, 0.5),
+    shapes = [(QUICK_ROWS if quick else rows, *rest) for rows, *rest in SHAPES[device]]
+    kl, jsd = peers.forward_kl, peers.jsd
+    of_kl = {
+        "TRL": (TRL, peers.gkd_trl(0.0)),
+        "Liger": (LIGER_TRITON, peers.kl_liger),
     }
-    for rows, vocab, dtype in SHAPES[device]:
-        shape = (32 if quick else rows, vocab, dtype)
-        for name, (kind, plain, by_kl_div, beta) in kinds.items():
-            others: dict[str, tuple[str, Loss]] = {
-                "kl_div": (TORCH, by_kl_div),
-                "TRL": (TRL, peers.distill_trl(beta)),
-                "Liger": (LIGER_TRITON, peers.distill_liger(beta)),
-            }
-            for leaf in (False, True):
-                fused = lambda kind=kind, **options: ours(kind, **options)  # noqa: E731
-                yield case(name, fused, plain, others, draw, device, *shape, leaf)
-    rows, vocab, dtype = SHAPES[device][1]
-    shape = (32 if quick else rows, vocab, dtype)
-    yield case(
-        "half forward KL, half cross-entropy",
-        lambda **options: ours("forward_kl", alpha=0.5, **options),
-        peers.forward_kl_and_cross_entropy, {}, with_targets, device, *shape, True,
-    )  # fmt: skip
-    yield case(
-        f"forward KL of the teacher's {TOP} largest",
-        lambda **options: ours("forward_kl", **options),
-        peers.forward_kl_top, {}, with_top, device, *shape, True,
-    )  # fmt: skip
+    of_jsd = {
+        "TRL": (TRL, peers.gkd_trl(0.5)),
+        "Liger": (LIGER_TRITON, peers.jsd_liger(0.5)),
+    }
+
+    def fused_jsd(inplace: bool = False) -> Loss:
+        return ours(inplace, kind="jsd", beta=0.5)
+
+    def fused_reverse(inplace: bool = False) -> Loss:
+        return ours(inplace, kind="reverse_kl")
+
+    for shape in shapes[:2]:
+        yield from_logits("forward KL", ours, kl, of_kl, draw, device, *shape, backward=False)
+    for shape in shapes:
+        yield from_logits("forward KL", ours, kl, of_kl, draw, device, *shape)
+        yield from_logits("JSD", fused_jsd, jsd, of_jsd, draw, device, *shape)
+    shape = shapes[1]
+    of_reverse = {
+        "TRL": (TRL, peers.gkd_trl(1.0)),
+        "Liger": (LIGER_TRITON, peers.jsd_liger(1.0)),
+    }
+    reverse = peers.reverse_kl
+    yield from_logits("reverse KL", fused_reverse, reverse, of_reverse, draw, device, *shape)
+    mix, top_k = peers.kl_and_cross_entropy, peers.kl_top_k
+    yield from_logits("KL at T = 2 + cross-entropy", ours_mix, mix, {}, draw_mix, device, *shape)
+    yield from_logits(f"forward KL, top {K}", ours_top_k, top_k, {}, draw_top_k, device, *shape)

@@ -1,8 +1,11 @@
-"""DPO: from logits, forward and with the gradient; and from vectors of log-probabilities. Then every loss.
+"""DPO: from logits, forward and with the gradient; and from vectors of log-probabilities. Every loss of the
+family beside DPO, "sigmoid", which is the first row: ratios are to its time.
 
 Bytes at least: a forward reads the logits once; with the gradient they are read twice and it is written.
 
-The two tables of every loss are of finefuse alone, sigmoid first: their ratios say what another loss costs.
+The errors of every loss are against the float64 reference, through plain log-softmaxes. Of the
+peers that start from vectors each gets what its users have: averages for Liger's SimPO and ORPO, one vector
+and labels, joined within the call, for its KTO.
 """
 
 from __future__ import annotations
@@ -13,21 +16,11 @@ from typing import Any
 
 import finefuse as ff
 import torch
-from finefuse._args import PREFERENCE_LOSSES
+from finefuse.reference import preference as reference
 from torch import Tensor
 
 from . import peers
-from .measure import (
-    Inputs,
-    Row,
-    Run,
-    compare,
-    compare_calls,
-    compare_small,
-    forward,
-    gradient,
-    repeated,
-)
+from .measure import Inputs, Row, Run, compare, compare_small, errors, forward, gradient
 from .peers import LIGER, OURS, TORCH, TRL
 
 # sequences, tokens, vocabulary, type
@@ -43,6 +36,19 @@ CASES = {
         (8, 512, 128256, torch.bfloat16),
         (8, 512, 32000, torch.float32),
     ),
+}
+EVERY = (8, 128, 32000, torch.float32)
+# "spin" is "sigmoid" by another name
+LOSSES = (
+    "sigmoid", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sigmoid_norm", "sft", "cpo", "simpo", "slic",
+    "orpo", "kto", "apo_zero_unpaired",
+)  # fmt: skip
+OPTIONS: dict[str, dict[str, Any]] = {
+    "robust": {"label_smoothing": 0.1},
+    "exo_pair": {"label_smoothing": 0.1},
+    "cpo": {"sft_weight": 1.0},
+    "slic": {"sft_weight": 1.0},
 }
 
 
@@ -117,63 +123,113 @@ def from_vectors(device: str, pairs: int) -> list[Row]:
     return compare_small(case, runs, tuple(vectors), step(peers.dpo_from_vectors), calls=100)
 
 
-NAMES = ("sigmoid", *(name for name in PREFERENCE_LOSSES if name not in ("sigmoid", "spin")))
-
-
-def every_loss_from_logits(device: str, batch: int, tokens: int, vocab: int) -> list[Row]:
-    def fused(name: str) -> peers.Loss:
-        reference = PREFERENCE_LOSSES[name].reference
-
-        def loss(logits: Tensor, targets: Tensor, ref: Tensor) -> Tensor:
-            given = {"ref_logprobs": ref} if reference else {}
-            return ff.preference_loss_from_logits(logits, targets, loss=name, **given).loss
-
-        return loss
-
-    def draw(batch: int, tokens: int) -> Inputs:
-        logits = torch.randn(batch, tokens, vocab, device=device).mul_(3)
-        targets = torch.randint(0, vocab, (batch, tokens), device=device)
-        ref = ff.sequence_logprobs(logits, targets) + torch.randn(batch, device=device)
-        return logits.requires_grad_(), targets, ref
-
-    inputs = draw(batch, tokens)
-    rows = compare(
-        f"every loss from logits {batch}x{tokens}x{vocab} float32, forward + backward",
-        peers.load({name: (OURS, gradient(fused(name))) for name in NAMES}, device),
-        inputs, truth=gradient(fused("sigmoid")), samples=[draw(2, 8)],
-        moved=3 * inputs[0].nbytes,
+def exact(loss: str, *vectors: Tensor) -> list[Tensor]:
+    """The gradients of chosen and rejected by the float64 reference; of `from_six`'s arguments."""
+    w, l, ref_w, ref_l, n_w, n_l = (v.detach().cpu().double().numpy() for v in vectors)
+    out = reference.preference_loss(
+        w, l, ref_w, ref_l, loss=loss, chosen_lengths=n_w, rejected_lengths=n_l,
+        **OPTIONS.get(loss, {}),
     )  # fmt: skip
-    for row in rows:
-        row.error = None  # each has a truth of its own, in the tests
+    return [torch.from_numpy(d).to(vectors[0]) for d in (out.d_chosen, out.d_rejected)]
+
+
+def exact_from_logits(loss: str, logits: Tensor, targets: Tensor, ref: Tensor) -> Tensor:
+    lp = peers.logprobs_eager(logits, targets).sum(-1)
+    lengths = torch.full_like(ref, targets.shape[1]).chunk(2)
+    lp.backward(torch.cat(exact(loss, *lp.chunk(2), *ref.chunk(2), *lengths)))
+    assert logits.grad is not None
+    return logits.grad
+
+
+def exact_from_vectors(loss: str, *vectors: Tensor) -> Tensor:
+    return exact(loss, *vectors)[0]
+
+
+def with_errors(
+    rows: list[Row], runs: dict[str, Run], truth: Callable[..., Tensor], samples: list[Inputs]
+) -> list[Row]:
+    """Each loss against its own truth; a GPU has as many rows a loss as backends."""
+    for row, (name, call) in zip(rows, runs.items(), strict=True):
+        loss = functools.partial(truth, name.split()[0])
+        (row.error,) = errors([call], loss, samples)
     return rows
 
 
+def every_loss_from_logits(
+    device: str, batch: int, tokens: int, vocab: int, dtype: torch.dtype
+) -> list[Row]:
+    def draw(batch: int, tokens: int) -> Inputs:
+        logits = torch.randn(batch, tokens, vocab, dtype=dtype, device=device).mul_(3)
+        targets = torch.randint(0, vocab, (batch, tokens), device=device)
+        lp = ff.token_logprobs(logits, targets).sum(-1)
+        return logits.requires_grad_(), targets, lp + torch.randn_like(lp)
+
+    def of(loss: str, logits: Tensor, targets: Tensor, ref: Tensor) -> Tensor:
+        return ff.preference_loss_from_logits(
+            logits, targets, ref_logprobs=ref, loss=loss, **OPTIONS.get(loss, {})
+        ).loss
+
+    steps = {loss: (OURS, gradient(functools.partial(of, loss))) for loss in LOSSES}
+    runs, inputs = peers.load(steps, device), draw(batch, tokens)
+    samples = [draw(4, 8)]
+    first = functools.partial(exact_from_logits, LOSSES[0])
+    rows = compare(
+        f"every loss from logits {batch}x{tokens}x{vocab} {str(dtype).removeprefix('torch.')}, "
+        "forward + backward",
+        runs, inputs, first, samples, 3 * inputs[0].nbytes,
+    )  # fmt: skip
+    return with_errors(rows, runs, exact_from_logits, samples)
+
+
+Vectors = Callable[..., Tensor]  # of chosen, rejected, their references and lengths, to a loss
+
+
+def by_chosen(function: Vectors) -> Run:
+    """Forward and backward; the gradient of the chosen."""
+
+    def run(*v: Tensor) -> Tensor:
+        v[0].grad = v[1].grad = None
+        function(*v).backward()
+        assert v[0].grad is not None
+        return v[0].grad
+
+    return run
+
+
+def vectors(device: str, pairs: int) -> Inputs:
+    lengths = [torch.randint(10, 100, (pairs,), device=device) for _ in range(2)]
+    lp = [-(torch.rand(pairs, device=device) + 0.1) * n for n in lengths]
+    ref = [x + torch.randn_like(x) for x in lp]
+    return *(x.requires_grad_() for x in lp), *ref, *lengths
+
+
+def from_six(loss: str, w: Tensor, l: Tensor, ref_w: Tensor, ref_l: Tensor, *n: Tensor) -> Tensor:
+    return ff.preference_loss(
+        w, l, ref_w, ref_l, loss=loss, chosen_lengths=n[0], rejected_lengths=n[1],
+        **OPTIONS.get(loss, {}),
+    ).loss  # fmt: skip
+
+
 def every_loss_from_vectors(device: str, pairs: int) -> list[Row]:
-    vectors = [-torch.rand(pairs, device=device) * 50 for _ in range(4)]
-    lengths = torch.full((pairs,), 64.0, device=device)
-    for policy in vectors[:2]:
-        policy.requires_grad_()
-
-    def step(name: str) -> Run:
-        kind = PREFERENCE_LOSSES[name]
-        options: dict[str, Any] = {"loss": name}
-        if kind.by_length:
-            options |= {"chosen_lengths": lengths, "rejected_lengths": lengths}
-        if kind.nll == "whole":
-            options["chosen_nll"] = torch.ones((), device=device)
-
-        def run(*v: Tensor) -> Tensor:
-            v[0].grad = v[1].grad = None
-            ff.preference_loss(*(v if kind.reference else v[:2]), **options).loss.backward()
-            assert v[0].grad is not None
-            return v[0].grad
-
-        return run
-
-    runs = peers.load({name: (OURS, step(name)) for name in NAMES}, device)
-    repeats = {name: repeated(functools.partial(r, *vectors), 50) for name, r in runs.items()}
+    steps = {loss: (OURS, by_chosen(functools.partial(from_six, loss))) for loss in LOSSES}
+    runs, inputs = peers.load(steps, device), vectors(device, pairs)
+    first = functools.partial(exact_from_vectors, LOSSES[0])
     case = f"every loss from vectors of {pairs}, forward + backward"
-    return compare_calls(case, repeats, device, calls=50, rounds=31)
+    rows = compare_small(case, runs, inputs, first, calls=50)
+    return with_errors(rows, runs, exact_from_vectors, [inputs])
+
+
+def one_loss_from_vectors(device: str, pairs: int, loss: str) -> list[Row]:
+    plain = peers.PREFERENCES[loss]
+    steps = {
+        "finefuse": (OURS, by_chosen(functools.partial(from_six, loss))),
+        "torch.compile": (TORCH, by_chosen(peers.compiled(plain))),
+        "eager": (TORCH, by_chosen(plain)),
+        "Liger": (LIGER, by_chosen(peers.PREFERENCES_LIGER[loss])),
+    }
+    case = f"{loss} from vectors of {pairs}, forward + backward"
+    inputs = vectors(device, pairs)
+    return compare_small(case, peers.load(steps, device), inputs, by_chosen(plain), calls=50)
 
 
 def run(device: str, quick: bool) -> Iterator[list[Row]]:
@@ -181,5 +237,7 @@ def run(device: str, quick: bool) -> Iterator[list[Row]]:
         yield from from_logits(device, *((2, 32) if quick else (batch, tokens)), vocab, dtype)
     for pairs in (8, 64, 1024):
         yield from_vectors(device, pairs)
-    yield every_loss_from_logits(device, *((2, 32) if quick else (8, 128)), 32000)
+    yield every_loss_from_logits(device, *((2, 32) if quick else EVERY[:2]), *EVERY[2:])
     yield every_loss_from_vectors(device, 1024)
+    for loss in peers.PREFERENCES:
+        yield one_loss_from_vectors(device, 1024, loss)

@@ -1,11 +1,10 @@
-"""Pruning: masks by magnitude over a tensor, by Wanda over rows, 2 of every 4; and zeros in place.
+"""Pruning: masks and zeros in place, half of the tensor, half of each row by Wanda's score, 2 of every 4.
 
-Bytes at least: the weight read once and a byte of the mask an element; in place the weight read and written.
+Bytes at least: the weight is read once and a byte an element written; in place the weight is written too.
 
-Candidates stand beside the share of elements whose fate is not that of the truth: the smallest scores in
-float64, of equal ones the lower index. A mask by a threshold (`kthvalue`) keeps or drops all equal scores at
-once, and `topk` takes any of them: in bfloat16, where many are equal, these are the errors seen. The table's
-"error" is that share. A selection by sorting takes seconds: such a candidate is timed once, without a spread.
+Error here: the share of elements that would have to change for exactly the smallest scores to be gone, and as
+many as asked for, whichever of equal scores went. A threshold takes all that equal it: a candidate that
+did not prune the number asked for says by how many. Slow candidates have few turns.
 """
 
 from __future__ import annotations
@@ -22,113 +21,106 @@ from . import peers
 from .measure import Row, interleaved, peak_extra, timer
 from .peers import OURS, TORCH
 
-Mask = Callable[[], Tensor]
+SHAPE = (4096, 14336)
+QUICK_SHAPE = (64, 1024)
+DTYPES = (torch.float32, torch.bfloat16)
 
-TYPES = (torch.float32, torch.bfloat16)
-
-
-def exact(score: Tensor, drop: int) -> Tensor:
-    """Of each row the `drop` smallest scores go, of equal ones the lower index; in float64."""
-    order = score.double().argsort(dim=-1, stable=True)
-    return torch.ones_like(score, dtype=torch.bool).scatter_(-1, order[..., :drop], False)
+Candidates = dict[str, tuple[str, Callable[[], Tensor]]]
 
 
-def table(
+def misplaced(keep: Tensor, score: Tensor, cut: Tensor, drop: int) -> tuple[float, int]:
+    """(the share of elements that would have to change, how many are pruned beyond what was asked)."""
+    keep = keep.view(score.shape)
+    low = ((score < cut) & keep).sum(-1)
+    high = ((score > cut) & ~keep).sum(-1)
+    pruned = (~keep).sum(-1)
+    wrong = low + high + (pruned + low - high - drop).abs()
+    return float(wrong.sum() / keep.numel()), int(pruned.sum()) - drop * keep.shape[0]
+
+
+def compare_masks(
     case: str,
-    runs: dict[str, tuple[str, Mask]],
-    slow: dict[str, Mask],
+    runs: dict[str, Callable[[], Tensor]],
     weight: Tensor,
-    truth: Tensor,
+    score: Tensor,
+    group: int,
+    drop: int,
+    inplace: bool = False,
 ) -> list[Row]:
-    """Times, memory, and the share of elements unlike the truth; `slow` run once."""
-    device = weight.device.type
-    moved = weight.nbytes + weight.numel()
-    seconds_of = timer(device)
-    fast = peers.load(runs, device)
-    rows = [Row(case, name, moved=moved) for name in fast]
-    rounds, budget = (30, 5.0) if device == "cuda" else (9, 10.0)
-    interleaved(rows, list(fast.values()), seconds_of, rounds, budget, lambda: None)
-    found = [run() for run in fast.values()]
-    for name, run in slow.items():
-        out: list[Tensor] = []
-        call = functools.partial(keep, run, out)
-        times = [seconds_of(call)] * 2 if device == "cpu" else [seconds_of(call) for _ in range(5)]
-        rows.append(Row(case, name, times, moved=moved))
-        found.append(out[-1])
-    for row, run, mask in zip(rows, [*fast.values(), *slow.values()], found, strict=True):
-        row.extra = peak_extra(device, run)
-        row.error = float((mask != truth).float().mean())
-    return rows
-
-
-def keep(run: Mask, out: list[Tensor]) -> None:
-    out[:] = [run()]
-
-
-def in_place(case: str, weight: Tensor, **options: Any) -> list[Row]:
-    """What is pruned already is read and written like anything else; eager has its mask given."""
+    """Times, memory and exactness; in place the weight is restored before each run."""
     device, source = weight.device.type, weight.clone()
-    mask = ff.prune_mask(weight, **options)
-    runs = peers.load(
-        {
-            "finefuse": (OURS, lambda: ff.prune_(weight, **options)),
-            "torch, the mask given": (TORCH, lambda: weight.mul_(mask)),
-        },
-        device,
-    )
-    rows = [Row(case, name, moved=2 * weight.nbytes) for name in runs]
-    rounds, budget = (30, 5.0) if device == "cuda" else (9, 10.0)
-    setup = functools.partial(weight.copy_, source)
-    interleaved(rows, list(runs.values()), timer(device), rounds, budget, setup)
-    for row, run in zip(rows, runs.values(), strict=True):
+
+    def setup() -> None:
+        if inplace:
+            weight.copy_(source)
+
+    moved = weight.numel() if not inplace else weight.nbytes
+    rows = [Row(case, name, moved=weight.nbytes + moved) for name in runs]
+    calls = list(runs.values())
+    rounds, budget = (30, 5.0) if device == "cuda" else (9, 6.0)
+    interleaved(rows, calls, timer(device), rounds, budget, setup, slow=1.0)
+    score = score.view(-1, group)
+    cut = score.kthvalue(drop, dim=-1, keepdim=True).values
+    for row, call in zip(rows, calls, strict=True):
         setup()
-        row.extra = peak_extra(device, run)
-        row.error = float(((weight == 0) != ((source == 0) | ~mask)).float().mean())
+        row.extra = peak_extra(device, call)
+        setup()
+        out = call()
+        row.error, beyond = misplaced(out != 0 if inplace else out, score, cut, drop)
+        if beyond:
+            row.name += f", {abs(beyond)} too {'many' if beyond > 0 else 'few'}"
     setup()
     return rows
 
 
-def run(device: str, quick: bool) -> Iterator[list[Row]]:
-    rows, columns = (64, 512) if quick else (4096, 14336)
-    norm = 0.5 + torch.rand(columns, device=device)
-    for dtype in TYPES:
-        weight = torch.randn(rows, columns, device=device).mul_(0.02).to(dtype)
-        half = weight.numel() // 2
-        of = f"{rows}x{columns} {str(dtype).removeprefix('torch.')}"
+def zeroed(weight: Tensor, mask: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    return lambda: weight.masked_fill_(~mask(), 0.0)
 
-        fused = functools.partial(ff.prune_mask, weight, sparsity=0.5)
-        yield table(
-            f"half of a tensor, {of}", {"finefuse": (OURS, fused)},
-            {
-                "kthvalue": functools.partial(peers.prune_kthvalue, weight, half),
-                "topk, as l1_unstructured": functools.partial(peers.prune_topk, weight, half),
-            },
-            weight, exact(weight.abs().flatten(), half).view(rows, columns),
-        )  # fmt: skip
-        score = weight.abs().float() * norm
-        fused = functools.partial(
-            ff.prune_mask, weight, sparsity=0.5, method="wanda", activation_norm=norm
-        )
-        yield table(
-            f"half of each row by Wanda, {of}", {"finefuse": (OURS, fused)},
-            {
-                "sort, as Wanda": functools.partial(peers.wanda_sort, weight, norm, columns // 2),
-                "kthvalue": functools.partial(peers.wanda_kthvalue, weight, norm, columns // 2),
-                "topk": functools.partial(peers.wanda_topk, weight, norm, columns // 2),
-            },
-            weight, exact(score, columns // 2),
-        )  # fmt: skip
-        fused = functools.partial(ff.prune_mask, weight, n=2, m=4)
-        compiled = peers.compiled(peers.prune_2_4)
-        by_topk = functools.partial(peers.prune_2_4, weight)
-        yield table(
-            f"2 of every 4, {of}",
-            {"finefuse": (OURS, fused), "torch.compile": (TORCH, functools.partial(compiled, weight))},
-            {"topk": by_topk},
-            weight, exact(weight.abs().view(-1, 4), 2).view(rows, columns),
-        )  # fmt: skip
-        for name, options in (
-            ("half of a tensor", {"sparsity": 0.5}),
-            ("2 of every 4", {"n": 2, "m": 4}),
-        ):
-            yield in_place(f"prune_, {name}, {of}", weight, **options)
+
+def cases(weight: Tensor, norm: Tensor) -> Iterator[tuple[str, int, int, Tensor, Any, Candidates]]:
+    """What is pruned, (group, drop, scores), our options, the peers' masks."""
+    columns = weight.shape[-1]
+    half, size = weight.numel() // 2, weight.abs()
+    yield (
+        "50% of the tensor", weight.numel(), half, size, {"sparsity": 0.5}, {
+            "torch.topk": (TORCH, lambda: peers.keep_topk(weight, half)),
+            "torch.kthvalue": (TORCH, lambda: peers.keep_kthvalue(weight, half)),
+        },
+    )  # fmt: skip
+    k = columns // 2
+    yield (
+        "50% of each row, Wanda", columns, k, size * norm,
+        {"sparsity": 0.5, "method": "wanda", "activation_norm": norm}, {
+            "torch.sort, as Wanda": (TORCH, lambda: peers.keep_sorted_rows(weight, norm, k)),
+            "torch.topk": (TORCH, lambda: peers.keep_topk_rows(weight, norm, k)),
+        },
+    )  # fmt: skip
+    counted = peers.compiled(peers.keep_counted_of_4)
+    yield (
+        "2:4", 4, 2, size, {"n": 2, "m": 4}, {
+            "torch.compile, counted": (TORCH, lambda: counted(weight)),
+            "torch.topk": (TORCH, lambda: peers.keep_topk_of_4(weight)),
+        },
+    )  # fmt: skip
+
+
+def of_type(device: str, rows: int, columns: int, dtype: torch.dtype) -> Iterator[list[Row]]:
+    weight = torch.randn(rows, columns, device=device).mul_(0.02).to(dtype)
+    norm = torch.rand(columns, device=device) + 0.5
+    of = f"{rows}x{columns} {str(dtype).removeprefix('torch.')}"
+    for what, group, drop, score, options, others in cases(weight, norm):
+        ours = {"finefuse": (OURS, functools.partial(ff.prune_mask, weight, **options))}
+        runs = peers.load({**ours, **others}, device)
+        yield compare_masks(f"prune_mask {of}, {what}", runs, weight, score, group, drop)
+        if "activation_norm" in options:
+            continue  # as the mask: the sort of rows takes nearly all of the time
+        ours = {"finefuse": (OURS, functools.partial(ff.prune_, weight, **options))}
+        name, (needs, mask) = next(iter(others.items()))  # the exact one
+        zeros = {f"{name}, then masked_fill_": (needs, zeroed(weight, mask))}
+        runs = peers.load({**ours, **zeros}, device)
+        yield compare_masks(f"prune_ {of}, {what}", runs, weight, score, group, drop, inplace=True)
+
+
+def run(device: str, quick: bool) -> Iterator[list[Row]]:
+    for dtype in DTYPES:
+        yield from of_type(device, *(QUICK_SHAPE if quick else SHAPE), dtype)

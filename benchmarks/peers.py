@@ -46,6 +46,80 @@ def dpo_from_vectors_liger(
     )[0]
 
 
+# Of chosen, rejected, their references and lengths; as TRL's trainers have them.
+
+
+def simpo(w: Tensor, l: Tensor, ref_w: Tensor, ref_l: Tensor, n_w: Tensor, n_l: Tensor) -> Tensor:
+    return -functional.logsigmoid(0.1 * (w / n_w - l / n_l) - 0.5).mean()
+
+
+def orpo(w: Tensor, l: Tensor, ref_w: Tensor, ref_l: Tensor, n_w: Tensor, n_l: Tensor) -> Tensor:
+    a, b = w / n_w, l / n_l
+    log_odds = (a - b) - (torch.log1p(-torch.exp(a)) - torch.log1p(-torch.exp(b)))
+    return -w.sum() / n_w.sum() - 0.1 * functional.logsigmoid(log_odds).mean()
+
+
+def kto(w: Tensor, l: Tensor, ref_w: Tensor, ref_l: Tensor, n_w: Tensor, n_l: Tensor) -> Tensor:
+    gains, losses = 1 - torch.sigmoid(0.1 * (w - ref_w)), 1 - torch.sigmoid(0.1 * (ref_l - l))
+    return torch.cat([gains, losses]).mean()
+
+
+def discopop(
+    w: Tensor, l: Tensor, ref_w: Tensor, ref_l: Tensor, n_w: Tensor, n_l: Tensor
+) -> Tensor:
+    x = 0.1 * ((w - ref_w) - (l - ref_l))
+    modulation = torch.sigmoid(x / 0.05)
+    return (-functional.logsigmoid(x) * (1 - modulation) + torch.exp(-x) * modulation).mean()
+
+
+def simpo_liger(
+    w: Tensor, l: Tensor, ref_w: Tensor, ref_l: Tensor, n_w: Tensor, n_l: Tensor
+) -> Tensor:
+    from liger_kernel.chunked_loss.simpo_loss import LigerFusedLinearSimPOFunction
+
+    counted = torch.empty(2 * w.shape[0], device="meta")
+    return LigerFusedLinearSimPOFunction.preference_loss_fn(w / n_w, l / n_l, counted)[0]
+
+
+def orpo_liger(
+    w: Tensor, l: Tensor, ref_w: Tensor, ref_l: Tensor, n_w: Tensor, n_l: Tensor
+) -> Tensor:
+    """Its NLL is of the fused layer: added here."""
+    from liger_kernel.chunked_loss.orpo_loss import LigerFusedLinearORPOFunction
+
+    counted = torch.empty(2 * w.shape[0], device="meta")
+    ratio = LigerFusedLinearORPOFunction.preference_loss_fn(w / n_w, l / n_l, counted)[0]
+    return ratio - w.sum() / n_w.sum()
+
+
+def kto_liger(
+    w: Tensor, l: Tensor, ref_w: Tensor, ref_l: Tensor, n_w: Tensor, n_l: Tensor
+) -> Tensor:
+    from liger_kernel.chunked_loss.kto_loss import LigerFusedLinearKTOFunction
+
+    labels = torch.arange(2 * w.shape[0], device=w.device) < w.shape[0]
+    return LigerFusedLinearKTOFunction.preference_loss_fn(
+        torch.cat([w, l]), labels, labels, torch.cat([ref_w, ref_l])
+    )[0]
+
+
+def discopop_liger(
+    w: Tensor, l: Tensor, ref_w: Tensor, ref_l: Tensor, n_w: Tensor, n_l: Tensor
+) -> Tensor:
+    from liger_kernel.chunked_loss.dpo_loss import LigerFusedLinearDPOFunction
+
+    counted = torch.empty(2 * w.shape[0], device="meta")
+    return LigerFusedLinearDPOFunction.preference_loss_fn(
+        w, l, counted, ref_w, ref_l, loss_type="discopop"
+    )[0]
+
+
+PREFERENCES = {"simpo": simpo, "orpo": orpo, "kto": kto, "discopop": discopop}
+PREFERENCES_LIGER = {
+    "simpo": simpo_liger, "orpo": orpo_liger, "kto": kto_liger, "discopop": discopop_liger,
+}  # fmt: skip
+
+
 def dpo_eager(logits: Tensor, targets: Tensor, ref: Tensor, beta: float = 0.1) -> Tensor:
     return dpo_from_sums(logprobs_eager(logits, targets).sum(-1), ref, beta)
 
@@ -186,68 +260,53 @@ def gae(rewards: Tensor, values: Tensor) -> Tensor:
     return advantages
 
 
-# ---- distillation: rows of logits, the mean over rows; only the student has a gradient ---------
+# ---- distillation: divergences of log-softmaxes, the mean over rows -----------------------------
 
 
-def both_in_float32(loss: Loss) -> Loss:
-    """As `in_float32`, of a student and a teacher."""
-
-    def widened(student: Tensor, teacher: Tensor, *rest: Tensor) -> Tensor:
-        return loss(student.float(), teacher.float(), *rest)
-
-    return widened
-
-
-def log_softmaxes(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def both(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    if temperature != 1.0:
+        student, teacher = student / temperature, teacher / temperature
     return torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)
 
 
+def kl(other: Tensor, weighting: Tensor) -> Tensor:
+    """KL(weighting | other) of log-probabilities."""
+    return functional.kl_div(other, weighting, reduction="batchmean", log_target=True)
+
+
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    p, q = log_softmaxes(student, teacher)
-    return (q.exp() * (q - p)).sum(-1).mean()
+    return kl(*both(student, teacher))
 
 
 def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    p, q = log_softmaxes(student, teacher)
-    return (p.exp() * (p - q)).sum(-1).mean()
+    p, q = both(student, teacher)
+    return kl(q, p)
 
 
 def jsd(student: Tensor, teacher: Tensor) -> Tensor:
-    p, q = log_softmaxes(student, teacher)
-    m = torch.logaddexp(p, q) - math.log(2)
-    return 0.5 * (q.exp() * (q - m) + p.exp() * (p - m)).sum(-1).mean()
+    """With equal shares."""
+    p, q = both(student, teacher)
+    middle = torch.logaddexp(p, q) - math.log(2)
+    return 0.5 * (kl(middle, q) + kl(middle, p))
 
 
-def forward_kl_div(student: Tensor, teacher: Tensor) -> Tensor:
-    p, q = log_softmaxes(student, teacher)
-    return functional.kl_div(p, q, reduction="batchmean", log_target=True)
+def kl_and_cross_entropy(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
+    """Hinton's: equal shares, the KL at temperature 2 times its square."""
+    return 0.5 * 4 * kl(*both(student, teacher, 2.0)) + 0.5 * functional.cross_entropy(
+        student, targets
+    )
 
 
-def reverse_kl_div(student: Tensor, teacher: Tensor) -> Tensor:
-    p, q = log_softmaxes(student, teacher)
-    return functional.kl_div(q, p, reduction="batchmean", log_target=True)
+def kl_top_k(student: Tensor, logprobs: Tensor, indices: Tensor) -> Tensor:
+    """The teacher's K best and a bucket of the rest."""
+    p, q = torch.log_softmax(student, -1).gather(-1, indices), logprobs.to(student.dtype)
+    p_rest, q_rest = (torch.log1p(-x.exp().sum(-1, keepdim=True)) for x in (p, q))
+    return kl(torch.cat([p, p_rest], -1), torch.cat([q, q_rest], -1))
 
 
-def jsd_kl_div(student: Tensor, teacher: Tensor) -> Tensor:
-    p, q = log_softmaxes(student, teacher)
-    m = torch.logaddexp(p, q) - math.log(2)
-    halves = [functional.kl_div(m, x, reduction="batchmean", log_target=True) for x in (p, q)]
-    return 0.5 * (halves[0] + halves[1])
+def gkd_trl(beta: float) -> Loss:
+    """beta 0: the forward, 1: the reverse KL."""
 
-
-def forward_kl_and_cross_entropy(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
-    return 0.5 * (forward_kl(student, teacher) + functional.cross_entropy(student, targets))
-
-
-def forward_kl_top(student: Tensor, values: Tensor, indices: Tensor) -> Tensor:
-    """The rest in one bucket; values are log-probabilities."""
-    p = torch.log_softmax(student, -1).gather(-1, indices)
-    q, inside = values.exp(), p.exp().sum(-1)
-    rest = 1 - q.sum(-1)
-    return ((q * (values - p)).sum(-1) + rest * (rest.log() - torch.log1p(-inside))).mean()
-
-
-def distill_trl(beta: float) -> Loss:
     def loss(student: Tensor, teacher: Tensor) -> Tensor:
         from trl.experimental.gkd import GKDTrainer
 
@@ -256,56 +315,62 @@ def distill_trl(beta: float) -> Loss:
     return loss
 
 
-def distill_liger(beta: float) -> Loss:
-    def loss(student: Tensor, teacher: Tensor) -> Tensor:
-        from liger_kernel.transformers import LigerJSD, LigerKLDIVLoss
+def kl_liger(student: Tensor, teacher: Tensor) -> Tensor:
+    from liger_kernel.transformers import LigerKLDIVLoss
 
-        p, q = log_softmaxes(student, teacher)
-        if beta == 0:
-            return LigerKLDIVLoss(reduction="batchmean", log_target=True)(p, q)
-        return LigerJSD(beta=beta)(p, q)
+    return LigerKLDIVLoss(reduction="batchmean", log_target=True)(*both(student, teacher))
+
+
+def jsd_liger(beta: float) -> Loss:
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        from liger_kernel.transformers import LigerJSD
+
+        return LigerJSD(beta=beta)(*both(student, teacher))
 
     return loss
 
 
-# ---- pruning: True where an element is kept -----------------------------------------------------
+# ---- pruning: masks, True where an element is kept -----------------------------------------------
 
 
-def prune_kthvalue(weight: Tensor, drop: int) -> Tensor:
-    """By a threshold: all that equal it go, or none."""
+def keep_topk(weight: Tensor, drop: int) -> Tensor:
+    """Of the tensor: as torch.nn.utils.prune, which also sorts what it drops."""
+    keep = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
+    keep[weight.abs().flatten().topk(drop, largest=False, sorted=False).indices] = False
+    return keep.view(weight.shape)
+
+
+def keep_kthvalue(weight: Tensor, drop: int) -> Tensor:
+    """Of the tensor: a threshold, which takes all elements that equal it."""
     score = weight.abs()
     return score > score.flatten().kthvalue(drop).values
 
 
-def prune_topk(weight: Tensor, drop: int) -> Tensor:
-    """As torch.nn.utils.prune.l1_unstructured computes its mask."""
-    smallest = weight.abs().flatten().topk(drop, largest=False).indices
-    mask = torch.ones_like(weight, dtype=torch.bool)
-    mask.view(-1)[smallest] = False
-    return mask
+def keep_sorted_rows(weight: Tensor, norm: Tensor, drop: int) -> Tensor:
+    """As Wanda's own code."""
+    order = torch.sort(weight.abs() * norm, dim=-1, stable=True).indices
+    return torch.ones_like(weight, dtype=torch.bool).scatter_(1, order[:, :drop], False)
 
 
-def wanda_sort(weight: Tensor, norm: Tensor, drop: int) -> Tensor:
-    """As Wanda's own program does: a stable sort of each row."""
-    order = (weight.abs() * norm).sort(dim=-1, stable=True).indices
-    return torch.ones_like(weight, dtype=torch.bool).scatter_(-1, order[:, :drop], False)
-
-
-def wanda_topk(weight: Tensor, norm: Tensor, drop: int) -> Tensor:
-    smallest = (weight.abs() * norm).topk(drop, dim=-1, largest=False).indices
-    return torch.ones_like(weight, dtype=torch.bool).scatter_(-1, smallest, False)
-
-
-def wanda_kthvalue(weight: Tensor, norm: Tensor, drop: int) -> Tensor:
+def keep_topk_rows(weight: Tensor, norm: Tensor, drop: int) -> Tensor:
     score = weight.abs() * norm
-    return score > score.kthvalue(drop, dim=-1, keepdim=True).values
+    least = score.topk(drop, dim=-1, largest=False, sorted=False).indices
+    return torch.ones_like(weight, dtype=torch.bool).scatter_(1, least, False)
 
 
-def prune_2_4(weight: Tensor) -> Tensor:
+def keep_topk_of_4(weight: Tensor) -> Tensor:
     groups = weight.abs().view(-1, 4)
-    smallest = groups.topk(2, dim=-1, largest=False).indices
-    mask = torch.ones_like(groups, dtype=torch.bool).scatter_(-1, smallest, False)
-    return mask.view(weight.shape)
+    best = groups.topk(2, dim=-1, sorted=False).indices
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, best, True).view(weight.shape)
+
+
+def keep_counted_of_4(weight: Tensor) -> Tensor:
+    """The place of each among its neighbours, for the compiler."""
+    a = weight.abs().view(-1, 4)
+    i = torch.arange(4, device=weight.device)
+    ours, theirs = a.unsqueeze(-1), a.unsqueeze(-2)
+    below = (theirs < ours) | ((theirs == ours) & (i < i.unsqueeze(-1)))
+    return (below.sum(-1) >= 2).view(weight.shape)
 
 
 def nf4_decoded(
