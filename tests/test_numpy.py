@@ -20,9 +20,7 @@ except ImportError:
     ml_dtypes = None
 
 import finefuse.numpy as ffn
-from finefuse._args import PREFERENCE_LOSSES as LOSSES
 from finefuse.reference import logprobs as reference
-from finefuse.reference import preference as reference_preference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import ScalarErrors, check
@@ -312,165 +310,6 @@ def test_sequence_logprobs(isa, dtype, average):
         check("gradient", g, want.astype(wide), want)
 
 
-# ---- preference losses -------------------------------------------------------------------------
-
-
-def vectors(pairs, dtype="float32", seed=0, scale=30.0):
-    rng = np.random.default_rng(seed)
-    lp = [(-scale * rng.random(pairs)).astype(TYPES[dtype]) for _ in range(4)]
-    return lp, [rng.integers(1, 50, pairs) for _ in range(2)]
-
-
-def eager_preference(w, l, ref_w, ref_l, loss, beta, eps, n_w, n_l):
-    """(value per pair, d chosen, d rejected) in the type of the log-probabilities."""
-    kind = w.dtype.type
-    beta, eps = kind(beta), kind(eps)
-    n_w, n_l = np.asarray(n_w, w.dtype), np.asarray(n_l, w.dtype)
-    r_w, r_l = (w - ref_w) / n_w, (l - ref_l) / n_l
-    x = beta * (r_w - r_l)
-    if loss == "sigmoid":
-        value = (1 - eps) * np.logaddexp(0, -x) + eps * np.logaddexp(0, x)
-        slope = eps - 1 / (1 + np.exp(x))
-    elif loss == "ipo":
-        value = (r_w - r_l - 1 / (2 * beta)) ** 2
-        slope = 2 * (r_w - r_l - 1 / (2 * beta)) / beta
-    else:
-        value = np.maximum(0, 1 - x)
-        slope = np.where(x < 1, kind(-1), kind(0))
-    return value, beta * slope / n_w, -beta * slope / n_l
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("pairs", [1, 2, 7, 1024])
-def test_preference_loss(isa, loss, pairs, dtype):
-    for beta, eps, with_ref, reduction in (
-        (0.1, 0.0, True, "mean"),
-        (0.7, 0.2, True, "none"),
-        (0.3, 0.1, False, "sum"),
-    ):
-        lp, (n_w, n_l) = vectors(pairs, dtype)
-        refs = lp[2:] if with_ref else [None, None]
-        lengths = {"chosen_lengths": n_w, "rejected_lengths": n_l} if loss == "ipo" else {}
-        options = {
-            "loss": loss, "beta": beta, "label_smoothing": eps, "reduction": reduction, **lengths
-        }  # fmt: skip
-        out, (d_w, d_l) = ffn.preference_loss(*lp[:2], *refs, return_grad=True, **options)
-        zero = np.zeros(pairs, lp[0].dtype)
-        value, e_w, e_l = eager_preference(
-            *lp[:2], *(lp[2:] if with_ref else (zero, zero)), loss, beta, eps,
-            *((n_w, n_l) if lengths else (1, 1)),
-        )  # fmt: skip
-        share = lp[0].dtype.type(pairs if reduction == "mean" else 1)
-        truth = reference_preference.preference_loss(
-            *(x.astype(np.float64) for x in (lp if with_ref else lp[:2])), **options
-        )
-        check("loss", out.loss, value if reduction == "none" else value.sum() / share, truth.loss)
-        check("d chosen", d_w, e_w / share, truth.d_chosen)
-        check("d rejected", d_l, e_l / share, truth.d_rejected)
-        for name in ("chosen_rewards", "rejected_rewards", "margins"):
-            check(name, getattr(out, name), getattr(truth, name), getattr(truth, name))
-        assert out.accuracy == pytest.approx(truth.accuracy)
-        assert_same(out, ffn.preference_loss(*lp[:2], *refs, **options))
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_preference_over_seeds(loss):
-    errors = ScalarErrors(loss, "float32")
-    for seed in range(40):
-        lp, _ = vectors(16, seed=seed)
-        ours = ffn.preference_loss(*lp, loss=loss, normalize_lengths=False).loss
-        value, _, _ = eager_preference(*lp, loss, 0.1, 0.0, 1, 1)
-        truth = reference_preference.preference_loss(
-            *(x.astype(np.float64) for x in lp), loss=loss, beta=0.1
-        )
-        errors.add(ours, value.mean(), truth.loss, truth.loss)
-    errors.check()
-
-
-@pytest.mark.parametrize("dtype", ["float16", BFLOAT16])
-def test_narrow_and_mixed_types(dtype):
-    """16-bit log-probabilities are widened exactly; one float64 makes it all float64."""
-    lp, (n_w, n_l) = vectors(9, dtype)
-    wide = [x.astype(np.float32) for x in lp]
-    a = ffn.preference_loss(
-        *lp, loss="ipo", chosen_lengths=n_w.astype(np.uint8), rejected_lengths=n_l.astype(">f4")
-    )
-    assert_same(a, ffn.preference_loss(*wide, loss="ipo", chosen_lengths=n_w, rejected_lengths=n_l))
-    assert a.loss.dtype == np.float32
-    wide[2] = wide[2].astype(np.float64)
-    out, grads = ffn.preference_loss(*lp[:2], *wide[2:], return_grad=True)
-    assert {x.dtype for x in (*bits(out), *grads)} == {np.dtype(np.float64)}
-
-
-def batch(pairs, tokens, vocab, dtype="float32", seed=0):
-    rng = np.random.default_rng(seed)
-    logits = (3 * rng.standard_normal((2 * pairs, tokens, vocab))).astype(TYPES[dtype])
-    targets = rng.integers(0, vocab, (2 * pairs, tokens))
-    for b in range(2 * pairs):
-        targets[b, : b % 3] = IGNORE  # prompts of different lengths
-    return logits, targets, -10 * rng.random(2 * pairs)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("shape", [(1, 3, 2), (2, 5, 257), (3, 7, 3001)], ids=str)
-def test_from_logits(isa, loss, dtype, shape):
-    logits, targets, ref = batch(*shape, dtype)
-    wide = np.float64 if dtype == "float64" else np.float32
-    ref = ref.astype(wide)
-    options = {"ref_logprobs": ref, "loss": loss, "beta": 0.1, "label_smoothing": 0.05}
-    out, dz = ffn.preference_loss_from_logits(logits, targets, return_grad=True, **options)
-    assert_same(out, ffn.preference_loss_from_logits(logits, targets, **options))
-    b, t, v = logits.shape
-    h, flat, y = b // 2, logits.reshape(-1, v), targets.reshape(-1)
-    n = (targets != IGNORE).sum(-1) if loss == "ipo" else np.ones(b)
-
-    def halves(x):
-        return x[:h], x[h:]
-
-    s = reference.token_logprobs(flat, y)[0].reshape(b, t).sum(-1)
-    truth = reference_preference.preference_loss(
-        *halves(s), *halves(ref.astype(np.float64)), loss=loss, beta=0.1, label_smoothing=0.05,
-        **dict(zip(("chosen_lengths", "rejected_lengths"), halves(n), strict=True)),
-    )  # fmt: skip
-    g = np.repeat(np.concatenate([truth.d_chosen, truth.d_rejected]), t)
-    want = reference.token_logprobs_gradient(flat, y, g).reshape(b, t, v)
-    s = eager_stats(flat, y)[0].astype(wide).reshape(b, t).sum(-1)
-    value, d_w, d_l = eager_preference(*halves(s), *halves(ref), loss, 0.1, 0.05, *halves(n))
-    g = np.repeat(np.concatenate([d_w, d_l]) / wide(h), t)
-    eager = eager_gradient(flat, y, g, 0 * g, 0 * g).reshape(b, t, v)
-    check("loss", out.loss, value.mean(), truth.loss)
-    check("gradient", dz, eager, want)
-    assert out.accuracy == pytest.approx(truth.accuracy)
-    consumed = logits.copy()
-    out2, dz2 = ffn.preference_loss_from_logits(
-        consumed, targets, return_grad=True, grad_out=consumed, **options
-    )
-    assert dz2 is consumed
-    assert_same((out, dz), (out2, dz2))
-
-
-def test_from_logits_reference():
-    logits, targets, _ = batch(2, 5, 33)
-    ref_logits = np.random.default_rng(5).standard_normal(logits.shape)
-    s = ffn.sequence_logprobs(ffn.token_logprobs(ref_logits, targets))
-    a = ffn.preference_loss_from_logits(logits, targets, ref_logits=ref_logits, return_grad=True)
-    b = ffn.preference_loss_from_logits(logits, targets, ref_logprobs=s, return_grad=True)
-    assert_same(a, b)
-    assert a[0].loss.dtype == np.float64
-    assert a[1].dtype == np.float32
-    free = ffn.preference_loss_from_logits(logits, targets)
-    assert_same(
-        free, ffn.preference_loss_from_logits(logits, targets, ref_logprobs=np.zeros(4, "f4"))
-    )
-    logits[targets == IGNORE] = np.nan
-    out, dz = ffn.preference_loss_from_logits(logits, targets, return_grad=True)
-    assert_same(out, free)
-    assert (dz[targets == IGNORE] == 0).all()
-    assert np.isfinite(dz).all()
-
-
 # ---- arrays of every kind ----------------------------------------------------------------------
 
 
@@ -555,11 +394,6 @@ def test_layouts(isa, dtype, name):
             ffn.sequence_logprobs(logits, return_grad=True),
             ffn.sequence_logprobs(plain, return_grad=True),
         )
-        if len(plain) % 2 == 0:
-            assert_same(
-                ffn.preference_loss_from_logits(logits, targets, return_grad=True),
-                ffn.preference_loss_from_logits(plain, targets, return_grad=True),
-            )
     assert logits.tobytes() == before
 
 
@@ -580,15 +414,6 @@ def test_targets_of_every_kind():
     y = np.asfortranarray(targets.reshape(3, 4))
     assert same(ffn.token_logprobs(cube, y), want.reshape(3, 4))
     assert same(ffn.token_logprobs(cube.transpose(1, 0, 2), y.T), want.reshape(3, 4).T.copy())
-    lp, lengths = vectors(6)
-    want = ffn.preference_loss(
-        *lp, loss="ipo", chosen_lengths=lengths[0], rejected_lengths=lengths[1]
-    )
-    for change in (swapped, misaligned, read_only, in_a_struct, lambda x: np.repeat(x, 2)[::2]):
-        w, l = (change(n) for n in lengths)
-        odd = [change(x) for x in lp]
-        out = ffn.preference_loss(*odd, loss="ipo", chosen_lengths=w, rejected_lengths=l)
-        assert_same(out, want)
 
 
 def test_scalars_where_there_are_no_dimensions():
@@ -606,13 +431,6 @@ def test_scalars_where_there_are_no_dimensions():
         assert type(wide) is np.float64
     assert type(ffn.cross_entropy(logits[0], targets[0], reduction="none")) is np.float32
     assert type(ffn.sequence_logprobs(lp)) is np.float32
-    out = ffn.preference_loss(lp, lp)
-    assert type(out.loss) is type(out.accuracy) is np.float32
-    assert all(type(x) is np.float32 for x in ffn.preference_loss(lp[0], lp[1]))
-    out, (d_w, _) = ffn.preference_loss(
-        lp.reshape(2, 2), lp.reshape(2, 2).T, reduction="none", return_grad=True
-    )
-    assert out.loss.shape == out.margins.shape == d_w.shape == (2, 2)
     for t in (np.float32(0.5), np.float64(0.5), np.array(0.5)):
         assert same(ffn.token_logprobs(logits, targets, temperature=t),
                     ffn.token_logprobs(logits, targets, temperature=0.5))  # fmt: skip
@@ -634,14 +452,6 @@ def test_empty():
     s, g = ffn.sequence_logprobs(np.zeros(0), cu_seqlens=np.array([0]), return_grad=True)
     assert s.shape == g.shape == (0,)
     assert ffn.sequence_logprobs(np.zeros(0)) == 0.0
-    out, (d_w, d_l) = ffn.preference_loss(np.zeros(0), np.zeros(0), return_grad=True)
-    assert out.loss == out.accuracy == 0
-    assert d_w.shape == d_l.shape == (0,)
-    out, dz = ffn.preference_loss_from_logits(
-        np.zeros((0, 5, 33)), np.zeros((0, 5), int), return_grad=True
-    )
-    assert out.loss == 0
-    assert dz.shape == (0, 5, 33)
 
 
 # ---- gradients in the caller's memory ----------------------------------------------------------
@@ -740,10 +550,9 @@ def slope(f, x, direction, step=2e-6):
     smoothing=st.floats(0.0, 1.0),
     reduction=st.sampled_from(["mean", "sum", "none"]),
     average=st.booleans(),
-    loss=st.sampled_from(["sigmoid", "ipo"]),
     seed=st.integers(0, 2**31),
 )
-def test_gradients_are_slopes(rows, vocab, temperature, smoothing, reduction, average, loss, seed):
+def test_gradients_are_slopes(rows, vocab, temperature, smoothing, reduction, average, seed):
     """Every return_grad against central differences along a random direction, in float64.
 
     With step h the difference itself is off by about h² and by 1e-16/h of the function's value.
@@ -771,18 +580,6 @@ def test_gradients_are_slopes(rows, vocab, temperature, smoothing, reduction, av
     agree(
         ffn.sequence_logprobs(z, mask=mask, average=average, return_grad=True)[1], dz,
         lambda x: np.sum(ffn.sequence_logprobs(x, mask=mask, average=average)), z,
-    )  # fmt: skip
-    p = {"loss": loss, "beta": 0.5, "normalize_lengths": False, "reduction": reduction}
-    (w, l), (dw, dl) = rng.standard_normal((2, rows)), rng.standard_normal((2, rows))
-    _, (d_chosen, d_rejected) = ffn.preference_loss(w, l, return_grad=True, **p)
-    agree(d_chosen, dw, lambda x: np.sum(ffn.preference_loss(x, l, **p).loss), w)
-    agree(d_rejected, dl, lambda x: np.sum(ffn.preference_loss(w, x, **p).loss), l)
-    logits, targets, ref = batch(2, rows, vocab, "float64", seed=seed)
-    direction = rng.standard_normal(logits.shape)
-    p = {"loss": loss, "beta": 0.5, "reduction": reduction, "ref_logprobs": ref}
-    agree(
-        ffn.preference_loss_from_logits(logits, targets, return_grad=True, **p)[1], direction,
-        lambda x: np.sum(ffn.preference_loss_from_logits(x, targets, **p).loss), logits,
     )  # fmt: skip
 
 
@@ -826,7 +623,6 @@ def test_the_same_bits_as_torch(isa, dtype):
         loss.sum().backward()
         ours = ffn.cross_entropy(logits, y, return_grad=True, **options)
         assert_same(ours, (to_numpy(loss), to_numpy(x.grad)))
-    lp, lengths = vectors(9, dtype)
     wide = np.float64 if dtype == "float64" else np.float32
     for average in (False, True):
         x = leaf(logits.astype(wide))
@@ -835,27 +631,6 @@ def test_the_same_bits_as_torch(isa, dtype):
         s.sum().backward()
         ours = ffn.sequence_logprobs(logits, mask=mask, average=average, return_grad=True)
         assert_same(ours, (to_numpy(s), to_numpy(x.grad)))
-    for loss in LOSSES:
-        w, l = leaf(lp[0].astype(wide)), leaf(lp[1].astype(wide))
-        options = {"loss": loss, "label_smoothing": 0.1}
-        n = dict(zip(("chosen_lengths", "rejected_lengths"), lengths, strict=True))
-        out = ff.preference_loss(
-            w, l, *(to_torch(v) for v in lp[2:]), **options,
-            **{k: torch.from_numpy(v) for k, v in n.items()},
-        )  # fmt: skip
-        out.loss.backward()
-        ours = ffn.preference_loss(*lp, return_grad=True, **options, **n)
-        assert_same(ours, (tuple(map(to_numpy, out)), (to_numpy(w.grad), to_numpy(l.grad))))
-        cube, targets, ref = batch(3, 7, 301, dtype)
-        x = leaf(cube)
-        out = ff.preference_loss_from_logits(
-            x, torch.from_numpy(targets), ref_logprobs=torch.from_numpy(ref), **options
-        )
-        out.loss.backward()
-        ours = ffn.preference_loss_from_logits(
-            cube, targets, ref_logprobs=ref, return_grad=True, **options
-        )
-        assert_same(ours, (tuple(map(to_numpy, out)), to_numpy(x.grad)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -886,14 +661,11 @@ def test_large_gradient():
 def test_concurrent_calls():
     cases = [make(20, 500 + 37 * i, seed=i) for i in range(6)]
     want = [ffn.cross_entropy(*c, return_grad=True) for c in cases]
-    lps = [vectors(50, seed=i)[0] for i in range(6)]
-    want_out = [ffn.preference_loss(*lp, return_grad=True) for lp in lps]
     right = []
 
     def work(i):
         for _ in range(30):
             assert_same(ffn.cross_entropy(*cases[i], return_grad=True), want[i])
-            assert_same(ffn.preference_loss(*lps[i], return_grad=True), want_out[i])
         right.append(i)
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(6)]
@@ -1056,71 +828,6 @@ def test_wrong_arguments_of_sequences():
         f(y)
     with pytest.raises(ValueError, match="token_lp: a scalar"):
         f(np.float64(1.0))
-
-
-def test_wrong_arguments_of_preference():
-    (w, l, ref_w, ref_l), lengths = vectors(3)
-    f = ffn.preference_loss
-    for bad in (None, [1.0]):
-        with pytest.raises(TypeError, match="chosen: a numpy.ndarray, not"):
-            f(bad, l)
-        with pytest.raises(TypeError, match="rejected: a numpy.ndarray, not"):
-            f(w, bad)
-    with pytest.raises(TypeError, match="rejected: dtype int64; allowed: float32"):
-        f(w, np.arange(3))
-    with pytest.raises(ValueError, match=r"rejected: shape \(2,\); chosen has \(3,\)"):
-        f(w, l[:2])
-    with pytest.raises(ValueError, match=r"ref_rejected: shape \(3, 1\); chosen has \(3,\)"):
-        f(w, l, ref_w, ref_l[:, None])
-    with pytest.raises(ValueError, match="ref_chosen and ref_rejected: give both or neither"):
-        f(w, l, ref_w)
-    for loss in ("dpo", None, ["sigmoid"]):
-        with pytest.raises(ValueError, match="loss: .*; allowed: 'sigmoid', 'ipo', 'hinge'"):
-            f(w, l, loss=loss)
-    for beta in (0.0, -1.0, np.nan, np.inf):
-        with pytest.raises(ValueError, match="beta: .*positive and finite"):
-            f(w, l, beta=beta)
-    with pytest.raises(TypeError, match="beta: a number"):
-        f(w, l, beta="0.1")
-    for eps in (-0.1, 1.0, np.nan):
-        with pytest.raises(ValueError, match="label_smoothing: .*0 to below 1"):
-            f(w, l, label_smoothing=eps)
-    with pytest.raises(ValueError, match="reduction: 'avg'"):
-        f(w, l, reduction="avg")
-    with pytest.raises(ValueError, match="loss='ipo' divides by the completions' lengths"):
-        f(w, l, loss="ipo", chosen_lengths=lengths[0])
-    ipo = {"loss": "ipo", "chosen_lengths": lengths[0]}
-    with pytest.raises(ValueError, match=r"rejected_lengths: shape \(2,\)"):
-        f(w, l, rejected_lengths=lengths[1][:2], **ipo)
-    with pytest.raises(
-        TypeError, match="rejected_lengths: dtype complex128; allowed: bool, an int"
-    ):
-        f(w, l, rejected_lengths=lengths[1].astype(complex), **ipo)
-    with pytest.raises(ValueError, match="rejected_lengths: element 1 is -2"):
-        f(w, l, rejected_lengths=np.array([1, -2, 3]), **ipo)
-    logits, y, ref = batch(2, 3, 7)
-    out = np.full(logits.shape, 5, np.float32)
-    for bad, error, message in (
-        ({"pairs": "interleaved"}, ValueError, "pairs: 'interleaved'; allowed: 'halves'"),
-        ({"ref_logprobs": ref, "ref_logits": logits}, ValueError, "give one of the two"),
-        ({"ref_logprobs": ref[:2]}, ValueError, r"ref_logprobs: shape \(2,\); allowed: \(4,\)"),
-        ({"ref_logprobs": [0.0]}, TypeError, "ref_logprobs: a numpy.ndarray, not list"),
-        ({"ref_logits": logits[:, :2]}, ValueError, r"ref_logits: shape \(4, 2, 7\); logits have"),
-        ({"ref_logits": y}, TypeError, "ref_logits: dtype int64"),
-        ({"loss": "dpo"}, ValueError, "loss: 'dpo'"),
-        ({"beta": -1.0}, ValueError, "beta"),
-        ({"ignore_index": 1.5}, TypeError, "ignore_index"),
-        ({"reduction": "avg"}, ValueError, "reduction"),
-    ):
-        with pytest.raises(error, match=message):
-            ffn.preference_loss_from_logits(logits, y, return_grad=True, grad_out=out, **bad)
-    with pytest.raises(ValueError, match=r"logits: shape \(3, 3, 7\); allowed: \(2·pairs, T, V\)"):
-        ffn.preference_loss_from_logits(logits[:3], y[:3])
-    with pytest.raises(ValueError, match=r"logits: shape \(4, 7\)"):
-        ffn.preference_loss_from_logits(logits[:, 0], y[:, 0])
-    with pytest.raises(ValueError, match="grad_out: of use only with return_grad"):
-        ffn.preference_loss_from_logits(logits, y, grad_out=out)
-    assert (out == 5).all()
 
 
 def test_wrong_thread_counts():

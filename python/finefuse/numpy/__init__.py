@@ -35,6 +35,19 @@ from .policy import (
 )
 from .preference import PreferenceOutput, preference_loss, preference_loss_from_logits
 from .prune import prune_, prune_mask
+from .preference import (
+    PreferenceOutput,
+    cpo_loss,
+    dpo_loss,
+    ipo_loss,
+    kto_loss,
+    orpo_loss,
+    preference_loss,
+    preference_loss_from_logits,
+    reward_loss,
+    simpo_loss,
+    spin_loss,
+)
 from .segmented import lora_linear_segmented
 
 __all__ = [
@@ -43,16 +56,21 @@ __all__ = [
     "PreferenceOutput",
     "bandit",
     "codebook_linear",
+    "cpo_loss",
     "cross_entropy",
     "dequantize",
     "distill_loss",
     "dora_norm",
+    "dpo_loss",
     "gae",
     "get_num_threads",
     "group_advantages",
+    "ipo_loss",
+    "kto_loss",
     "learn_codebook",
     "lora_linear",
     "lora_linear_segmented",
+    "orpo_loss",
     "policy_loss",
     "policy_loss_from_logits",
     "preference_loss",
@@ -60,8 +78,11 @@ __all__ = [
     "prune_",
     "prune_mask",
     "quantize",
+    "reward_loss",
     "sequence_logprobs",
     "set_num_threads",
+    "simpo_loss",
+    "spin_loss",
     "token_logprobs",
     "value_loss",
 ]
