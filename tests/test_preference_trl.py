@@ -91,7 +91,9 @@ def check_dpo(losses, weights=None, f_divergence="reverse_kl", eps=0.0, ld_alpha
         ("chosen", ours.chosen_rewards), ("rejected", ours.rejected_rewards),
         ("margins", ours.margins), ("accuracies", ours.accuracy),
     ):  # fmt: skip
-        assert a.mean().item() == pytest.approx(fake._metrics["eval"][f"rewards/{name}"][0])
+        assert a.mean().item() == pytest.approx(
+            fake._metrics["eval"][f"rewards/{name}"][0], rel=tol, abs=tol
+        )
 
 
 # exo_pair takes the logarithms of its label_smoothing in float32
