@@ -40,6 +40,7 @@ ORPO = tl.constexpr(18)
 KTO = tl.constexpr(19)
 APO_ZERO_UNPAIRED = tl.constexpr(20)
 REWARD = tl.constexpr(21)
+NO_LOSS = tl.constexpr(-1)  # the metrics alone
 
 # csrc/ops/preference.h, enum Divergence.
 REVERSE_KL = tl.constexpr(0)
@@ -219,7 +220,9 @@ def _pair_loss(loss, w, l, beta, eps, gamma, delta, tau):
         value = -beta * log_sigmoid
         by_w = -beta * down * slope_w
         by_l = beta * down * slope_l
-    elif loss != SFT:  # sigmoid, spin, robust, aot, sigmoid_norm, cpo, simpo, reward
+    elif (loss != SFT) & (
+        loss != NO_LOSS
+    ):  # sigmoid, spin, robust, aot, sigmoid_norm, cpo, simpo, reward
         first = 1.0 - eps
         second = eps
         factor = beta
@@ -531,9 +534,9 @@ def preference(
         absent if m is None else m for m in (chosen_rewards, rejected_rewards, margins, accuracy)
     ]
     sort = {AOT.value: aot_order, AOT_UNPAIRED.value: aot_unpaired_order}
-    # the first launch writes everything, also where every loss sorts: then of a weight of 0
+    # the first launch writes everything, also where every loss sorts: then of no loss
     terms = [t for t in zip(codes, by_length, term_weights, strict=True) if t[0] not in sort]
-    for i, (code, divides, weight) in enumerate(terms or [(SFT.value, False, 0.0)]):
+    for i, (code, divides, weight) in enumerate(terms or [(NO_LOSS.value, False, 0.0)]):
         launch(
             preference_kernel, 1, *inputs, *given(chosen_nll), given(kl)[0], kl_count,
             *given(upstream), chosen_count, rejected_count, code, int(divides), float(weight),

@@ -28,6 +28,13 @@ def _mixed_sigmoid(x: Tensor, first: Any, second: Any) -> Tensor:
     return loss - second * logsigmoid(-finite)
 
 
+def _scaled(nll: Tensor, weight: Any) -> Any:
+    """weight·nll, of a weight of 0 nothing: no 0·inf."""
+    if not isinstance(weight, Tensor):
+        return weight * nll if weight else 0
+    return weight * torch.where(weight != 0, nll, 0)
+
+
 def _exo_pair(x: Tensor, eps: Any) -> Tensor:
     """0·inf is 0."""
     eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device)
@@ -41,11 +48,11 @@ def _discopop(x: Tensor, tau: Any) -> Tensor:
     finite = x.clamp(-1e300, 1e300)
     y = finite / tau
     # L(y) - x, for y far below 0 as x·(1/τ - 1) and what is left of L
-    log_second = torch.where(y >= 0, -finite, finite * (1 / tau - 1)) - torch.log1p(
-        torch.exp(-y.abs())
-    )
+    size = torch.where(y >= 0, y, -y)  # with abs's slope of 0 at 0 the gradient would be wrong
+    log_second = torch.where(y >= 0, -finite, finite * (1 / tau - 1))
+    log_second = log_second - torch.log1p(torch.exp(-size))
     value = torch.sigmoid(-y) * -logsigmoid(finite) + torch.exp(log_second)
-    return torch.where(x == x, value, x)
+    return torch.where(x > -math.inf, value, -x)  # NaN passes
 
 
 def _log_odds(a: Tensor) -> Tensor:
@@ -167,8 +174,10 @@ def preference_loss(inputs: PreferenceInputs, options: PreferenceOptions) -> tup
             else:
                 w, l = lp_w / n_w, lp_l / n_l
             value = pair_loss(loss, w, l, o)
-            if named.nll:
-                value = value + (1 if named.nll == "whole" else o.sft_weight) * nll
+            if named.nll == "whole":
+                value = value + nll
+            elif named.nll:
+                value = value + _scaled(nll, o.sft_weight)
             if loss == "reward":
                 both = lp_w + lp_l
                 value = value + torch.where(both.isfinite(), o.center * both**2, both**2)
