@@ -754,9 +754,9 @@ def truth_from_logits(logits, targets, ref, loss, beta, eps, ld_alpha=1.0, **opt
     return out, reference_logprobs.token_logprobs_gradient(flat, y, g.reshape(-1)).reshape(b, t, v)
 
 
-# The pass over the logits knows no loss, and the losses no logits: every loss once, and all types and shapes with
-# one that takes sums, one that divides by lengths and one with an NLL. 2: the least vocabulary; 257: an odd tail;
-# 3001: beyond a block.
+# The pass over the logits knows no loss, and the losses no logits: every loss once, and all types and shapes
+# with one that takes sums, one that divides by lengths and one with an NLL. 2: the least vocabulary; 257: an
+# odd tail; 3001: beyond a block.
 _LOGITS = [(loss, torch.float32, (2, 5, 257)) for loss in LOSSES]
 _LOGITS += [
     (loss, dtype, shape)

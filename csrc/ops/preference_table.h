@@ -41,9 +41,9 @@ FF_TABLE Dual mixed_sigmoid(Dual x, double first, double second) {
 }
 // -(1 - eps)·L(x) - eps·L(-x)
 FF_TABLE Dual smoothed_sigmoid(Dual x, double eps) { return mixed_sigmoid(x, 1 - eps, eps); }
-// S(x)·[L(x) - ln(1 - eps)] + S(-x)·[L(-x) - ln eps]: the KL divergence from (1 - eps, eps). Near its
-// zero the two terms cancel; there, with t = ±(x - ln((1 - eps)/eps)) and the smaller probability s, it is
-// s·t + ln(1 + s·(e^{-t} - 1)), whose rounding errors are of the size of s·t, not of s.
+// S(x)·[L(x) - ln(1 - eps)] + S(-x)·[L(-x) - ln eps]: the KL divergence from (1 - eps, eps). Near
+// its zero the two terms cancel; there, with t = ±(x - ln((1 - eps)/eps)) and the smaller
+// probability s, it is s·t + ln(1 + s·(e^{-t} - 1)): rounding errors of the size of s·t, not of s.
 FF_TABLE Dual exo_pair(Dual x, double eps) {
   const double e = exp(-fabs(x.v)), s = 1 / (1 + e), near = -log1p(e);  // of |x|
   const double p = x.v >= 0 ? s : e * s, q = x.v >= 0 ? e * s : s;

@@ -260,7 +260,9 @@ class _Preference(torch.autograd.Function):
             saved = [saved[i] for i in places]
         else:
             gradient = saved[-1] * g
-        parts = gradient.split_with_sizes(ctx.sizes)  # without one for chosen_nll where that is None
+        parts = gradient.split_with_sizes(
+            ctx.sizes
+        )  # without one for chosen_nll where that is None
         for i, like, part in zip(places, saved, parts, strict=False):
             if needed[i]:
                 grads[i] = part if part.shape == like.shape else part.view(like.shape)
