@@ -90,6 +90,7 @@ def _mixed_sigmoid(x, first, second):
 
 @triton.jit
 def _exo_pair(x, eps):
+    """Near the zero of the KL its two terms cancel: there by t, see csrc/ops/preference_table.h."""
     e = tl.exp(-tl.abs(x))
     s = 1.0 / (1.0 + e)
     near = -log1p(e)
@@ -101,7 +102,11 @@ def _exo_pair(x, eps):
     log_keep = log1p(-eps)
     log_eps = tl.log(eps)
     value = _times(p, log_p - log_keep) + _times(q, log_q - log_eps)
-    return tl.where(x == x, value, x), _times(p * q, x - log_keep + log_eps)
+    apart = x - log_keep + log_eps
+    close = tl.abs(apart) < 1.0
+    t = tl.where(close, tl.where(up, -apart, apart), 0.0)
+    value = tl.where(close, e * s * t + log1p(e * s * expm1(-t, tl.exp(-t))), value)
+    return tl.where(x == x, value, x), _times(p * q, apart)
 
 
 @triton.jit

@@ -426,6 +426,8 @@ def _call_prune(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> No
             )  # fmt: skip
     for bits in (2, 3, 4, 8):
         prune.prune_codes(u8, 4096, bits, 7, mask, place)
+
+
 def _call_distill(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> None:
     """Every kind with every type, and the tiles; two types, and what may be absent, once each."""
     f64, f32, mask = tensor(torch.float64), tensor(torch.float32), tensor(torch.bool)

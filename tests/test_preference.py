@@ -31,8 +31,8 @@ NUMBERS = {
 
 
 def smoothing(loss, eps):
-    """What exo_pair and robust allow; the KL of exo_pair does not all but vanish in the tests' pairs."""
-    return eps + 0.02 if loss == "exo_pair" else min(eps, 0.4)
+    """What exo_pair and robust allow."""
+    return max(eps, 0.05) if loss == "exo_pair" else min(eps, 0.4)
 
 
 # ---- the formulas in plain torch ---------------------------------------------------------------
@@ -201,9 +201,14 @@ def test_every_loss_has_a_reference():
         assert np.isfinite(out.loss), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+# 1: a sum of one, in float64, where it shows; 7: odd, in both types; 1024: a long sum, of rounded inputs. A
+# kernel computes in float64 whatever the type, so that not all lengths need both.
+@pytest.mark.parametrize(
+    ("pairs", "dtype"),
+    [(1, torch.float64), (7, torch.float32), (7, torch.float64), (1024, torch.float32)],
+    ids=str,
+)
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("pairs", [1, 2, 7, 1024])
 def test_values_and_gradients(isa, loss, pairs, dtype):
     lp, (n_w, n_l) = vectors(pairs, dtype)
     kl = torch.randn(3, dtype=dtype) + 2
@@ -220,7 +225,7 @@ def test_values_and_gradients(isa, loss, pairs, dtype):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_scalar_over_seeds(loss):
     errors = ScalarErrors(loss, torch.float32)
-    for seed in range(40):
+    for seed in range(32):
         lp, (n_w, n_l) = vectors(16, seed=seed)
         eps = smoothing(loss, 0.1)
         n = {"chosen_lengths": n_w, "rejected_lengths": n_l}
@@ -297,13 +302,15 @@ def test_pair_weights(isa, loss):
 @pytest.mark.parametrize("f_divergence", DIVERGENCES)
 @pytest.mark.parametrize("loss", DIVERGING)
 def test_f_divergence(isa, loss, f_divergence):
-    for dtype, alpha in ((torch.float32, 0.5), (torch.float64, 1.0), (torch.float64, 1.3)):
+    cases = [(torch.float32, 0.5, "mean", None), (torch.float64, 1.3, "none", True)]
+    if f_divergence == "alpha":  # the others do not read it
+        cases.append((torch.float64, 1.0, "mean", True))
+    for dtype, alpha, reduction, normalize in cases:
         lp, (n_w, n_l) = vectors(11, dtype, scale=4.0)
-        for reduction, normalize in (("mean", None), ("none", True)):
-            compare(
-                lp, reduction, loss=loss, label_smoothing=0.1, f_divergence=f_divergence,
-                alpha=alpha, chosen_lengths=n_w, rejected_lengths=n_l, normalize_lengths=normalize,
-            )  # fmt: skip
+        compare(
+            lp, reduction, loss=loss, label_smoothing=0.1, f_divergence=f_divergence, alpha=alpha,
+            chosen_lengths=n_w, rejected_lengths=n_l, normalize_lengths=normalize,
+        )  # fmt: skip
 
 
 def test_f_divergence_of_huge_ratios():
@@ -751,11 +758,20 @@ def truth_from_logits(logits, targets, ref, loss, beta, eps, ld_alpha=1.0, **opt
     return out, reference_logprobs.token_logprobs_gradient(flat, y, g.reshape(-1)).reshape(b, t, v)
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
-)
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("shape", [(1, 3, 2), (2, 5, 257), (3, 7, 3001)], ids=str)
+# The pass over the logits knows no loss, and the losses no logits: every loss once, and all types and shapes
+# with one that takes sums, one that divides by lengths and one with an NLL. 2: the least vocabulary; 257: an
+# odd tail; 3001: beyond a block.
+_LOGITS = [(loss, torch.float32, (2, 5, 257)) for loss in LOSSES]
+_LOGITS += [
+    (loss, dtype, shape)
+    for loss in ("sigmoid", "ipo", "orpo")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    for shape in ((1, 3, 2), (2, 5, 257), (3, 7, 3001))
+    if (dtype, shape) != (torch.float32, (2, 5, 257))
+]
+
+
+@pytest.mark.parametrize(("loss", "dtype", "shape"), _LOGITS, ids=str)
 def test_from_logits(isa, loss, dtype, shape):
     logits, targets, ref = batch(*shape, dtype)
     beta, eps, numbers = 0.1, 0.05, {"gamma": 0.8, "sft_weight": 0.7}
@@ -995,9 +1011,10 @@ def test_compile_of_numbers(counter):
         )  # fmt: skip
         return out.loss.sum() + ff.reward_loss(w, l, margin=ref_w, center_coef=number)
 
-    compiled = torch.compile(step, fullgraph=True)
+    # The graphs and their gradients are what is asked for; test_compile has Inductor's code for them.
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     counted = torch.compile(step, backend=counter, fullgraph=True)
-    for i in range(8):
+    for i in range(4):
         number = 0.05 + 0.01 * i
         x, y = ([v.clone().requires_grad_() for v in lp] for _ in range(2))
         a, b = compiled(*x, number), step(*y, number)

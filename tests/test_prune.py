@@ -88,10 +88,12 @@ def with_norm(shape, seed=1):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["normal", "ties", "equal", "special"])
 def test_sparsity(isa, dtype, kind):
+    # none and all ask nothing of the numbers; NaN is what the two ends must order
+    some = SPARSITIES if kind in ("normal", "special") else SPARSITIES[1:-1:2]
     for shape in SHAPES:
         weight = numbers(shape, dtype, kind)
         for scope in ("tensor", "row"):
-            for sparsity in SPARSITIES:
+            for sparsity in some:
                 check(weight, sparsity=sparsity, scope=scope)
             check(weight, sparsity=0.4, scope=scope, **with_norm(shape))
 
@@ -105,8 +107,16 @@ def test_rows_unlike_each_other(isa, dtype):
         check(weight, sparsity=0.5, **with_norm(shape))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["normal", "ties", "equal", "special", "rows", "sorted"])
+# The sample is of keys of 16, 32 or 64 bits, in one code: every type with what is usual and with what is hard
+# (equals, odd numbers), the rest with the shortest and the longest mantissa of 32 bits and less.
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [
+        *((d, k) for d in DTYPES for k in ("normal", "special")),
+        *((d, k) for d in DTYPES[:2] for k in ("ties", "equal", "rows", "sorted")),
+    ],
+    ids=str,
+)
 def test_large(isa, dtype, kind):
     weight = numbers(LARGE, dtype, "normal" if kind == "sorted" else kind)
     if kind == "sorted":  # a sample of stretches sees all of it
@@ -141,13 +151,16 @@ def test_large_in_which_the_sample_is_misled(isa, dtype):
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_n_of_m(isa, dtype, n, m):
-    for kind in ("normal", "ties", "special"):
-        for rows, groups in ((1, 1), (3, 7), (5, 211), (2, 1100)):
-            weight = numbers((rows, groups * m), dtype, kind)
-            check(weight, n=n, m=m)
-            check(weight, n=n, m=m, **with_norm(weight.shape))
-            mask = ff.prune_mask(weight, n=n, m=m)
-            assert (mask.view(-1, m).sum(-1) == n).all()
+    # one group, an odd few, more than a vector's and a thread's; groups know nothing of each other, so that
+    # the many hold enough of every kind
+    for kind, rows, groups in (
+        ("normal", 1, 1), ("normal", 3, 7), ("ties", 5, 211), ("special", 5, 211), ("ties", 2, 1100),
+    ):  # fmt: skip
+        weight = numbers((rows, groups * m), dtype, kind)
+        check(weight, n=n, m=m)
+        check(weight, n=n, m=m, **with_norm(weight.shape))
+        mask = ff.prune_mask(weight, n=n, m=m)
+        assert (mask.view(-1, m).sum(-1) == n).all()
 
 
 @settings(max_examples=150, deadline=None)
@@ -354,8 +367,10 @@ CODES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("name", CODES)
+# How absmax is kept is the decoder's business: once with it quantised.
+@pytest.mark.parametrize(
+    ("name", "double_quant"), [*((name, False) for name in CODES), ("nf4", True)]
+)
 def test_codebooks(isa, name, double_quant):
     # 37·75: an odd count, rows that do not fill bytes; 1: one code in a byte
     for shape in ((1,), (37, 75), (3, 5, 8), (60, 700)):
@@ -454,26 +469,28 @@ def test_compile(counter):
         w, sparsity = numbers((6, 16), seed=i), torch.tensor(i / 10)
         assert torch.equal(compiled(w, sparsity), step(w, sparsity))
     assert counter.graphs == 1
-    for backend in ("aot_eager", "inductor"):
-        w, norm = numbers((6, 16)), torch.rand(16)
-        want_w = w.clone()
-        want = in_place(want_w, norm)
-        got = torch.compile(in_place, backend=backend, fullgraph=True)(w, norm)
-        assert torch.equal(got, want)
-        assert torch.equal(w, want_w)
+    w, norm = numbers((6, 16)), torch.rand(16)
+    want_w = w.clone()
+    want = in_place(want_w, norm)
+    got = torch.compile(in_place, fullgraph=True)(w, norm)
+    assert torch.equal(got, want)
+    assert torch.equal(w, want_w)
 
 
 def test_compile_packed():
     torch._dynamo.reset()
     q, same = (ff.quantize(numbers((8, 64))) for _ in range(2))
-    compiled = torch.compile(lambda q: ff.prune_mask(q, sparsity=0.5), fullgraph=True)
+    # the graphs are of raw ops alone: Inductor, as above, has nothing to add
+    compiled = torch.compile(
+        lambda q: ff.prune_mask(q, sparsity=0.5), backend="aot_eager", fullgraph=True
+    )
     assert torch.equal(compiled(q), ff.prune_mask(q, sparsity=0.5))
 
     def prune(q, x):
         ff.prune_(q, sparsity=0.5)
         return x + 1
 
-    torch.compile(prune, fullgraph=True)(q, torch.ones(1))
+    torch.compile(prune, backend="aot_eager", fullgraph=True)(q, torch.ones(1))
     assert torch.equal(q.codes, ff.prune_(same, sparsity=0.5).codes)
 
 

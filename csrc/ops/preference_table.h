@@ -41,13 +41,20 @@ FF_TABLE Dual mixed_sigmoid(Dual x, double first, double second) {
 }
 // -(1 - eps)·L(x) - eps·L(-x)
 FF_TABLE Dual smoothed_sigmoid(Dual x, double eps) { return mixed_sigmoid(x, 1 - eps, eps); }
-// S(x)·[L(x) - ln(1 - eps)] + S(-x)·[L(-x) - ln eps]: the KL divergence from (1 - eps, eps)
+// S(x)·[L(x) - ln(1 - eps)] + S(-x)·[L(-x) - ln eps]: the KL divergence from (1 - eps, eps). Near
+// its zero the two terms cancel; there, with t = ±(x - ln((1 - eps)/eps)) and the smaller
+// probability s, it is s·t + ln(1 + s·(e^{-t} - 1)): rounding errors of the size of s·t, not of s.
 FF_TABLE Dual exo_pair(Dual x, double eps) {
   const double e = exp(-fabs(x.v)), s = 1 / (1 + e), near = -log1p(e);  // of |x|
   const double p = x.v >= 0 ? s : e * s, q = x.v >= 0 ? e * s : s;
   const double log_p = x.v >= 0 ? near : x.v + near, log_q = x.v >= 0 ? near - x.v : near;
-  const double value = times(p, log_p - log1p(-eps)) + times(q, log_q - log(eps));
-  return chain(x, x.v == x.v ? value : x.v, times(p * q, x.v - log1p(-eps) + log(eps)));
+  const double keep = log1p(-eps), swap = log(eps), apart = x.v - keep + swap;
+  if (fabs(apart) < 1) {
+    const double t = x.v >= 0 ? -apart : apart, least = e * s;
+    return chain(x, least * t + log1p(least * expm1(-t)), p * q * apart);
+  }
+  const double value = times(p, log_p - keep) + times(q, log_q - swap);
+  return chain(x, x.v == x.v ? value : x.v, times(p * q, apart));
 }
 // (1 - m)·(-L(x)) + m·e^{-x}, m = S(x / tau); the second term as e^{L(x / tau) - x}, no inf·0
 FF_TABLE Dual discopop(Dual x, double tau) {

@@ -91,6 +91,7 @@ def raw_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Ca
     name, arguments, returns = match.groups()
     parsed = arguments.split(", ")
     floats = [i for i, a in enumerate(parsed) if a.startswith("float ")]
+    tensors_end = 1 + max(i for i, a in enumerate(parsed) if a.startswith("Tensor"))
     mutates = "!" in arguments
 
     def run_tensor(*args: Any) -> Any:
@@ -111,7 +112,7 @@ def raw_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Ca
                 return op(*args)
 
         def autograd(*args: Any) -> Any:
-            if _plain(args):
+            if _plain(args[:tensors_end]):
                 return function(*args)
             if _has_tangent(args):
                 raise RuntimeError(f"finefuse::{name} has no forward-mode derivative")
@@ -137,7 +138,7 @@ def raw_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Ca
 
     def call(*args: Any) -> Any:
         if not is_compiling():
-            if _plain(args):
+            if _plain(args[:tensors_end]):
                 return run(*args)
             return default(*args)
         if first_float is not None and type(args[first_float]) is not float:
@@ -156,14 +157,16 @@ def _plain(args: tuple[Any, ...]) -> bool:
         return False
     grad = _grad_enabled()
     for a in args:
-        if isinstance(a, Tensor) and (
-            type(a) is not Tensor
-            or not (a.is_cpu or a.is_cuda)
-            or (grad and a.requires_grad)
-            or a.is_neg()
-            or a._is_zerotensor()
-            or _is_wrapped(a)
-        ):
+        if type(a) is Tensor:
+            if (
+                not (a.is_cpu or a.is_cuda)
+                or (grad and a.requires_grad)
+                or a.is_neg()
+                or a._is_zerotensor()
+                or _is_wrapped(a)
+            ):
+                return False
+        elif a is not None and isinstance(a, Tensor):
             return False
     return True
 
@@ -288,7 +291,11 @@ def shaped(y: Tensor, shape: Any) -> Tensor:
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def index_tensor(name: str, value: Any, logits: Tensor) -> Tensor:

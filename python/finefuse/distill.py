@@ -72,8 +72,10 @@ def _check(
         ("teacher_logits", teacher), ("teacher_indices", indices), ("mask", mask), ("targets", targets),
     ):  # fmt: skip
         same_device(name, value, "student_logits", student)
-    shapes = [None if t is None else t.shape for t in (indices, mask, targets)]
-    return distill_vocab(student.shape, teacher.shape, *shapes, vocab)
+    of_indices, of_mask, of_targets = (
+        None if t is None else t.shape for t in (indices, mask, targets)
+    )
+    return distill_vocab(student.shape, teacher.shape, of_indices, of_mask, of_targets, vocab)
 
 
 def _distill(
@@ -216,8 +218,9 @@ class _Distill(torch.autograd.Function):
         if out is not None:
             ctx.spent = ctx.inplace
             vocab, ignore_index = ctx.options[-3:-1]
+            mask, targets = ctx.counts
             # past the columns that count 0 stays 0, also times inf
-            SCALE(out[..., :vocab], _counted(out, *ctx.counts, ignore_index), g, -100)
+            SCALE(out[..., :vocab], _counted(out, mask, targets, ignore_index), g, -100)
             return out, *none
         if ctx.spent:
             raise RuntimeError(SPENT)
@@ -304,10 +307,7 @@ def distill_loss(
     float_tensor("student_logits", student_logits)
     float_tensor("teacher_logits", teacher_logits)
     code, reduce = choice("kind", kind, DISTILL_KINDS), choice("reduction", reduction, REDUCTIONS)
-    numbers = [
-        scalar(name, value)
-        for name, value in (("beta", beta), ("temperature", temperature), ("alpha", alpha))
-    ]
+    numbers = (scalar("beta", beta), scalar("temperature", temperature), scalar("alpha", alpha))
     check_index("ignore_index", ignore_index)
     if not is_compiling():
         check_vocab_size(vocab_size)

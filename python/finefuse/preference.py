@@ -86,22 +86,22 @@ def _check(inputs: Sequence[Tensor | None]) -> None:
     dtype = chosen.dtype
     if dtype is not torch.float32 and dtype is not torch.float64:
         raise TypeError(f"chosen: dtype {dtype}; allowed: float32, float64")
+    on_cpu = chosen.is_cpu
     for i in range(1, 9):
         value = inputs[i]
         if value is None:
             continue
-        name = _INPUT_NAMES[i]
         if value.dtype is not dtype:
-            raise TypeError(f"{name}: dtype {value.dtype}; chosen has {dtype}")
+            raise TypeError(f"{_INPUT_NAMES[i]}: dtype {value.dtype}; chosen has {dtype}")
         if 1 < i < 6:
             like = rejected if _LIKE[i] else chosen
             if value.shape != like.shape:
                 raise ValueError(
-                    f"{name}: shape {tuple(value.shape)}; {_INPUT_NAMES[_LIKE[i]]} has "
+                    f"{_INPUT_NAMES[i]}: shape {tuple(value.shape)}; {_INPUT_NAMES[_LIKE[i]]} has "
                     f"{tuple(like.shape)}"
                 )
-        if not (value.is_cpu and chosen.is_cpu):
-            same_device(name, value, "chosen", chosen)
+        if not (on_cpu and value.is_cpu):
+            same_device(_INPUT_NAMES[i], value, "chosen", chosen)
     nll = inputs[7]
     if nll is not None and nll.numel() != 1:
         raise ValueError(f"chosen_nll: shape {tuple(nll.shape)}; allowed: one element")
@@ -166,11 +166,11 @@ def _run(upstream: Tensor | None, args: Any, want_loss: bool) -> tuple[Any, ...]
     gradient = chosen.new_empty(pairs * (2 if want_ref else 1) + (nll is not None))
     out = chosen_rewards = rejected_rewards = margins = accuracy = None
     if want_loss:
-        accuracy = chosen.new_empty(())
-        out = chosen.new_empty(() if reduction else shape)
+        accuracy = chosen.new_empty(())  # empty_like is the cheaper of the two
+        out = torch.empty_like(accuracy) if reduction else chosen.new_empty(shape)
         chosen_rewards = torch.empty_like(contiguous[0])
         rejected_rewards = torch.empty_like(contiguous[1])
-        margins = chosen.new_empty(margins_shape)
+        margins = torch.empty_like(contiguous[0] if margins_shape == chosen.shape else accuracy)
     _PREFERENCE(
         *contiguous[:9], 0 if kl is None else kl.numel(), *contiguous[9:],
         chosen.dtype is torch.float64, count, other, options, upstream, out, chosen_rewards,
@@ -229,15 +229,19 @@ _BACKWARD = raw_op(
 )
 
 
+_PLACES, _PLACES_WITH_REF = (0, 1, 7), (0, 1, 2, 3, 7)  # of the inputs with a gradient
+
+
 class _Preference(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
-        *outputs, gradient = _FORWARD(*args)
-        ctx.rest = args[_INPUTS:]
-        if args[-2] == _NONE:
-            ctx.save_for_backward(*args[:_INPUTS])
+        inputs, ctx.rest = args[:_INPUTS], args[_INPUTS]  # in one: each argument costs
+        *outputs, gradient = _FORWARD(*inputs, *ctx.rest)
+        ctx.sizes = _sizes(inputs, ctx.rest[-1])
+        if ctx.rest[-2] == _NONE:
+            ctx.save_for_backward(*inputs)
         else:
-            ctx.save_for_backward(*args[:4], args[7], gradient)
+            ctx.save_for_backward(*inputs[: 4 if ctx.rest[-1] else 2], inputs[7], gradient)
         ctx.backend = _backend.chosen
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
@@ -246,21 +250,21 @@ class _Preference(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor | None, *metrics: Any) -> Any:
-        grads: list[Any] = [None] * (_INPUTS + len(ctx.rest))
+        grads: list[Any] = [None] * (_INPUTS + 1)
         if g is None:
             return tuple(grads)
-        saved, want_ref = ctx.saved_tensors, ctx.rest[-1]
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad
+        places = _PLACES_WITH_REF if ctx.rest[-1] else _PLACES
         if ctx.rest[-2] == _NONE:
-            inputs = saved
             gradient = _BACKWARD(g, *saved, *ctx.rest)
+            saved = [saved[i] for i in places]
         else:
-            inputs = (*saved[:4], None, None, None, saved[4])
-            gradient = saved[5] * g
-        parts = gradient.split(_sizes(inputs, want_ref))
-        places = (0, 1, 2, 3) if want_ref else (0, 1)
-        for i, part in zip((*places, 7), parts, strict=False):
-            like = inputs[i]
-            if like is not None and ctx.needs_input_grad[i]:
+            gradient = saved[-1] * g
+        parts = gradient.split_with_sizes(
+            ctx.sizes
+        )  # without one for chosen_nll where that is None
+        for i, like, part in zip(places, saved, parts, strict=False):
+            if needed[i]:
                 grads[i] = part if part.shape == like.shape else part.view(like.shape)
         return tuple(grads)
 
@@ -310,16 +314,22 @@ def _loss_weights(weights: Any, count: int) -> Tensor | None:
 
 def _vectors(*values: Any) -> list[Any]:
     """The first 9 inputs in the widest type of the log-probabilities, at least float32."""
-    dtype = torch.float32
+    dtype = float32 = torch.float32
+    as_they_are = True
     for i, value in enumerate(values):
         if value is None and i > 1:
             continue
+        if isinstance(value, Tensor) and value.dtype is float32:
+            continue
+        as_they_are = False
         if not isinstance(value, Tensor):
             raise TypeError(f"{_INPUT_NAMES[i]}: a tensor, not {type(value).__name__}")
         if value.dtype not in DTYPES and i not in (4, 5):  # lengths may be integers
             float_tensor(_INPUT_NAMES[i], value)
         if i < 4 and value.dtype is torch.float64:
             dtype = torch.float64
+    if as_they_are:
+        return list(values)
     return [v if v is None or v.dtype is dtype else v.to(dtype) for v in values]
 
 
@@ -378,10 +388,11 @@ def _apply(inputs: Sequence[Any], loss_weights: Any, numbers: Any, codes: Any) -
         options = PreferenceOptions(losses, by_length, loss_weights, *numbers, *others)
         _check_eager(given, options)
         return PreferenceOutput(*_eager.preference_loss(given, options))
-    args = (*inputs, loss_weights, *numbers, *codes)
-    if not wants_gradient(*inputs[:4], inputs[7]):
-        return PreferenceOutput(*_FORWARD(*args, False)[:5])
-    return PreferenceOutput(*_Preference.apply(*args, wants_gradient(*inputs[2:4])))
+    want_ref = wants_gradient(*inputs[2:4])
+    rest = (loss_weights, *numbers, *codes, want_ref)
+    if want_ref or wants_gradient(inputs[0], inputs[1], inputs[7]):
+        return PreferenceOutput._make(_Preference.apply(*inputs, rest))
+    return PreferenceOutput._make(_FORWARD(*inputs, *rest)[:5])
 
 
 def preference_loss(

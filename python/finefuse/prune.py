@@ -181,6 +181,7 @@ def _arguments(
 
 
 def _eager_mask(weight: Tensor, norm: Tensor | None, sparsity: Any, *rest: int) -> Tensor:
+    drop: Any
     if isinstance(sparsity, Tensor):  # while compiling; its range is not looked at
         group, _ = _check(weight, norm, 0.0, *rest)
         drop = torch.floor(sparsity * group + 1e-9)

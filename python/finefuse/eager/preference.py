@@ -36,11 +36,15 @@ def _scaled(nll: Tensor, weight: Any) -> Any:
 
 
 def _exo_pair(x: Tensor, eps: Any) -> Tensor:
-    """0·inf is 0."""
+    """0·inf is 0. Near the zero of the KL its two terms cancel: there by t, as the kernels."""
     eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device)
     x = x.clamp(-1e300, 1e300)
-    first = torch.sigmoid(x) * (logsigmoid(x) - torch.log1p(-eps))
-    return first + torch.sigmoid(-x) * (logsigmoid(-x) - torch.log(eps))
+    keep, swap = torch.log1p(-eps), torch.log(eps)
+    far = torch.sigmoid(x) * (logsigmoid(x) - keep) + torch.sigmoid(-x) * (logsigmoid(-x) - swap)
+    apart = x - keep + swap
+    close, sign = apart.abs() < 1, torch.where(x >= 0, -1, 1)
+    t, least = torch.where(close, sign * apart, 0), torch.sigmoid(sign * x)
+    return torch.where(close, least * t + torch.log1p(least * torch.expm1(-t)), far)
 
 
 def _discopop(x: Tensor, tau: Any) -> Tensor:

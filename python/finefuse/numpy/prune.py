@@ -44,7 +44,7 @@ def _select(
         )  # fmt: skip
 
 
-def _arguments(options: Any) -> tuple[Any, ...]:
+def _arguments(options: Any) -> tuple[Any, Any, int, int, int]:
     """(norm, sparsity, n, m, the scope's number) of what callers give."""
     sparsity, n, m, scope, method, norm = options
     n, m = (

@@ -103,9 +103,14 @@ def pair_loss(
         slope = np.where(x < 1, -1.0, 0.0)
     elif loss == "exo_pair":
         p, q = sigmoid(x), sigmoid(-x)
-        value = product(p, log_sigmoid(x) - np.log(1 - eps))
+        value = product(p, log_sigmoid(x) - np.log1p(-eps))
         value = value + product(q, log_sigmoid(-x) - np.log(eps))
-        slope = product(p * q, x - np.log(1 - eps) + np.log(eps))
+        # a KL divergence: near its zero the two cancel, and this form of it keeps the digits
+        apart = x - np.log1p(-eps) + np.log(eps)
+        t, least = np.clip(np.where(x >= 0, -apart, apart), -1, 1), np.minimum(p, q)
+        close = least * t + np.log1p(least * np.expm1(-t))
+        value = np.where(np.abs(apart) < 1, close, value)
+        slope = product(p * q, apart)
     elif loss == "discopop":
         m, rest = sigmoid(x / tau), sigmoid(-x / tau)
         power = product(np.minimum(x, 0), np.asarray(1 / tau - 1)) - np.maximum(x, 0)
