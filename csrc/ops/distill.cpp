@@ -1,9 +1,13 @@
 // Distillation from logits on the CPU: student and teacher are read from memory once.
 //
-//   pass over a row         an element: exponentials, logarithms   reads from
-//   statistics              2, 0                                   memory (sizeof student +
-//   teacher) jsd: both divergences   2, 1                                   cache gradient 2, jsd
-//   1; cross-entropy at T != 1: 1   cache; writes sizeof student
+// clang-format off
+//   pass over a row                     exponentials, logarithms an element   reads from
+//   statistics                          2, 0                                  memory (sizeof student + teacher)
+//   jsd: both divergences               3, 1                                  cache
+//   gradient                            2; reverse 1; jsd 2, 1                cache; writes sizeof student
+//   cross-entropy at T != 1, and its    1 each                                cache
+//   gradient
+// clang-format on
 //
 // The row's log-sum-exps and, for the KLs, Σ e·(difference of the logits) are found in one pass.
 // The gradient follows while both rows are in the cache. Between the two nothing of a row is kept.
@@ -13,6 +17,9 @@
 // types. float32 accumulators per block, double beyond (all double for a float64 student). Rows are
 // split over threads whole, so nothing depends on their number; rows that do not count are never
 // read.
+//
+// The gradient of jsd, of nearly equal or peaked rows, is a small difference: log(p/m) comes from
+// the difference of the logits, not from p and m, and KL(p‖m) is summed with what rounding loses.
 //
 // Targets and the teacher's indices were checked, but another thread of the caller may write them
 // meanwhile: one that is out of range now is not followed.
@@ -295,27 +302,62 @@ PairStats pair_stats(const Row& student, const Row& teacher, int64_t n, const Sc
   return total;
 }
 
-// What p and q of an element are made of: p = e_s/Σ_s, log p - log q = (s - t)/T + gap, s and t
-// relative to their refs.
+// What jsd needs: log q - log p = ((t - from_t) - (s - from_s))/T + gap.
+//
+// `from` are the refs where they are far apart, so that only small numbers are rounded; else 0, so
+// that of nearly equal logits nothing is.
 struct Mixture {
-  double inverse_s, inverse_t, inverse_temperature, gap, beta;
+  double from_s, from_t, inverse_temperature, gap, beta;
 };
 
-// log(p/m) and log(q/m), m = β·q + (1-β)·p, by way of the larger of p and q: nothing overflows, and
-// p or q of 0, whose logit is clamped, leaves a finite number. On return e_s and e_t are p and q.
+Mixture mixture_of(const PairStats& stats, double temperature, double beta) {
+  const double apart = stats.s.ref - stats.t.ref;
+  const double gap = stats.s.log_sum() - stats.t.log_sum(), inverse = 1.0 / temperature;
+  if (apart > temperature || -apart > temperature) {
+    return {stats.s.ref, stats.t.ref, inverse, gap, beta};
+  }
+  return {0.0, 0.0, inverse, gap + apart * inverse, beta};
+}
+
+// e^x and e^x - 1 of an x <= 0, which on return is at least -88 (-700 in double), as where it was
+// NaN. Float: x = n·ln 2 + f, a series to degree 7, relative errors below 1.3e-7.
+FF_INLINE void exp_of_negative(VecF* x, VecF* e, VecF* minus_one) {
+  constexpr float kSeries[] = {0x1p-1f,        0x1.555554p-3f,  0x1.5554acp-5f,
+                               0x1.111174p-7f, 0x1.6d75c8p-10f, 0x1.a051a4p-13f};
+  const VecF magic = splat<VecF>(0x1.8p23);
+  *x = max(*x, splat<VecF>(-88.0));
+  const VecF k = fma(*x, splat<VecF>(0x1.715476p0), magic), n = k - magic;
+  VecF f = fma(n, splat<VecF>(-0x1.62e4p-1), *x);  // so few bits that its product with n is exact
+  f = fma(n, splat<VecF>(-0x1.7f7d1cp-20), f);
+  VecF p = splat<VecF>(kSeries[5]);
+  for (int i = 4; i >= 0; --i) p = fma(p, f, splat<VecF>(kSeries[i]));
+  p = fma(p, f * f, f);
+  const VecF power = (VecF)((VecI)((VecU)k << 23) + 0x3f800000);
+  *e = fma(p, power, power);
+  *minus_one = fma(p, power, power - 1.0f);
+}
+FF_INLINE void exp_of_negative(VecD* x, VecD* e, VecD* minus_one) {
+  *x = max(*x, splat<VecD>(-700.0));
+  exp_and_minus_one(*x, e, minus_one);
+}
+
+// log(p/m) and log(q/m), m = β·q + (1-β)·p. With d = log q - log p and w the weight in m of the
+// smaller of the two, that of the larger is -log(1 + w·(e^-|d| - 1)): no digits are lost where p
+// and q are nearly equal, and nothing overflows. Where p or q is 0 both are finite.
 template <class V> struct MixtureLogs {
-  V p, q, log_p, log_q;
+  V of_p, of_q;
 };
-template <class A>
-FF_INLINE MixtureLogs<Vec<A>> mixture_logs(Vec<A> x, Vec<A> y, Vec<A> e, Vec<A> f,
-                                           const Mixture& c) {
-  using V = Vec<A>;
-  constexpr double kTiny = sizeof(A) == 4 ? 0x1p-126 : 0x1p-1022;
-  const V p = e * splat<V>(c.inverse_s), q = f * splat<V>(c.inverse_t);
-  const V ratio = fma(x - y, splat<V>(c.inverse_temperature), splat<V>(c.gap));
-  const V m = fma(splat<V>(c.beta), q, splat<V>(1.0 - c.beta) * p);
-  const V log_m = log_positive(m / max(max(p, q), splat<V>(kTiny)));
-  return {p, q, (ratio < V{} ? ratio : V{}) - log_m, (ratio > V{} ? -ratio : V{}) - log_m};
+template <class V> FF_INLINE MixtureLogs<V> mixture_logs(V s, V t, const Mixture& c) {
+  const V apart = (t - splat<V>(c.from_t)) - (s - splat<V>(c.from_s));
+  const V d = fma(apart, splat<V>(c.inverse_temperature), splat<V>(c.gap));
+  const auto q_is_less = d < V{};
+  V down = q_is_less ? d : -d, e, minus_one;
+  exp_of_negative(&down, &e, &minus_one);
+  const V beta = splat<V>(c.beta), other = splat<V>(1.0 - c.beta);
+  const V less = q_is_less ? beta : other, more = q_is_less ? other : beta;
+  const V m = fma(less, e, more), minus = less * minus_one;  // m - 1 with all its digits
+  const V log_m = log_positive(m) + (minus - (m - splat<V>(1.0)));
+  return {(q_is_less ? V{} : down) - log_m, (q_is_less ? down : V{}) - log_m};
 }
 
 // Σ q·log(q/m) and Σ p·log(p/m).
@@ -330,16 +372,22 @@ void add_divergences(const A* s, const A* t, int64_t n, const PairStats& stats, 
   constexpr int N = kLanes<A>;
   const V ref_s = splat<V>(stats.s.ref), ref_t = splat<V>(stats.t.ref);
   const V floor = splat<V>(scale.floor);
-  V of_q = {}, of_p = {};
+  V of_q = {}, of_p = {}, lost = {};
   const auto add = [&]<int K>(V(&x)[K], V(&y)[K]) __attribute__((always_inline)) {
     V e[K], f[K];
-    for (int u = 0; u < K; ++u) x[u] -= ref_s, y[u] -= ref_t;
+    MixtureLogs<V> logs[K];
+    for (int u = 0; u < K; ++u) {
+      logs[u] = mixture_logs(x[u], y[u], mixture);
+      x[u] -= ref_s;
+      y[u] -= ref_t;
+    }
     exp_scaled<Precision::exact>(x, e, scale.c, floor);
     exp_scaled<Precision::exact>(y, f, scale.c, floor);
     for (int u = 0; u < K; ++u) {
-      const auto m = mixture_logs<A>(x[u], y[u], e[u], f[u], mixture);
-      of_q = fma(m.q, m.log_q, of_q);
-      of_p = fma(m.p, m.log_p, of_p);
+      of_q = fma(f[u], logs[u].of_q, of_q);
+      const V sum = fma(e[u], logs[u].of_p, of_p);
+      lost += fma(e[u], logs[u].of_p, of_p - sum);
+      of_p = sum;
     }
   };
   int64_t i = 0;
@@ -354,7 +402,7 @@ void add_divergences(const A* s, const A* t, int64_t n, const PairStats& stats, 
     add(x, y);
   }
   total->of_q += horizontal_sum(of_q);
-  total->of_p += horizontal_sum(of_p);
+  total->of_p += horizontal_sum(of_p) + horizontal_sum(lost);
 }
 
 template <class A>
@@ -367,28 +415,34 @@ Divergences divergences(const Row& student, const Row& teacher, int64_t n, const
     add_divergences(block_of(student, i, count, buffer[0]), block_of(teacher, i, count, buffer[1]),
                     count, stats, scale, mixture, &total);
   }
-  return total;
+  return {total.of_q / stats.t.sum(), total.of_p / stats.s.sum()};
 }
 
 // ---- the gradient ----
 
 // forward  g = e_s·a + e_t·b          reverse  g = e_s·(a·(s - t) + b)
-// jsd      g = p·(a·log(p/m) + b)
+// jsd      g = e_s·(a·(log(p/m) - KL(p‖m)) + b)
 template <class A, DistillKind kKind>
 void gradient_block(const A* s, const A* t, int64_t n, const PairStats& stats, const Scale& scale,
-                    const Mixture& mixture, double a, double b, A* g) {
+                    const Mixture& mixture, double of_p, double a, double b, A* g) {
   using V = Vec<A>;
   constexpr int N = kLanes<A>;
   const V ref_s = splat<V>(stats.s.ref), ref_t = splat<V>(stats.t.ref);
   const V floor = splat<V>(scale.floor), va = splat<V>(a), vb = splat<V>(b);
+  // of a peaked row log(p/m) is nearly KL(p‖m): what rounding takes off the latter goes off after
+  const A high = static_cast<A>(of_p);
+  const V kl = splat<V>(high), kl_rest = splat<V>(of_p - high);
   constexpr Precision kPrecision =
-      kKind == DistillKind::jsd ? Precision::exact : Precision::full;  // a logarithm sees the error
+      kKind == DistillKind::jsd ? Precision::exact : Precision::full;  // as in KL(p‖m)
   const auto value = [&]<int K>(V(&x)[K], V(&y)[K]) __attribute__((always_inline)) {
     V e[K], f[K];
+    if constexpr (kKind == DistillKind::jsd) {
+      for (int u = 0; u < K; ++u) f[u] = mixture_logs(x[u], y[u], mixture).of_p;
+    }
     for (int u = 0; u < K; ++u) x[u] -= ref_s, y[u] -= ref_t;
     if constexpr (kKind == DistillKind::reverse_kl) {
       for (int u = 0; u < K; ++u) f[u] = x[u] - y[u];
-    } else {
+    } else if constexpr (kKind == DistillKind::forward_kl) {
       exp_scaled<kPrecision>(y, f, scale.c, floor);
     }
     exp_scaled<kPrecision>(x, e, scale.c, floor);
@@ -398,8 +452,7 @@ void gradient_block(const A* s, const A* t, int64_t n, const PairStats& stats, c
       } else if constexpr (kKind == DistillKind::reverse_kl) {
         x[u] = e[u] * where_positive(e[u], fma(va, f[u], vb));
       } else {
-        const auto m = mixture_logs<A>(x[u], y[u], e[u], f[u], mixture);
-        x[u] = m.p * fma(va, m.log_p, vb);
+        x[u] = e[u] * fma(va, (f[u] - kl) - kl_rest, vb);
       }
     }
   };
@@ -594,17 +647,17 @@ template <class A> struct RowWork {
     return pair_stats<A, DistillKind::jsd>(student, teacher, n, scale);
   }
 
-  void pair_gradient(const A* s, const A* t, int64_t n, const PairStats& stats, double ca,
-                     double cb, A* g) const {
+  void pair_gradient(const A* s, const A* t, int64_t n, const PairStats& stats, double of_p,
+                     double ca, double cb, A* g) const {
     switch (a.kind) {
       case DistillKind::forward_kl:
-        gradient_block<A, DistillKind::forward_kl>(s, t, n, stats, scale, mixture, ca, cb, g);
+        gradient_block<A, DistillKind::forward_kl>(s, t, n, stats, scale, mixture, of_p, ca, cb, g);
         break;
       case DistillKind::reverse_kl:
-        gradient_block<A, DistillKind::reverse_kl>(s, t, n, stats, scale, mixture, ca, cb, g);
+        gradient_block<A, DistillKind::reverse_kl>(s, t, n, stats, scale, mixture, of_p, ca, cb, g);
         break;
       case DistillKind::jsd:
-        gradient_block<A, DistillKind::jsd>(s, t, n, stats, scale, mixture, ca, cb, g);
+        gradient_block<A, DistillKind::jsd>(s, t, n, stats, scale, mixture, of_p, ca, cb, g);
         break;
     }
   }
@@ -646,7 +699,7 @@ template <class A> struct RowWork {
       } else if (a.kind == DistillKind::reverse_kl) {
         kl = pair.dot / (pair.s.sum() * a.temperature) + gap;
       } else if (good) {
-        mixture = {1.0 / pair.s.sum(), 1.0 / pair.t.sum(), 1.0 / a.temperature, gap, a.beta};
+        mixture = mixture_of(pair, a.temperature, a.beta);
         parts = divergences<A>(student, teacher, n, pair, scale, mixture);
         kl = a.beta * parts.of_q + (1.0 - a.beta) * parts.of_p;
       }
@@ -679,8 +732,8 @@ template <class A> struct RowWork {
       ca = weight * inverse * inverse / pair.s.sum();
       cb = (weight * inverse * (gap - kl) + shared) / pair.s.sum();
     } else if (wants_kl) {
-      ca = weight * inverse * (1.0 - a.beta);
-      cb = shared - ca * parts.of_p;
+      ca = weight * inverse * (1.0 - a.beta) / pair.s.sum();
+      cb = shared / pair.s.sum();
     }
     if (!good || !finite(ca) || !finite(cb) || !finite(weight) || !finite(ce_weight)) {
       fill<A>(out, n, kNan);
@@ -693,7 +746,7 @@ template <class A> struct RowWork {
         top_block<A>(student, i, count, named, with_top, a.kind, a.beta, scale, weight, g);
       } else if (wants_kl) {
         pair_gradient(block_of(student, i, count, buffer[0]),
-                      block_of(teacher, i, count, buffer[1]), count, pair, ca, cb, g);
+                      block_of(teacher, i, count, buffer[1]), count, pair, parts.of_p, ca, cb, g);
       }
       if (own) {
         const A* s = block_of(student, i, count, buffer[0]);

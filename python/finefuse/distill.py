@@ -302,7 +302,8 @@ def distill_loss(
     Raises:
         TypeError, ValueError: naming the argument; targets and teacher_indices out of range, an index
         twice in a row, or teacher_logits whose probabilities add up to more than 1 (by more than their
-        type rounds) included. Nothing is written. On GPUs the row is NaN, and `finefuse.check()` raises.
+        type rounds) included. Nothing is written. On GPUs the row is NaN, and `finefuse.check()` raises; the
+        Triton kernels find an index that is twice in a row only where a gradient is written.
     """
     float_tensor("student_logits", student_logits)
     float_tensor("teacher_logits", teacher_logits)

@@ -77,7 +77,14 @@ def _forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def _reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     p = log_p.exp()
-    return _times(p, torch.where(p == 0, 0, log_p) - log_q).sum(-1)
+    value = _times(p, torch.where(p == 0, 0, log_p) - log_q).sum(-1)
+    # Where it is infinite its gradient is NaN in the whole row: log_softmax makes that of an infinite one for
+    # every log-probability. By itself only that of the columns that q lacks would be NaN.
+    bad = value == torch.inf
+    every = torch.where(bad.unsqueeze(-1), 1 - log_p, 0) * torch.where(bad, torch.inf, 0).unsqueeze(
+        -1
+    )
+    return value.masked_fill(bad, 0) + every.sum(-1)
 
 
 def _jsd(log_p: Tensor, log_q: Tensor, beta: Any) -> Tensor:
