@@ -33,8 +33,6 @@ from .policy import (
     policy_loss_from_logits,
     value_loss,
 )
-from .preference import PreferenceOutput, preference_loss, preference_loss_from_logits
-from .prune import prune_, prune_mask
 from .preference import (
     PreferenceOutput,
     cpo_loss,
@@ -48,6 +46,7 @@ from .preference import (
     simpo_loss,
     spin_loss,
 )
+from .prune import prune_, prune_mask
 from .segmented import lora_linear_segmented
 
 __all__ = [
