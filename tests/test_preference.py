@@ -465,6 +465,14 @@ def test_values_by_hand():
     close(ff.preference_loss(w, l, zero, zero, loss="slic", beta=3.0, **n), [1.0, 3.0])
 
 
+def test_margin_is_not_rounded():
+    """A number beside rewards of 16 bits keeps its own."""
+    zero = torch.zeros(3, dtype=torch.bfloat16)
+    out = ff.reward_loss(zero, zero, margin=0.3)
+    truth = np.log1p(np.exp(0.3))
+    check("margin", out, truth, truth)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("pairs", [0, 1, 7])
 def test_reward_loss(isa, pairs, dtype):

@@ -29,6 +29,7 @@ from ._args import (
 )
 from ._op import (
     DTYPES,
+    accumulator,
     composite,
     float_tensor,
     index_tensor,
@@ -556,7 +557,8 @@ def reward_loss(
         float_tensor(name, value)
     given: Any = margin
     if margin is not None and not isinstance(margin, Tensor):
-        given = torch.ones_like(chosen_rewards) * scalar("margin", margin)
+        ones = torch.ones_like(chosen_rewards, dtype=accumulator(chosen_rewards.dtype))
+        given = ones * scalar("margin", margin)
     for name, value in zip(names[1:], (rejected_rewards, given), strict=True):
         if value is None:
             continue
