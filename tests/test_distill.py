@@ -101,13 +101,16 @@ def compare(name, student, teacher, **options):
     check(f"{name}: gradient", dz, eager_dz, want_dz)
 
 
+# Reductions differ only in what a row's gradient is multiplied by: of long rows one, another for each type.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", VOCABS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradient(isa, kind, vocab, dtype):
     rows = 2 if vocab > 100_000 else 6
     student, teacher = make(rows, vocab, dtype)
-    for reduction in ("none", "mean", "sum"):
+    reductions = ("none", "mean", "sum")
+    chosen = reductions if vocab < 1000 else (reductions[DTYPES.index(dtype) % 3],)
+    for reduction in chosen:
         compare(f"{kind} V={vocab} {reduction}", student, teacher, kind=kind, reduction=reduction)
 
 
@@ -127,12 +130,13 @@ def test_scalar_over_seeds(dtype):
         errors.check()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("beta", [0.0, 0.03, 0.5, 0.9, 1.0])
+# beta is of no effect but in jsd.
+@pytest.mark.parametrize(
+    ("kind", "beta"),
+    [("forward_kl", 0.5), ("reverse_kl", 0.5), *(("jsd", b) for b in (0.0, 0.03, 0.5, 0.9, 1.0))],
+)
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0, 20.0])
 def test_beta_and_temperature(isa, kind, beta, temperature):
-    if kind != "jsd" and beta != 0.5:
-        beta = 0.5  # of no effect there
     student, teacher = make(5, 700)
     options = {"kind": kind, "beta": beta, "temperature": temperature}
     for squared in (False, True):
@@ -190,20 +194,26 @@ def test_maximum_rises_late(isa, kind, position):
 # ---- cross-entropy beside it, masks, columns ---------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
+# Which passes a row goes through depends on alpha, T and kind, all of them in float32; the other types, which
+# only load and store otherwise, where the row goes through most.
+@pytest.mark.parametrize(
+    ("alpha", "temperature", "dtype"),
+    [
+        *((alpha, t, torch.float32) for alpha in (0.0, 0.3, 1.0) for t in (1.0, 2.5)),
+        *((0.3, 2.5, dtype) for dtype in DTYPES[1:]),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_alpha(isa, kind, alpha, temperature, dtype):
     student, teacher = make(6, 2100, dtype)
     targets = torch.randint(0, 2100, (6,))
     targets[2] = IGNORE
-    for squared in (False, True):
-        for y in (targets, targets.int()):
-            compare(
-                "alpha", student, teacher, kind=kind, alpha=alpha, targets=y, temperature=temperature,
-                temperature_squared=squared,
-            )  # fmt: skip
+    for squared, y in ((False, targets), (True, targets.int())):
+        compare(
+            "alpha", student, teacher, kind=kind, alpha=alpha, targets=y, temperature=temperature,
+            temperature_squared=squared,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -35,7 +35,8 @@ using detail::kBlock;
 using detail::kLog2e;
 
 constexpr double kNan = __builtin_nan(""), kMinusInf = -__builtin_inf();
-constexpr int kPair = 2;  // vectors of each row at a time: four exponentials in flight
+constexpr int kPair = 2;   // vectors of each row at a time: four exponentials in flight
+constexpr int kAlone = 1;  // where logarithms of m are taken: two would not stay in registers
 
 bool finite(double x) { return x - x == 0.0; }
 
@@ -391,9 +392,9 @@ void add_divergences(const A* s, const A* t, int64_t n, const PairStats& stats, 
     }
   };
   int64_t i = 0;
-  for (; i + kPair * N <= n; i += kPair * N) {
-    V x[kPair], y[kPair];
-    for (int u = 0; u < kPair; ++u) x[u] = load(s + i + u * N), y[u] = load(t + i + u * N);
+  for (; i + kAlone * N <= n; i += kAlone * N) {
+    V x[kAlone], y[kAlone];
+    for (int u = 0; u < kAlone; ++u) x[u] = load(s + i + u * N), y[u] = load(t + i + u * N);
     add(x, y);
   }
   for (; i < n; i += N) {
@@ -426,7 +427,7 @@ template <class A, DistillKind kKind>
 void gradient_block(const A* s, const A* t, int64_t n, const PairStats& stats, const Scale& scale,
                     const Mixture& mixture, double of_p, double a, double b, A* g) {
   using V = Vec<A>;
-  constexpr int N = kLanes<A>;
+  constexpr int N = kLanes<A>, kVectors = kKind == DistillKind::jsd ? kAlone : kPair;
   const V ref_s = splat<V>(stats.s.ref), ref_t = splat<V>(stats.t.ref);
   const V floor = splat<V>(scale.floor), va = splat<V>(a), vb = splat<V>(b);
   // of a peaked row log(p/m) is nearly KL(p‖m): what rounding takes off the latter goes off after
@@ -457,11 +458,11 @@ void gradient_block(const A* s, const A* t, int64_t n, const PairStats& stats, c
     }
   };
   int64_t i = 0;
-  for (; i + kPair * N <= n; i += kPair * N) {
-    V x[kPair], y[kPair];
-    for (int u = 0; u < kPair; ++u) x[u] = load(s + i + u * N), y[u] = load(t + i + u * N);
+  for (; i + kVectors * N <= n; i += kVectors * N) {
+    V x[kVectors], y[kVectors];
+    for (int u = 0; u < kVectors; ++u) x[u] = load(s + i + u * N), y[u] = load(t + i + u * N);
     value(x, y);
-    for (int u = 0; u < kPair; ++u) store(g + i + u * N, x[u]);
+    for (int u = 0; u < kVectors; ++u) store(g + i + u * N, x[u]);
   }
   for (; i < n; i += N) {
     const int k = n - i < N ? static_cast<int>(n - i) : N;

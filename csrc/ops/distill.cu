@@ -1,13 +1,14 @@
 // Distillation from logits on NVIDIA GPUs: loss and gradient of a row in one visit.
 //
+// clang-format off
 //   kernel        reads + writes a column           bound by                          split
-//   distill       sizeof(T) + sizeof(teacher's)     memory; for jsd, which takes 8    a block a
-//   row,
+//   distill       sizeof(T) + sizeof(teacher's)     memory; for jsd, which takes 8    a block a row,
 //                 + sizeof(T)                       exponentials and logarithms a     or a cluster
 //                                                   column, those
 //   distill_top   sizeof(T) + sizeof(T), and the    memory; the student's row is      a block a row
 //                 teacher's K entries               read three times, from L2 as
 //                                                   far as it stayed there
+// clang-format on
 //
 // A row goes through up to three passes: the statistics of both softmaxes, the sums of the
 // divergence (not for the forward KL, whose gradient does not need them), the gradient. Between
