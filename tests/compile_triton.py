@@ -471,8 +471,12 @@ def known_pairs() -> set[tuple[str, ...]]:
 
 
 def loop(variant: Variant) -> tuple[str, ...] | None:
-    """What shapes the loop over the row of a hot kernel; unaligned, bfloat16 stands for all."""
+    """What shapes the loop of a hot kernel: its tile; over a row of logits, where unaligned bfloat16 stands
+    for all, the row's pieces and what is made of them."""
     c = variant.choices
+    if variant.hot and "TOKENS" in c:
+        tile = ("num_warps", "TOKENS", "COLUMNS", "INNER", "RANKS")
+        return (variant.name, c[variant.kernel.arg_names[0]], *(c.get(name, "") for name in tile))
     if not variant.hot or "logits" not in c or (c["logits"] != "bf16" and c["aligned"] == "no"):
         return None
     names = ("kernel", "logits", "num_warps", "BLOCK", "aligned", "SMOOTHING", "ENTROPY")
@@ -481,13 +485,17 @@ def loop(variant: Variant) -> tuple[str, ...] | None:
 
 
 def chosen(variants: list[Variant]) -> Iterator[Variant]:
-    """Enough of them to have every choice with every type, and every loop of the hot kernels."""
-    seen: set[Any] = {None}
+    """Few that have every choice with every type, and every loop of the hot kernels: of each kernel always
+    the one that shows most of what is missing."""
+    by_kernel: dict[str, list[tuple[Variant, set[Any]]]] = {}
     for v in variants:
-        new = pairs(v) | {loop(v)}
-        if not new <= seen:
+        by_kernel.setdefault(v.name, []).append((v, pairs(v) | ({loop(v)} - {None})))
+    for candidates in by_kernel.values():
+        missing = set().union(*(shown for _, shown in candidates))
+        while missing:
+            v, shown = max(candidates, key=lambda candidate: len(candidate[1] & missing))
+            missing -= shown
             yield v
-        seen |= new
 
 
 # ---- the table ---------------------------------------------------------------------------------
