@@ -153,7 +153,7 @@ def segmented_shrink(
     constants = {"QUADS": columns % 4 == 0, "PRECISION": _precision(), "num_warps": 4}
     if h is not None and tokens > 0:
         most, block, ranks = _narrow_tile(rank, dtype, factor_dtype)
-        block = _dropped(block, columns, seed)
+        block, ranks = _dropped(block, ranks, columns, seed)
         together = most if tokens >= most * adapters else 16
         tiles = _tiles(tokens, adapters, together)
         launch(
@@ -165,7 +165,7 @@ def segmented_shrink(
     if outer is not None and adapters > 0 and columns > 0:
         most, _, ranks = _narrow_tile(rank, dtype, _F32)
         together = most if tokens >= most * adapters else 16
-        block = _dropped(64, columns, seed)
+        block, ranks = _dropped(64, ranks, columns, seed)
         programs = adapters * triton.cdiv(columns, block) * triton.cdiv(rank, ranks)
         launch(
             segmented_outer_kernel, programs, x, tokens, columns, rank, order, begins, g, outer,

@@ -85,15 +85,15 @@ __device__ void blank(const Distill& a, int64_t r, const RowPart& part, double l
 
 // Whether the row is to be computed; if not, it is done. All threads come here.
 template <class T> __device__ bool begin_row(const Distill& a, int64_t r, const RowPart& part) {
-  if (!counts(a, r)) {
-    blank<T>(a, r, part, 0.0);
-    return false;
+  double loss = 0.0;
+  if (counts(a, r)) {
+    if (a.targets.data == nullptr) return true;
+    const int64_t y = a.targets[r];
+    if (y >= 0 && y < a.shape.vocab) return true;
+    raise(a.place, Flag::targets);
+    loss = NAN;
   }
-  if (a.targets.data == nullptr) return true;
-  const int64_t y = a.targets[r];
-  if (y >= 0 && y < a.shape.vocab) return true;
-  raise(a.place, Flag::targets);
-  blank<T>(a, r, part, NAN);
+  blank<T>(a, r, part, loss);
   return false;
 }
 
@@ -295,6 +295,17 @@ __device__ RowStats other_stats(const OtherRow& t, int64_t n, double temperature
 
 // ---- whole distributions: a block or a cluster a row --------------------------------------------
 
+// The statistics of the student's row and of the teacher's: one loop in the code, not two.
+template <class F> __device__ __forceinline__ void both_stats(RowStats (&stats)[2], const F& f) {
+  __shared__ RowStats found[2];
+  FF_ROLLED for (int k = 0; k < 2; ++k) {
+    const RowStats x = f(k);
+    if (threadIdx.x == 0) found[k] = x;
+    __syncthreads();
+  }
+  for (int k = 0; k < 2; ++k) stats[k] = found[k];
+}
+
 // What all threads know of a row after its statistics.
 struct RowPair {
   RowLogprob s, t;
@@ -384,6 +395,25 @@ template <class F> __device__ __forceinline__ void by_kind(DistillKind kind, con
   }
 }
 
+// A loop for each kind over rows of one type; over others one, which asks at each element.
+template <class T, class F>
+__device__ __forceinline__ void pass_of_kind(DistillKind kind, const T* z, const T* t, T* out,
+                                             int64_t n, const F& f) {
+  by_kind(kind, [&]<DistillKind kKind>() {
+    pair_pass(z, t, out, n,
+              [&](auto x_s, auto x_t) { return f.template operator()<kKind>(x_s, x_t); });
+  });
+}
+template <class T, class F>
+__device__ __forceinline__ void pass_of_kind(DistillKind kind, const T* z, const OtherRow& t,
+                                             T* out, int64_t n, const F& f) {
+  pair_pass(z, t, out, n, [&](auto x_s, auto x_t) {
+    decltype(x_s) g;
+    by_kind(kind, [&]<DistillKind kKind>() { g = f.template operator()<kKind>(x_s, x_t); });
+    return g;
+  });
+}
+
 // kept: both rows fit in shared memory, of one block or of a cluster of them, and the later passes
 // read them there; else they read the rows again.
 struct Rows : Distill {
@@ -428,34 +458,31 @@ template <class T, bool kOther> __global__ void FF_ROW_BOUNDS distill_kernel(con
       task.t = t;
     }
     RowStats stats[2];
-    const auto both = [&](const auto& stats_of) {  // one loop over a row in the code, not two
-      FF_ROLLED for (int k = 0; k < 2; ++k) {
-        const RowStats found = stats_of(k == 0);
-        if (k == 0)
-          stats[0] = found;
-        else
-          stats[1] = found;
-        __syncthreads();
-      }
-    };
     if constexpr (kStaged) {
-      z += part.begin;
-      t += part.begin;
-      T *stage_z = nullptr, *stage_t = nullptr;
-      if (a.kept) {
-        stage_z = stage_of(z);
-        stage_t = reinterpret_cast<T*>(reinterpret_cast<unsigned char*>(stage_of(t)) +
-                                       stage_bytes<T>(vocab, cluster_size(), 2));
-        if (threadIdx.x == 0) task.z = stage_z, task.t = stage_t;
+      __shared__ T* stage[2];
+      if (threadIdx.x == 0) {
+        task.z += part.begin;
+        task.t += part.begin;
+        stage[0] = stage[1] = nullptr;
+        if (a.kept) {
+          stage[0] = stage_of(task.z);
+          stage[1] = reinterpret_cast<T*>(reinterpret_cast<unsigned char*>(stage_of(task.t)) +
+                                          stage_bytes<T>(vocab, cluster_size(), 2));
+        }
       }
-      both([&](bool of_z) {
-        return row_stats<T, false, false, Access::keep>(of_z ? z : t, part.count, a.temperature,
-                                                        of_z ? stage_z : stage_t);
+      __syncthreads();
+      both_stats(stats, [&](int k) {
+        return row_stats<T, false, false, Access::keep>(k == 0 ? task.z : task.t, task.count,
+                                                        a.temperature, stage[k]);
       });
+      if (threadIdx.x == 0 && a.kept) task.z = stage[0], task.t = stage[1];
       row_stats_of_all(stats, a.temperature);
     } else {
-      const OtherRow s{z, a.shape.dtype};
-      both([&](bool of_z) { return other_stats<A>(of_z ? s : t, vocab, a.temperature); });
+      __syncthreads();
+      both_stats(stats, [&](int k) {
+        const OtherRow row{k == 0 ? task.z : task.t.data, k == 0 ? a.shape.dtype : task.t.dtype};
+        return other_stats<A>(row, vocab, a.temperature);
+      });
     }
     if (threadIdx.x == 0) known = row_pair(stats, a.temperature);
   }
@@ -483,12 +510,11 @@ template <class T, bool kOther> __global__ void FF_ROW_BOUNDS distill_kernel(con
   if (!at_once) {
     Sums<A> own;
     const Pair<A> pair = shared_pair;
-    by_kind(a.kind, [&]<DistillKind kKind>() {
-      pair_pass<T>(task.z, task.t, static_cast<T*>(nullptr), task.count, [&](A x_s, A x_t) {
-        add_column<kKind>(own, pair, column_of(pair, x_s, x_t));
-        return A{0};
-      });
-    });
+    const auto add = [&]<DistillKind kKind>(A x_s, A x_t) {
+      add_column<kKind>(own, pair, column_of(pair, x_s, x_t));
+      return A{0};
+    };
+    pass_of_kind(a.kind, task.z, task.t, static_cast<T*>(nullptr), task.count, add);
     add_up(own);
   }
   if (task.out != nullptr) {
@@ -503,13 +529,12 @@ template <class T, bool kOther> __global__ void FF_ROW_BOUNDS distill_kernel(con
       Sums<A> own;
       const Pair<A> pair = shared_pair;
       const A ga = static_cast<A>(g.a), gb = static_cast<A>(g.b), gc = static_cast<A>(g.c);
-      by_kind(a.kind, [&]<DistillKind kKind>() {
-        pair_pass<T>(task.z, task.t, task.out, task.count, [&](A x_s, A x_t) {
-          const Column<A> x = column_of(pair, x_s, x_t);
-          if constexpr (kKind == DistillKind::forward_kl) add_column<kKind>(own, pair, x);
-          return gradient_at<kKind>(pair, x, ga, gb, gc);
-        });
-      });
+      const auto gradient = [&]<DistillKind kKind>(A x_s, A x_t) {
+        const Column<A> x = column_of(pair, x_s, x_t);
+        if constexpr (kKind == DistillKind::forward_kl) add_column<kKind>(own, pair, x);
+        return gradient_at<kKind>(pair, x, ga, gb, gc);
+      };
+      pass_of_kind(a.kind, task.z, task.t, task.out, task.count, gradient);
       if (at_once) add_up(own);
     }
     if (task.first) zero_padding<T>(a, row_of_block<kStaged>());
@@ -560,7 +585,8 @@ __device__ inline double mass_tolerance(DType dtype) {
 template <class T, class F>
 __device__ __forceinline__ void row_pass(const T* z, T* out, int64_t n, const F& f) {
   constexpr int N = Vector<T>::kSize;
-  const Span span = out == nullptr ? vector_span(z, z, n) : vector_span<T>(z, out, n);
+  Span span = out == nullptr ? vector_span(z, z, n) : vector_span<T>(z, out, n);
+  if constexpr (sizeof(T) == 8) span = {n, n};
   const auto one = [&](int64_t i) {
     const auto g = f(i, to_accumulator(z[i]));
     if (out != nullptr) store_value(out + i, g);
@@ -616,7 +642,11 @@ template <class T> __global__ void FF_ROW_BOUNDS distill_top_kernel(const Distil
     return;
   }
   const auto is_named = [&](int64_t i) { return (named[i / 32] >> (i % 32) & 1) != 0; };
-  RowStats stats = row_stats<T, false, false, Access::keep>(z, vocab, a.temperature, nullptr);
+  RowStats stats;
+  if constexpr (sizeof(T) == 8)
+    stats = other_stats<A>({z, a.shape.dtype}, vocab, a.temperature);
+  else
+    stats = row_stats<T, false, false, Access::keep>(z, vocab, a.temperature, nullptr);
   TopRow mine{};
   if (threadIdx.x == 0) {
     mine.s = row_logprob(stats, stats.ref, a.temperature);
