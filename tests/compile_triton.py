@@ -490,8 +490,8 @@ def loop(variant: Variant) -> tuple[str, ...] | None:
 
 
 def shows(variant: Variant) -> set[tuple[str, ...]]:
-    """What compiling it shows. Distillation and pruning compute on float32 whatever 16 bits they read and
-    on float64 as on float32: there all pairs of bfloat16 and float32; the others with each constant."""
+    """What compiling it shows. Distillation and pruning compute on float32 whatever 16 bits they read, and on
+    float64 as on float32: every pair of float32 and bfloat16, float16 once, float64 with each constant."""
     found, choices = pairs(variant), variant.choices
     if variant.name.startswith(("distill_", "prune_")):
         dtype = choices.get("logits", choices.get("weight"))

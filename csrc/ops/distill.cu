@@ -586,7 +586,7 @@ template <class T, class F>
 __device__ __forceinline__ void row_pass(const T* z, T* out, int64_t n, const F& f) {
   constexpr int N = Vector<T>::kSize;
   Span span = out == nullptr ? vector_span(z, z, n) : vector_span<T>(z, out, n);
-  if constexpr (sizeof(T) == 8) span = {n, n};
+  if constexpr (sizeof(T) == 8) span = {n, n};  // float64 is not there for speed
   const auto one = [&](int64_t i) {
     const auto g = f(i, to_accumulator(z[i]));
     if (out != nullptr) store_value(out + i, g);
