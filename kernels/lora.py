@@ -235,6 +235,14 @@ def _shrink_tile(tokens, rank, dtype, other):
     return 16 if tokens <= 2048 else most, block, ranks
 
 
+def _dropped(block, ranks, columns, seed):
+    """(columns, ranks) of a tile of at most 64 tokens: where rows do not begin at multiples of 4, dropout
+    makes all four words of a counter for each element, and those of more do not fit the registers."""
+    if seed is None or columns % 4 == 0:
+        return block, ranks
+    return min(block, 32), min(ranks, 32)
+
+
 def lora_shrink(
     x, dtype, tokens, columns, rank, factor, factor_dtype, rank_stride, column_stride, h, h_scale,
     g, outer, outer_scale, seed, threshold, keep_scale, place,
@@ -242,6 +250,7 @@ def lora_shrink(
     constants = {"QUADS": columns % 4 == 0, "PRECISION": _precision(), "num_warps": 4}
     if h is not None and tokens > 0:
         together, block, ranks = _shrink_tile(tokens, rank, dtype, factor_dtype)
+        block, ranks = _dropped(block, ranks, columns, seed)
         programs = triton.cdiv(tokens, together) * triton.cdiv(rank, ranks)
         launch(
             shrink_kernel, programs, x, tokens, columns, factor, rank, rank_stride, column_stride, h,

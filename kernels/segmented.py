@@ -23,6 +23,7 @@ from .lora import (
     _F64,
     _add_h,
     _add_outer,
+    _dropped,
     _load,
     _narrow_tile,
     _precision,
@@ -152,6 +153,7 @@ def segmented_shrink(
     constants = {"QUADS": columns % 4 == 0, "PRECISION": _precision(), "num_warps": 4}
     if h is not None and tokens > 0:
         most, block, ranks = _narrow_tile(rank, dtype, factor_dtype)
+        block, ranks = _dropped(block, ranks, columns, seed)
         together = most if tokens >= most * adapters else 16
         tiles = _tiles(tokens, adapters, together)
         launch(
@@ -163,11 +165,12 @@ def segmented_shrink(
     if outer is not None and adapters > 0 and columns > 0:
         most, _, ranks = _narrow_tile(rank, dtype, _F32)
         together = most if tokens >= most * adapters else 16
-        programs = adapters * triton.cdiv(columns, 64) * triton.cdiv(rank, ranks)
+        block, ranks = _dropped(64, ranks, columns, seed)
+        programs = adapters * triton.cdiv(columns, block) * triton.cdiv(rank, ranks)
         launch(
             segmented_outer_kernel, programs, x, tokens, columns, rank, order, begins, g, outer,
             *((1, rank) if turned else (columns, 1)), outer_scale, float(keep_scale), seed, threshold,
-            **constants, TOKENS=together, COLUMNS=64, RANKS=ranks,
+            **constants, TOKENS=together, COLUMNS=block, RANKS=ranks,
         )  # fmt: skip
 
 

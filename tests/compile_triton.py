@@ -323,10 +323,11 @@ def _call_segmented(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -
         for tokens, columns, rank, (factor, other), scale, dropout, precision in (
             (4096, 4096, 64, (x, dtype), None, drops[0], "highest"),
             (8, 75, 8, (f32, 0), h, drops[1], "high"),
+            (4096, 75, 64, (x, dtype), h, drops[1], "high"),
         ):
             torch.set_float32_matmul_precision(precision)
             if x.dtype == torch.float16:  # as bfloat16
-                if tokens == 8:
+                if scale is not None:
                     continue
                 tokens, rank, scale = 8, 8, h
             given = (i64, i64, 9, factor, other, rank * columns, columns, 1)
@@ -473,8 +474,14 @@ def known_pairs() -> set[tuple[str, ...]]:
 
 
 def loop(variant: Variant) -> tuple[str, ...] | None:
-    """What shapes the loop over the row of a hot kernel; unaligned, bfloat16 stands for all."""
+    """What shapes the loop of a hot kernel: its tile; over a row of logits, where unaligned bfloat16 stands
+    for all, the row's pieces and what is made of them."""
     c = variant.choices
+    if variant.hot and "TOKENS" in c:
+        tile = ("num_warps", "TOKENS", "COLUMNS", "INNER", "RANKS")
+        return (variant.name, c[variant.kernel.arg_names[0]], *(c.get(name, "") for name in tile))
+    if variant.name.startswith("distill") and c.get("logits") == "fp16":  # as bfloat16
+        return None
     if not variant.hot or "logits" not in c or (c["logits"] != "bf16" and c["aligned"] == "no"):
         return None
     names = ("kernel", "logits", "num_warps", "BLOCK", "aligned", "SMOOTHING", "ENTROPY")
@@ -482,14 +489,31 @@ def loop(variant: Variant) -> tuple[str, ...] | None:
     return (*(c.get(name, "") for name in names), *absent)
 
 
+def shows(variant: Variant) -> set[tuple[str, ...]]:
+    """What compiling it shows. Distillation and pruning compute on float32 whatever 16 bits they read, and on
+    float64 as on float32: every pair of float32 and bfloat16, float16 once, float64 with each constant."""
+    found, choices = pairs(variant), variant.choices
+    if variant.name.startswith(("distill_", "prune_")):
+        dtype = choices.get("logits", choices.get("weight"))
+        if dtype == "fp16":
+            return {pair for pair in found if pair[2] == "kernel"}
+        if dtype == "fp64":
+            return {pair for pair in found if pair[2] in ("kernel", "KIND", "HARD", "ZERO")}
+    return found
+
+
 def chosen(variants: list[Variant]) -> Iterator[Variant]:
-    """Enough of them to have every choice with every type, and every loop of the hot kernels."""
-    seen: set[Any] = {None}
+    """Few that show every choice with every type, and every loop of the hot kernels: of each kernel always
+    the one that shows most of what is missing."""
+    by_kernel: dict[str, list[tuple[Variant, set[Any]]]] = {}
     for v in variants:
-        new = pairs(v) | {loop(v)}
-        if not new <= seen:
+        by_kernel.setdefault(v.name, []).append((v, shows(v) | ({loop(v)} - {None})))
+    for candidates in by_kernel.values():
+        missing = set().union(*(shown for _, shown in candidates))
+        while missing:
+            v, shown = max(candidates, key=lambda candidate: len(candidate[1] & missing))
+            missing -= shown
             yield v
-        seen |= new
 
 
 # ---- the table ---------------------------------------------------------------------------------

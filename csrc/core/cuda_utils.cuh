@@ -18,6 +18,7 @@ namespace finefuse::cuda {
 
 // Arrays indexed in a loop live in registers only if the loop is unrolled.
 #define FF_UNROLL _Pragma("unroll")
+#define FF_ROLLED _Pragma("unroll 1")  // its body once in the code, for the compiler's time
 
 // ---- numbers -----------------------------------------------------------------------------------
 

@@ -185,9 +185,10 @@ template <class T> FF_HD int64_t stage_bytes(int64_t vocab, unsigned blocks, int
 }
 
 // `staged` where a row, or `rows` rows that go together, fit in the shared memory of a block, or of
-// a cluster of them, else `twice`, which reads them again.
+// a cluster of them, else `twice`, which reads them again and may have arguments of its own.
 template <class T, class Args>
-void launch_rows(void (*staged)(Args), void (*twice)(Args), const Args& a, int rows = 1) {
+void launch_rows(void (*staged)(Args), void (*twice)(Args), const Args& a, int rows,
+                 const Args& of_twice) {
   const int64_t limit = stage_limit();
   const auto bytes = [&](int blocks) {
     return rows * stage_bytes<T>(a.shape.vocab, static_cast<unsigned>(blocks), rows);
@@ -198,7 +199,7 @@ void launch_rows(void (*staged)(Args), void (*twice)(Args), const Args& a, int r
     while (blocks < most && bytes(blocks) > limit) blocks *= 2;
   }
   if (bytes(blocks) > limit) {
-    launch(twice, a.shape.rows, threads_for<T>(a), 0, a);
+    launch(twice, a.shape.rows, threads_for<T>(a), 0, of_twice);
     return;
   }
 #if !defined(FF_CUDA_ON_CPU)
@@ -209,6 +210,10 @@ void launch_rows(void (*staged)(Args), void (*twice)(Args), const Args& a, int r
 #endif
   launch(staged, a.shape.rows * blocks, row_threads(bytes(blocks)),
          static_cast<size_t>(bytes(blocks)), a, blocks);
+}
+template <class T, class Args>
+void launch_rows(void (*staged)(Args), void (*twice)(Args), const Args& a) {
+  launch_rows<T>(staged, twice, a, 1, a);
 }
 
 }  // namespace finefuse::cuda

@@ -86,15 +86,15 @@ __device__ void blank(const Distill& a, int64_t r, const RowPart& part, double l
 
 // Whether the row is to be computed; if not, it is done. All threads come here.
 template <class T> __device__ bool begin_row(const Distill& a, int64_t r, const RowPart& part) {
-  if (!counts(a, r)) {
-    blank<T>(a, r, part, 0.0);
-    return false;
+  double loss = 0.0;
+  if (counts(a, r)) {
+    if (a.targets.data == nullptr) return true;
+    const int64_t y = a.targets[r];
+    if (y >= 0 && y < a.shape.vocab) return true;
+    raise(a.place, Flag::targets);
+    loss = NAN;
   }
-  if (a.targets.data == nullptr) return true;
-  const int64_t y = a.targets[r];
-  if (y >= 0 && y < a.shape.vocab) return true;
-  raise(a.place, Flag::targets);
-  blank<T>(a, r, part, NAN);
+  blank<T>(a, r, part, loss);
   return false;
 }
 
@@ -189,25 +189,18 @@ __device__ __forceinline__ A gradient_at(const Pair<A>& pair, const Column<A>& x
 
 // ---- passes over a row --------------------------------------------------------------------------
 
+// f of what a span of n elements has before its vectors and after them.
+template <class F>
+__device__ __forceinline__ void outside(const Span& span, int64_t n, const F& f) {
+  const int64_t inside = span.tail - span.head;
+  for (int64_t i = threadIdx.x; i < n - inside; i += blockDim.x) f(i < span.head ? i : i + inside);
+}
+
 // Two rows of one type: out = f(x_s, x_t), where there is an out, which may be z.
-template <class T, Access kAccess, class F>
+template <class T, class F>
 __device__ __forceinline__ void pair_pass(const T* z, const T* t, T* out, int64_t n, const F& f) {
   using A = Accumulator<T>;
   constexpr int N = Vector<T>::kSize;
-  const auto vectors = [&]<int U>(int64_t i, int64_t step) {
-    Vector<T> v[U], w[U];
-    FF_UNROLL for (int u = 0; u < U; ++u) {
-      v[u] = load<kAccess>(z + i + u * step);
-      w[u] = load<kAccess>(t + i + u * step);
-    }
-    FF_UNROLL for (int u = 0; u < U; ++u) {
-      FF_UNROLL for (int k = 0; k < N; ++k) {
-        const A g = f(to_accumulator(v[u].x[k]), to_accumulator(w[u].x[k]));
-        if (out != nullptr) store_value(&v[u].x[k], g);
-      }
-      if (out != nullptr) store(out + i + u * step, v[u]);
-    }
-  };
   const auto one = [&](int64_t i) {
     const A g = f(to_accumulator(z[i]), to_accumulator(t[i]));
     if (out != nullptr) store_value(out + i, g);
@@ -215,13 +208,16 @@ __device__ __forceinline__ void pair_pass(const T* z, const T* t, T* out, int64_
   Span span = vector_span(z, t, n);
   if (out != nullptr && vector_span<T>(z, out, n).head == n) span = {n, n};
   const int64_t step = static_cast<int64_t>(blockDim.x) * N;
-  int64_t i = span.head + static_cast<int64_t>(threadIdx.x) * N;
-  if constexpr (kAccess == Access::stream) {  // shared memory answers sooner
-    for (; i + step < span.tail; i += 2 * step) vectors.template operator()<2>(i, step);
+  for (int64_t i = span.head + static_cast<int64_t>(threadIdx.x) * N; i < span.tail; i += step) {
+    Vector<T> v = load<Access::keep>(z + i);
+    const Vector<T> w = load<Access::keep>(t + i);
+    FF_UNROLL for (int k = 0; k < N; ++k) {
+      const A g = f(to_accumulator(v.x[k]), to_accumulator(w.x[k]));
+      if (out != nullptr) store_value(&v.x[k], g);
+    }
+    if (out != nullptr) store(out + i, v);
   }
-  for (; i < span.tail; i += step) vectors.template operator()<1>(i, step);
-  for (i = threadIdx.x; i < span.head; i += blockDim.x) one(i);
-  for (i = span.tail + threadIdx.x; i < n; i += blockDim.x) one(i);
+  outside(span, n, one);
 }
 
 // A teacher of another type than the student: element by element.
@@ -229,10 +225,14 @@ struct OtherRow {
   const void* data;
   DType dtype;
 };
+// Elements i, i + step, ... of n; -inf, which adds nothing to a softmax, after the last.
 template <class A, int U>
-__device__ __forceinline__ void load_other(const OtherRow& t, int64_t i, int64_t step, A (&x)[U]) {
+__device__ __forceinline__ void load_other(const OtherRow& t, int64_t i, int64_t step, int64_t n,
+                                           A (&x)[U]) {
   const auto load = [&](const auto* p) {
-    FF_UNROLL for (int u = 0; u < U; ++u) x[u] = static_cast<A>(to_accumulator(p[i + u * step]));
+    FF_UNROLL for (int u = 0; u < U; ++u) {
+      x[u] = i + u * step < n ? static_cast<A>(to_accumulator(p[i + u * step])) : -INFINITY;
+    }
   };
   switch (t.dtype) {
     case DType::f32: return load(static_cast<const float*>(t.data));
@@ -248,26 +248,27 @@ __device__ inline OtherRow other_row(const Distill& a, int64_t r) {
     default: return {row_of<bf16>(a.teacher, r), a.teacher_dtype};  // 16 bits of either kind
   }
 }
-// f of U elements at i, i + step, ...
-template <class F> __device__ __forceinline__ void strided(int64_t n, const F& f) {
-  const int64_t step = blockDim.x;
-  int64_t i = threadIdx.x;
-  for (; i + 3 * step < n; i += 4 * step) f.template operator()<4>(i, step);
-  for (; i < n; i += step) f.template operator()<1>(i, step);
-}
-template <class T, Access kAccess, class F>
+// Elements that a thread loads before it uses the first; float64 is not there for speed.
+template <class A> constexpr int kAhead = sizeof(A) == 8 ? 1 : 4;
+
+template <class T, class F>
 __device__ __forceinline__ void pair_pass(const T* z, const OtherRow& t, T* out, int64_t n,
                                           const F& f) {
   using A = Accumulator<T>;
-  strided(n, [&]<int U>(int64_t i, int64_t step) {
+  constexpr int U = kAhead<A>;
+  const int64_t step = blockDim.x;
+  for (int64_t i = threadIdx.x; i < n; i += U * step) {
     A x[U], y[U];
-    FF_UNROLL for (int u = 0; u < U; ++u) x[u] = to_accumulator(z[i + u * step]);
-    load_other(t, i, step, y);
     FF_UNROLL for (int u = 0; u < U; ++u) {
+      x[u] = i + u * step < n ? to_accumulator(z[i + u * step]) : A{0};
+    }
+    load_other(t, i, step, n, y);
+    FF_UNROLL for (int u = 0; u < U; ++u) {
+      if (i + u * step >= n) break;
       const A g = f(x[u], y[u]);
       if (out != nullptr) store_value(out + i + u * step, g);
     }
-  });
+  }
 }
 
 template <class A, class T> __device__ A teacher_at(const T* t, int64_t i) {
@@ -275,23 +276,36 @@ template <class A, class T> __device__ A teacher_at(const T* t, int64_t i) {
 }
 template <class A> __device__ A teacher_at(const OtherRow& t, int64_t i) {
   A x[1];
-  load_other(t, i, 1, x);
+  load_other(t, i, 1, i + 1, x);
   return x[0];
 }
 
 template <class A>
 __device__ RowStats other_stats(const OtherRow& t, int64_t n, double temperature) {
   const A c = static_cast<A>(kLog2e / temperature);
+  constexpr int U = kAhead<A>;
   Running<A, false, false> own;
-  strided(n, [&]<int U>(int64_t i, int64_t step) {
+  const int64_t step = blockDim.x;
+  for (int64_t i = threadIdx.x; i < n; i += U * step) {
     A x[U];
-    load_other(t, i, step, x);
+    load_other(t, i, step, n, x);
     own.add(x, c);
-  });
+  }
   return stats_of_threads(own, n, c);
 }
 
 // ---- whole distributions: a block or a cluster a row --------------------------------------------
+
+// The statistics of the student's row and of the teacher's: one loop in the code, not two.
+template <class F> __device__ __forceinline__ void both_stats(RowStats (&stats)[2], const F& f) {
+  __shared__ RowStats found[2];
+  FF_ROLLED for (int k = 0; k < 2; ++k) {
+    const RowStats x = f(k);
+    if (threadIdx.x == 0) found[k] = x;
+    __syncthreads();
+  }
+  for (int k = 0; k < 2; ++k) stats[k] = found[k];
+}
 
 // What all threads know of a row after its statistics.
 struct RowPair {
@@ -382,21 +396,43 @@ template <class F> __device__ __forceinline__ void by_kind(DistillKind kind, con
   }
 }
 
-// kept: both rows fit in shared memory, of one block or of a cluster of them, and the later passes
-// read them there. other: the teacher's type is not the student's.
-enum class RowMode { kept, again, other };
+// A loop for each kind over rows of one type; over others one, which asks at each element.
+template <class T, class F>
+__device__ __forceinline__ void pass_of_kind(DistillKind kind, const T* z, const T* t, T* out,
+                                             int64_t n, const F& f) {
+  by_kind(kind, [&]<DistillKind kKind>() {
+    pair_pass(z, t, out, n,
+              [&](auto x_s, auto x_t) { return f.template operator()<kKind>(x_s, x_t); });
+  });
+}
+template <class T, class F>
+__device__ __forceinline__ void pass_of_kind(DistillKind kind, const T* z, const OtherRow& t,
+                                             T* out, int64_t n, const F& f) {
+  pair_pass(z, t, out, n, [&](auto x_s, auto x_t) {
+    decltype(x_s) g;
+    by_kind(kind, [&]<DistillKind kKind>() { g = f.template operator()<kKind>(x_s, x_t); });
+    return g;
+  });
+}
 
-template <class T, RowMode kMode> __device__ auto teacher_row(const Distill& a, int64_t r) {
-  if constexpr (kMode == RowMode::other)
+// kept: both rows fit in shared memory, of one block or of a cluster of them, and the later passes
+// read them there; else they read the rows again.
+struct Rows : Distill {
+  bool kept;
+};
+
+// kOther: the teacher's type is not the student's; such rows are not kept.
+template <class T, bool kOther> __device__ auto teacher_row(const Distill& a, int64_t r) {
+  if constexpr (kOther)
     return other_row(a, r);
   else
     return static_cast<const T*>(row_of<T>(a.teacher, r));
 }
 
-template <class T, RowMode kMode> __global__ void FF_ROW_BOUNDS distill_kernel(const Distill a) {
+template <class T, bool kOther> __global__ void FF_ROW_BOUNDS distill_kernel(const Rows a) {
   using A = Accumulator<T>;
-  using Teacher = decltype(teacher_row<T, kMode>(a, 0));
-  constexpr bool kStaged = kMode == RowMode::kept;
+  using Teacher = decltype(teacher_row<T, kOther>(a, 0));
+  constexpr bool kStaged = !kOther;
   __shared__ RowTask<T, Teacher> task;
   RowPair known{};
   {
@@ -404,7 +440,7 @@ template <class T, RowMode kMode> __global__ void FF_ROW_BOUNDS distill_kernel(c
     const T* z = row_of<T>(a.student, r);
     const RowPart part = row_part<kStaged>(z, vocab);
     if (!begin_row<T>(a, r, part)) return;
-    Teacher t = teacher_row<T, kMode>(a, r);
+    Teacher t = teacher_row<T, kOther>(a, r);
     if (threadIdx.x == 0) {  // before any block of the cluster writes there
       task.y = -1;
       if (a.ce_weight != 0.0) {
@@ -424,23 +460,30 @@ template <class T, RowMode kMode> __global__ void FF_ROW_BOUNDS distill_kernel(c
     }
     RowStats stats[2];
     if constexpr (kStaged) {
-      z += part.begin;
-      t += part.begin;
-      T* stage_z = stage_of(z);
-      T* stage_t = reinterpret_cast<T*>(reinterpret_cast<unsigned char*>(stage_of(t)) +
-                                        stage_bytes<T>(vocab, cluster_size(), 2));
-      if (threadIdx.x == 0) task.z = stage_z, task.t = stage_t;
-      stats[0] = row_stats<T, false, false, Access::stream>(z, part.count, a.temperature, stage_z);
+      __shared__ T* stage[2];
+      if (threadIdx.x == 0) {
+        task.z += part.begin;
+        task.t += part.begin;
+        stage[0] = stage[1] = nullptr;
+        if (a.kept) {
+          stage[0] = stage_of(task.z);
+          stage[1] = reinterpret_cast<T*>(reinterpret_cast<unsigned char*>(stage_of(task.t)) +
+                                          stage_bytes<T>(vocab, cluster_size(), 2));
+        }
+      }
       __syncthreads();
-      stats[1] = row_stats<T, false, false, Access::stream>(t, part.count, a.temperature, stage_t);
+      both_stats(stats, [&](int k) {
+        return row_stats<T, false, false, Access::keep>(k == 0 ? task.z : task.t, task.count,
+                                                        a.temperature, stage[k]);
+      });
+      if (threadIdx.x == 0 && a.kept) task.z = stage[0], task.t = stage[1];
       row_stats_of_all(stats, a.temperature);
     } else {
-      stats[0] = row_stats<T, false, false, Access::keep>(z, vocab, a.temperature, nullptr);
       __syncthreads();
-      if constexpr (kMode == RowMode::other)
-        stats[1] = other_stats<A>(t, vocab, a.temperature);
-      else
-        stats[1] = row_stats<T, false, false, Access::keep>(t, vocab, a.temperature, nullptr);
+      both_stats(stats, [&](int k) {
+        const OtherRow row{k == 0 ? task.z : task.t.data, k == 0 ? a.shape.dtype : task.t.dtype};
+        return other_stats<A>(row, vocab, a.temperature);
+      });
     }
     if (threadIdx.x == 0) known = row_pair(stats, a.temperature);
   }
@@ -468,13 +511,11 @@ template <class T, RowMode kMode> __global__ void FF_ROW_BOUNDS distill_kernel(c
   if (!at_once) {
     Sums<A> own;
     const Pair<A> pair = shared_pair;
-    by_kind(a.kind, [&]<DistillKind kKind>() {
-      pair_pass<T, Access::keep>(task.z, task.t, static_cast<T*>(nullptr), task.count,
-                                 [&](A x_s, A x_t) {
-                                   add_column<kKind>(own, pair, column_of(pair, x_s, x_t));
-                                   return A{0};
-                                 });
-    });
+    const auto add = [&]<DistillKind kKind>(A x_s, A x_t) {
+      add_column<kKind>(own, pair, column_of(pair, x_s, x_t));
+      return A{0};
+    };
+    pass_of_kind(a.kind, task.z, task.t, static_cast<T*>(nullptr), task.count, add);
     add_up(own);
   }
   if (task.out != nullptr) {
@@ -489,14 +530,12 @@ template <class T, RowMode kMode> __global__ void FF_ROW_BOUNDS distill_kernel(c
       Sums<A> own;
       const Pair<A> pair = shared_pair;
       const A ga = static_cast<A>(g.a), gb = static_cast<A>(g.b), gc = static_cast<A>(g.c);
-      by_kind(a.kind, [&]<DistillKind kKind>() {
-        pair_pass<T, kStaged ? Access::keep : Access::stream>(
-            task.z, task.t, task.out, task.count, [&](A x_s, A x_t) {
-              const Column<A> x = column_of(pair, x_s, x_t);
-              if constexpr (kKind == DistillKind::forward_kl) add_column<kKind>(own, pair, x);
-              return gradient_at<kKind>(pair, x, ga, gb, gc);
-            });
-      });
+      const auto gradient = [&]<DistillKind kKind>(A x_s, A x_t) {
+        const Column<A> x = column_of(pair, x_s, x_t);
+        if constexpr (kKind == DistillKind::forward_kl) add_column<kKind>(own, pair, x);
+        return gradient_at<kKind>(pair, x, ga, gb, gc);
+      };
+      pass_of_kind(a.kind, task.z, task.t, task.out, task.count, gradient);
       if (at_once) add_up(own);
     }
     if (task.first) zero_padding<T>(a, row_of_block<kStaged>());
@@ -522,10 +561,10 @@ template <class T, RowMode kMode> __global__ void FF_ROW_BOUNDS distill_kernel(c
 struct Bucket {
   double value, weighted;
 };
-__device__ inline Bucket bucket(const Distill& a, double log_p, double log_q) {
+__device__ __noinline__ Bucket bucket(DistillKind kind, double beta, double log_p, double log_q) {
   const double p = exp(log_p), q = exp(log_q);
   const auto times = [](double x, double y) { return x == 0 ? 0.0 : x * y; };  // not 0·inf
-  switch (a.kind) {
+  switch (kind) {
     case DistillKind::forward_kl: return {times(q, log_q - log_p), -q};
     case DistillKind::reverse_kl: {
       const double term = times(p, log_p - log_q);
@@ -533,9 +572,9 @@ __device__ inline Bucket bucket(const Distill& a, double log_p, double log_q) {
     }
     case DistillKind::jsd: break;
   }
-  const auto log = mixture((log_q - log_p) * kLog2e, a.beta, 1.0 - a.beta);
-  const double of_p = (1.0 - a.beta) * times(p, kLn2 * log.p);
-  return {a.beta * times(q, kLn2 * log.q) + of_p, of_p};
+  const auto log = mixture((log_q - log_p) * kLog2e, beta, 1.0 - beta);
+  const double of_p = (1.0 - beta) * times(p, kLn2 * log.p);
+  return {beta * times(q, kLn2 * log.q) + of_p, of_p};
 }
 
 // By how much rounding may take the teacher's probabilities above 1.
@@ -547,7 +586,8 @@ __device__ inline double mass_tolerance(DType dtype) {
 template <class T, class F>
 __device__ __forceinline__ void row_pass(const T* z, T* out, int64_t n, const F& f) {
   constexpr int N = Vector<T>::kSize;
-  const Span span = out == nullptr ? vector_span(z, z, n) : vector_span<T>(z, out, n);
+  Span span = out == nullptr ? vector_span(z, z, n) : vector_span<T>(z, out, n);
+  if constexpr (sizeof(T) == 8) span = {n, n};  // float64 is not there for speed
   const auto one = [&](int64_t i) {
     const auto g = f(i, to_accumulator(z[i]));
     if (out != nullptr) store_value(out + i, g);
@@ -561,8 +601,7 @@ __device__ __forceinline__ void row_pass(const T* z, T* out, int64_t n, const F&
     }
     if (out != nullptr) store(out + i, v);
   }
-  for (int64_t i = threadIdx.x; i < span.head; i += blockDim.x) one(i);
-  for (int64_t i = span.tail + threadIdx.x; i < n; i += blockDim.x) one(i);
+  outside(span, n, one);
 }
 
 // What all threads know of the row before its gradient.
@@ -604,7 +643,11 @@ template <class T> __global__ void FF_ROW_BOUNDS distill_top_kernel(const Distil
     return;
   }
   const auto is_named = [&](int64_t i) { return (named[i / 32] >> (i % 32) & 1) != 0; };
-  RowStats stats = row_stats<T, false, false, Access::keep>(z, vocab, a.temperature, nullptr);
+  RowStats stats;
+  if constexpr (sizeof(T) == 8)
+    stats = other_stats<A>({z, a.shape.dtype}, vocab, a.temperature);
+  else
+    stats = row_stats<T, false, false, Access::keep>(z, vocab, a.temperature, nullptr);
   TopRow mine{};
   if (threadIdx.x == 0) {
     mine.s = row_logprob(stats, stats.ref, a.temperature);
@@ -641,7 +684,7 @@ template <class T> __global__ void FF_ROW_BOUNDS distill_top_kernel(const Distil
   const auto log_p_of = [&](A x) { return (x - s.ref) * inverse_t - s.log_sum; };
   for (int64_t k = threadIdx.x; k < top; k += blockDim.x) {
     const A x = to_accumulator(z[a.teacher_indices[r * top + k]]);
-    const Bucket b = bucket(a, log_p_of(x), teacher_at<A>(t, k));
+    const Bucket b = bucket(a.kind, a.beta, log_p_of(x), teacher_at<A>(t, k));
     sums[3] += b.value;
     sums[4] += b.weighted;
   }
@@ -652,8 +695,8 @@ template <class T> __global__ void FF_ROW_BOUNDS distill_top_kernel(const Distil
     mine.weighted = sums[4];
     mine.hard = sums[1] + (sums[2] - 1.0);
     if (top < vocab) {
-      const Bucket b =
-          bucket(a, log(sums[0] * mine.inverse_sum), log(known[0] < 1.0 ? 1.0 - known[0] : 0.0));
+      const Bucket b = bucket(a.kind, a.beta, log(sums[0] * mine.inverse_sum),
+                              log(known[0] < 1.0 ? 1.0 - known[0] : 0.0));
       value += b.value;
       mine.weighted += b.weighted;
       if (sums[0] > 0) others = b.weighted / sums[0];
@@ -695,7 +738,8 @@ template <class T> __global__ void FF_ROW_BOUNDS distill_top_kernel(const Distil
     const int64_t i = a.teacher_indices[r * top + k];
     const A x = to_accumulator(out[i]);
     const double lp = log_p_of(x);
-    const double g = bucket(a, lp, teacher_at<A>(t, k)).weighted - row.weighted * exp(lp);
+    const double g =
+        bucket(a.kind, a.beta, lp, teacher_at<A>(t, k)).weighted - row.weighted * exp(lp);
     store_value(out + i, static_cast<A>(kl * g + hard_part(x, i == y)));
   }
   if (threadIdx.x == 0 && y >= 0 && !is_named(y)) {
@@ -740,9 +784,10 @@ void run(const Distill& given) {
     if (a.teacher_indices.data != nullptr)
       launch_top<T>(a);
     else if (a.teacher_dtype != a.shape.dtype || sizeof(T) == 8)
-      launch(distill_kernel<T, RowMode::other>, a.shape.rows, threads_for<T>(a), 0, a);
+      launch(distill_kernel<T, true>, a.shape.rows, threads_for<T>(a), 0, Rows{a, false});
     else if constexpr (sizeof(T) < 8)
-      launch_rows<T>(distill_kernel<T, RowMode::kept>, distill_kernel<T, RowMode::again>, a, 2);
+      launch_rows<T>(distill_kernel<T, false>, distill_kernel<T, false>, Rows{a, true}, 2,
+                     Rows{a, false});
   });
   if (a.reduction != Reduction::none && a.loss) launch(distill_sum_kernel, 1, kMaxThreads, 0, a);
 }
