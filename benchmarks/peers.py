@@ -180,8 +180,8 @@ def grpo(logprobs: Loss, sequence: bool = False) -> Loss:
 def in_float32(loss: Loss) -> Loss:
     """For logits in 16 bits: compiled, it is often faster or more accurate; in eager it copies them."""
 
-    def widened(logits: Tensor, *rest: Tensor) -> Tensor:
-        return loss(logits.float(), *rest)
+    def widened(*inputs: Tensor) -> Tensor:
+        return loss(*(t.float() if t.is_floating_point() else t for t in inputs))
 
     return widened
 

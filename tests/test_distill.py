@@ -1004,3 +1004,28 @@ def test_random(rows, vocab, dtype, kind, spread, apart, beta, temperature, alph
         wide = torch.float64 if dtype is torch.float64 else torch.float32
         teacher, options["teacher_indices"] = top_k(teacher, k, temperature, wide)
     compare("random", student, teacher, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("alpha", "temperature"), [(0.0, 1.0), (0.5, 1.0), (0.5, 2.0)])
+def test_confident_target(isa, kind, alpha, temperature):
+    """p - 1 of a target that is all but certain keeps its digits."""
+    student = torch.zeros(1, 1000)
+    student[0, 7] = 27.0
+    targets = torch.tensor([7])
+    x, y = student.clone().requires_grad_(), student.clone().requires_grad_()
+    ff.distill_loss(
+        x, student, kind=kind, alpha=alpha, temperature=temperature, targets=targets
+    ).backward()
+    ((1 - alpha) * ff.cross_entropy(y, targets)).backward()  # of equal distributions D is 0
+    assert y.grad[0, 7] < 0
+    check("target", x.grad[:, 7], y.grad[:, 7], y.grad[:, 7])
+
+
+@pytest.mark.parametrize("place", [10, 3000])
+def test_underflow_wherever_it_stands(isa, place):
+    """A weight of e^-100 beside the maximum's is 0, before it in the row or after, whatever it multiplies."""
+    student, teacher = torch.zeros(1, 4096), torch.zeros(1, 4096)
+    student[0, place] = teacher[0, place] = 100.0
+    teacher[0, 0] = -torch.inf
+    assert ff.distill_loss(student, teacher, kind="reverse_kl") == 0

@@ -21,11 +21,16 @@ from finefuse.kernels import _common, _softmax_row
 
 
 def test_no_variant_is_left_out():
-    """What is compiled by default has every choice of what can be launched, with every type."""
+    """What is compiled by default shows all that the whole would: every choice of what can be launched, with
+    every type that it is not the same code for."""
     variants = compile_triton.all_variants()
     chosen = list(compile_triton.chosen(variants))
     assert len(chosen) < len(variants)
-    assert set().union(*map(compile_triton.pairs, chosen)) == compile_triton.known_pairs()
+    shown = set().union(*map(compile_triton.shows, chosen))
+    assert shown == set().union(*map(compile_triton.shows, variants))
+    # left out of it are choices with float16 and float64 in two families alone
+    left = {(pair[0].split("_")[0], pair[1]) for pair in compile_triton.known_pairs() - shown}
+    assert left <= {(family, t) for family in ("distill", "prune") for t in ("fp16", "fp64")}
     assert {v.name for v in variants} >= set(compile_triton.HOT)
 
 

@@ -297,8 +297,10 @@ PairStats pair_stats(const Row& student, const Row& teacher, int64_t n, const Sc
     }
     const double shrunk_s = total.s.add(ref_s, block.high[0], block.low[0], scale.temperature);
     const double shrunk_t = total.t.add(ref_t, block.high[1], block.low[1], scale.temperature);
+    constexpr double gone = sizeof(A) == 4 ? 0x1p-127 : 0x1p-1022;
     const double shrunk = kKind == DistillKind::reverse_kl ? shrunk_s : shrunk_t;
-    total.dot = (shrunk == 0.0 ? 0.0 : total.dot * shrunk) + block.dot;
+    // what underflows beside the new ref weighs nothing, wherever in the row it stands
+    total.dot = (shrunk < gone ? 0.0 : total.dot * shrunk) + block.dot;
   }
   return total;
 }
@@ -572,24 +574,23 @@ TopStats top_stats(const Row& student, int64_t n, const Named& named, DistillKin
   const double log_rest = s.rest.sum() == 0.0 ? kMinusInf : s.rest.ref * inverse + s.rest.log_sum();
   double top = log_rest;
   int64_t first = -1;  // whose term is 1, and left out: -1 the rest's
-  for (int64_t k = 0; k < named.count; ++k) {
+  // one that is out of range now makes all of it NaN
+  const auto z_of = [&](int64_t k) {
     const int64_t column = named.column(k);
-    if (column < 0 || column >= n) {
-      s.value = kNan;
-      return s;
-    }
-    const double z = element(student, column) * inverse;
+    return column < 0 || column >= n ? kNan : element(student, column) * inverse;
+  };
+  for (int64_t k = 0; k < named.count; ++k) {
+    const double z = z_of(k);
     if (z > top) top = z, first = k;
   }
   double excess = first < 0 ? 0.0 : exp(log_rest - top), mass = 0.0;
   for (int64_t k = 0; k < named.count; ++k) {
-    if (k != first) excess += exp(element(student, named.column(k)) * inverse - top);
+    if (k != first) excess += exp(z_of(k) - top);
     mass += exp(element(named.teacher, k));
   }
   s.lse = top + log1p(excess);
   for (int64_t k = 0; k < named.count; ++k) {
-    const Bucket b = bucket(kind, element(student, named.column(k)) * inverse - s.lse,
-                            element(named.teacher, k), beta);
+    const Bucket b = bucket(kind, z_of(k) - s.lse, element(named.teacher, k), beta);
     s.value += b.value;
     s.mean += b.weighted;
   }
@@ -740,6 +741,11 @@ template <class A> struct RowWork {
       fill<A>(out, n, kNan);
       return loss;
     }
+    // of D without the cross-entropy that shares the first one's (forward) or the second's factor
+    const double part = shared == 0.0 ? 0.0 : shared / pair.s.sum();
+    const bool first_shares = a.kind == DistillKind::forward_kl;
+    const double ca_alone = ca - (first_shares ? part : 0.0);
+    const double cb_alone = cb - (first_shares ? 0.0 : part);
     A buffer[2][kBlock], g[kBlock];
     for (int64_t i = 0; i < n; i += kBlock) {
       const int64_t count = n - i < kBlock ? n - i : kBlock;
@@ -749,6 +755,8 @@ template <class A> struct RowWork {
         pair_gradient(block_of(student, i, count, buffer[0]),
                       block_of(teacher, i, count, buffer[1]), count, pair, parts.of_p, ca, cb, g);
       }
+      const bool has_target = wants_ce && y >= i && y < i + count;
+      double at_target = has_target && wants_kl ? g[y - i] : 0.0;  // of D alone
       if (own) {
         const A* s = block_of(student, i, count, buffer[0]);
         if (wants_kl)
@@ -756,7 +764,16 @@ template <class A> struct RowWork {
         else
           softmax_block<A, false>(s, count, ce.ref, plain, ce_weight / ce.sum(), g);
       }
-      if (wants_ce && y >= i && y < i + count) g[y - i] -= static_cast<A>(ce_weight);
+      if (has_target) {  // p - 1 without cancellation
+        if (!own) {
+          const A s = static_cast<A>(element(student, y)), t = static_cast<A>(element(teacher, y));
+          A alone;
+          pair_gradient(&s, &t, 1, pair, parts.of_p, ca_alone, cb_alone, &alone);
+          at_target = alone;
+        }
+        const double logp = element(student, y) - ce.ref - ce.log_sum();
+        g[y - i] = static_cast<A>(at_target + ce_weight * expm1(logp));
+      }
       store_block(g, out, i, count, stream);
     }
     return loss;

@@ -102,7 +102,8 @@ def _divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: Any) -> Tensor:
         inside = torch.where((beta > 0) & (beta < 1), beta, inside)
         value = _jsd(log_p, log_q, inside.to(log_p.dtype))
         value = torch.where(beta == 0, _forward_kl(log_p, log_q), value)
-        return torch.where(beta == 1, _reverse_kl(log_p, log_q), value)
+        chosen = torch.where(beta == 1, log_p, log_p.detach())  # NaN of what is not chosen stays out
+        return torch.where(beta == 1, _reverse_kl(chosen, log_q), value)
     if kind == "forward_kl" or (kind == "jsd" and beta == 0):
         return _forward_kl(log_p, log_q)
     if kind == "reverse_kl" or (kind == "jsd" and beta == 1):
@@ -144,6 +145,8 @@ def distill_loss(
         bad = out | twice | mass
         index = torch.where((keep & ~bad).unsqueeze(-1), indices, 0).long()
         log_p, log_q = _buckets(log_p, log_q, index)
+    if isinstance(alpha, Tensor):
+        log_p = torch.where(alpha > 0, log_p, log_p.detach())
     factor = alpha * (temperature * temperature if temperature_squared else 1)
     loss = factor * _divergence(log_p, log_q, kind, beta)
     if isinstance(alpha, Tensor):  # while compiling; 0·inf is not 0
