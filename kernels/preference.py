@@ -390,7 +390,7 @@ def preference_kernel(
             by_w = -scale * up * beta * slope_w / n_w
             by_l = scale_l * up_l * beta * slope_l / n_l
         else:
-            free = (loss == CPO) | (loss == SIMPO) | (loss == SLIC) | (loss == ORPO)
+            free = (loss == CPO) | (loss == SIMPO) | (loss == SLIC) | (loss == ORPO) | (loss == SFT)
             f_w, slope_w = _divergence(r_w, divergence, alpha)
             f_l, slope_l = _divergence(r_l, divergence, alpha)
             if free:

@@ -1220,6 +1220,27 @@ def test_wrong_arguments_of_the_raw_op():
         RAW.preference_backward(torch.ones(3), *raw_arguments(lp))
 
 
+def test_mixed_losses_have_no_single_elements():
+    lp, _ = vectors(4)
+    with pytest.raises(ValueError, match="reduction: 'none'"):
+        RAW.preference_forward(
+            *raw_arguments(lp, codes=(0, 19), by_length=(False, False), reduction=0)
+        )
+
+
+def test_tokens_of_weight_0():
+    """ld_alpha = 0: an impossible token past the shorter answer's end adds nothing."""
+    logits, targets = torch.randn(2, 4, 5), torch.tensor([[1, 2, -100, -100], [3, 1, 0, 2]])
+    logits[1, 3, 2] = -torch.inf
+    x = logits.clone().requires_grad_()
+    out = ff.preference_loss_from_logits(x, targets, ld_alpha=0.0)
+    out.loss.backward()
+    assert torch.isfinite(out.loss)
+    assert torch.isfinite(x.grad).all()
+    targets[1, 2:] = -100
+    assert torch.equal(out.loss, ff.preference_loss_from_logits(logits, targets).loss)
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     pairs=st.integers(0, 9),

@@ -590,3 +590,10 @@ def test_wrong_codes():
     ):
         with pytest.raises(error, match=re.escape(message)):
             RAW.prune_codes(*args)
+
+
+def test_a_norm_that_is_a_part_of_the_weight():
+    weight = torch.rand(6, 64) + 0.1
+    options = {"sparsity": 0.5, "method": "wanda"}
+    want = torch.where(ff.prune_mask(weight, activation_norm=weight[0], **options), weight, 0)
+    assert torch.equal(ff.prune_(weight, activation_norm=weight[0], **options), want)

@@ -143,8 +143,9 @@ FF_TABLE bool sorts(PreferenceLoss loss) {
   return loss == PreferenceLoss::aot || loss == PreferenceLoss::aot_unpaired;
 }
 FF_TABLE bool has_reference(PreferenceLoss loss) {
-  return loss != PreferenceLoss::cpo && loss != PreferenceLoss::simpo &&
-         loss != PreferenceLoss::slic && loss != PreferenceLoss::orpo;
+  return loss != PreferenceLoss::sft && loss != PreferenceLoss::cpo &&
+         loss != PreferenceLoss::simpo && loss != PreferenceLoss::slic &&
+         loss != PreferenceLoss::orpo;
 }
 // The factor of the NLL.
 FF_TABLE double nll_weight(const PreferenceOptions& o, PreferenceLoss loss) {

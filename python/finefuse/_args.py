@@ -353,6 +353,8 @@ def preference_shapes(
     if chosen != rejected and not all(unpaired):
         raise ValueError(f"{names[1]}: shape {rejected}; {names[0]} has {chosen}")
     one_by_one = all(unpaired)
+    if any(unpaired) and not one_by_one and not reduction:
+        raise ValueError("reduction: 'none' of losses of pairs and losses of an example at a time")
     counts = prod(chosen), prod(rejected)
     elements = (sum(counts),) if one_by_one else chosen
     if pair_weights is not None:

@@ -111,8 +111,10 @@ def raw_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Ca
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*args)
 
+        end = None if "." in overload else tensors_end  # there the floats are tensors, too
+
         def autograd(*args: Any) -> Any:
-            if _plain(args[:tensors_end]):
+            if _plain(args[:end]):
                 return function(*args)
             if _has_tangent(args):
                 raise RuntimeError(f"finefuse::{name} has no forward-mode derivative")

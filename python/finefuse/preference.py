@@ -325,7 +325,8 @@ def _vectors(*values: Any) -> list[Any]:
         as_they_are = False
         if not isinstance(value, Tensor):
             raise TypeError(f"{_INPUT_NAMES[i]}: a tensor, not {type(value).__name__}")
-        if value.dtype not in DTYPES and i not in (4, 5):  # lengths may be integers
+        # lengths may be integers
+        if value.dtype not in DTYPES and (i not in (4, 5) or value.is_complex()):
             float_tensor(_INPUT_NAMES[i], value)
         if i < 4 and value.dtype is torch.float64:
             dtype = torch.float64
@@ -759,6 +760,11 @@ def _tail_weights(keep: Tensor, ld_alpha: Any, dtype: torch.dtype) -> Tensor:
     return torch.where(tail, ones * ld_alpha, ones).to(dtype)
 
 
+def _times(lp: Tensor, tail: Tensor) -> Tensor:
+    """A token of weight 0 adds 0, also where it is impossible."""
+    return torch.where(tail == 0, 0, lp) * tail
+
+
 def preference_loss_from_logits(
     logits: Tensor,
     targets: Tensor,
@@ -847,12 +853,12 @@ def preference_loss_from_logits(
             if terms.nll_by_length:
                 count = chosen_lengths.clamp(min=1).sum().clamp(min=1)
             chosen_nll = -sequence_logprobs(lp[:half]).double().sum() / count
-        lp = lp * tail
+        lp = _times(lp, tail)
     lp = sequence_logprobs(lp)
     if ref_logits is not None:
         with torch.no_grad():
             ref_lp = token_logprobs(ref_logits, targets, ignore_index=ignore_index)
-            ref_logprobs = sequence_logprobs(ref_lp if tail is None else ref_lp * tail)
+            ref_logprobs = sequence_logprobs(ref_lp if tail is None else _times(ref_lp, tail))
     ref_chosen = ref_rejected = None
     if ref_logprobs is not None:
         ref_chosen, ref_rejected = ref_logprobs[:half], ref_logprobs[half:]

@@ -71,6 +71,8 @@ def _select(
     """Into `mask` or, without one, into the weight; both contiguous."""
     columns = weight.shape[-1] if weight.ndim else 1
     rows = weight.numel() // columns
+    if norm is not None and mask is None:
+        norm = norm.clone()  # may be a part of the weight, which is written meanwhile
     _PRUNE(
         weight, DTYPES[weight.dtype], rows, columns, scope, drop, group,
         None if norm is None else norm.contiguous(), mask, mask is None,

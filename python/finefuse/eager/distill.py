@@ -102,7 +102,9 @@ def _divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: Any) -> Tensor:
         inside = torch.where((beta > 0) & (beta < 1), beta, inside)
         value = _jsd(log_p, log_q, inside.to(log_p.dtype))
         value = torch.where(beta == 0, _forward_kl(log_p, log_q), value)
-        chosen = torch.where(beta == 1, log_p, log_p.detach())  # NaN of what is not chosen stays out
+        chosen = torch.where(
+            beta == 1, log_p, log_p.detach()
+        )  # NaN of what is not chosen stays out
         return torch.where(beta == 1, _reverse_kl(chosen, log_q), value)
     if kind == "forward_kl" or (kind == "jsd" and beta == 0):
         return _forward_kl(log_p, log_q)

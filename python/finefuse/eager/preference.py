@@ -194,8 +194,9 @@ def preference_loss(inputs: PreferenceInputs, options: PreferenceOptions) -> tup
     beta = o.beta
     same = lp_w.numel() == lp_l.numel()
     if same:
-        margins = beta * (r_w - r_l)
-        won, count = (r_w > r_l).sum(), r_w.numel()
+        d = r_w - r_l.reshape(r_w.shape)  # examples one at a time may come in two shapes
+        margins = beta * d
+        won, count = (d > 0).sum(), r_w.numel()
     else:
         sums = r_w.sum() / max(r_w.numel(), 1), r_l.sum() / max(r_l.numel(), 1)
         margins = beta * (sums[0] - sums[1])

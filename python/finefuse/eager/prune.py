@@ -15,7 +15,7 @@ def prune_mask(weight: Tensor, norm: Tensor | None, group: int, drop: int | Tens
     score = weight.to(wide).abs()
     if norm is not None:
         score = score * norm
-    score = score.reshape(-1, max(group, 1))
+    score = score.reshape(-1, max(group, 1)).contiguous()
     order = score.sort(stable=True, dim=-1).indices  # NaN last, all NaN as equals
     place = torch.arange(score.shape[-1], device=score.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(1, order, place)

@@ -676,6 +676,6 @@ def preference_loss_from_logits(
 
 
 def _times(lp: Array, tail: Array) -> Array:
-    with np.errstate(invalid="ignore"):  # -inf·0
-        product: Array = lp * tail
+    """A token of weight 0 adds 0, also where it is impossible."""
+    product: Array = np.where(tail == 0, 0, lp).astype(lp.dtype) * tail
     return product

@@ -34,6 +34,8 @@ def _select(
         norm = contiguous(norm, FLOAT64 if weight.dtype == FLOAT64 else FLOAT32)
         if not (norm >= 0).all():
             raise ValueError("activation_norm: an element is negative or NaN; allowed: 0 and above")
+        if mask is None and np.may_share_memory(norm, weight):
+            norm = norm.copy()  # the weight is written meanwhile
     sparsity = 0.0 if sparsity is None else scalar("sparsity", sparsity)
     group, drop = prune_groups(weight.shape, weight.size, sparsity, n, m, scope)
     if weight.size:
