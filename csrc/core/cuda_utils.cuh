@@ -130,10 +130,11 @@ inline constexpr int kMaxWarps = kMaxThreads / 32;
 // and 64 KB of loads in flight. ptxas for sm_120 spills there, and for others where it is told
 // nothing.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-#define FF_ROW_BOUNDS __launch_bounds__(kMaxThreads, 1)
+inline constexpr int kRowBlocks = 1;
 #else
-#define FF_ROW_BOUNDS __launch_bounds__(kMaxThreads, 2)
+inline constexpr int kRowBlocks = 2;
 #endif
+#define FF_ROW_BOUNDS __launch_bounds__(kMaxThreads, kRowBlocks)
 
 // Threads for a row of so many bytes: about four vectors each, so that their loads overlap.
 inline int row_threads(int64_t bytes) {

@@ -429,7 +429,10 @@ template <class T, bool kOther> __device__ auto teacher_row(const Distill& a, in
     return static_cast<const T*>(row_of<T>(a.teacher, r));
 }
 
-template <class T, bool kOther> __global__ void FF_ROW_BOUNDS distill_kernel(const Rows a) {
+// Two types at once are more than 64 registers on sm_100.
+template <class T, bool kOther>
+__global__ void __launch_bounds__(kMaxThreads, kOther ? 1 : kRowBlocks)
+    distill_kernel(const Rows a) {
   using A = Accumulator<T>;
   using Teacher = decltype(teacher_row<T, kOther>(a, 0));
   constexpr bool kStaged = !kOther;
