@@ -7,6 +7,7 @@
 
 #include "bindings/ops.h"
 #include "core/dispatch.h"
+#include "core/memory.h"
 #include "ops/bandit.h"
 
 namespace py = pybind11;
@@ -236,6 +237,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("isa", [] { return isa_name(current_isa()); }, "The instruction set level in force.");
   m.def("machine_isa", [] { return isa_name(machine_isa()); }, "The highest level here.");
   m.def("_set_isa", set_isa_by_name, "Set the level (tests); returns the one before.");
+  m.def(
+      "advise_huge_pages",
+      [](Array array, int64_t bytes) { advise_huge_pages(array.data, static_cast<size_t>(bytes)); },
+      "Before an array's first write: ask for huge pages.");
   define_ops<Cpu>(m);
   m.def("segment_rows", segment_rows);
   m.def("bandit_agent", bandit_agent);

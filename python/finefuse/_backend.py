@@ -28,6 +28,8 @@ AUTO = {
     "lora": ("cuda", "triton"),  # not measured yet
     "dora": ("cuda", "triton"),  # not measured yet
     "segmented": ("cuda", "triton"),  # not measured yet
+    # cuda: the library's products and CUDA row kernels; triton: one fused kernel for log-probabilities
+    "linear": ("cuda", "triton"),  # not measured yet
 }
 
 # csrc/core/place.h, enum Flag

@@ -78,7 +78,7 @@ def _check(
     return distill_vocab(student.shape, teacher.shape, of_indices, of_mask, of_targets, vocab)
 
 
-def _distill(
+def distill_rows(
     g: Tensor | None, out: Tensor | None, want_loss: bool,
     student: Tensor, teacher: Tensor, indices: Tensor | None, mask: Tensor | None,
     targets: Tensor | None, beta: float, temperature: float, alpha: float, kind: int,
@@ -131,17 +131,17 @@ def _distill(
 
 
 def _forward(*args: Any) -> Any:
-    return _distill(None, None, True, *args)
+    return distill_rows(None, None, True, *args)
 
 
 def _forward_backward(student: Tensor, teacher: Tensor, out: Tensor, *rest: Any) -> Any:
-    return _distill(None, out, True, student, teacher, *rest)
+    return distill_rows(None, out, True, student, teacher, *rest)
 
 
 def _backward(g: Tensor, student: Tensor, teacher: Tensor, out: Tensor, *rest: Any) -> None:
     if g is None:
         raise TypeError("g: a tensor, not None")
-    _distill(g, out, False, student, teacher, *rest)
+    distill_rows(g, out, False, student, teacher, *rest)
 
 
 def _fake(student: Tensor, teacher: Tensor, *rest: Any) -> Tensor:

@@ -60,7 +60,7 @@ _SEQUENCE_SUMS_BACKWARD = kernel("logprobs", "sequence_sums_backward")
 # ---- token_logprobs: raw ops -------------------------------------------------------------------
 
 
-def _forward(
+def logprobs_rows(
     logits: Tensor, targets: Tensor, temperature: float, ignore_index: int, stats: bool, keep: bool
 ) -> Any:
     """lp, with stats entropy and lse, with keep what the backward reads."""
@@ -87,7 +87,7 @@ def _forward(
     return (logprobs, saved) if keep else logprobs
 
 
-def _forward_fake(
+def logprobs_rows_fake(
     logits: Tensor, targets: Tensor, temperature: Any, ignore_index: int, stats: bool, keep: bool
 ) -> Any:
     check_rows(logits, targets)
@@ -120,7 +120,7 @@ def _check_saved(saved: Tensor, targets: Tensor, entropy: bool) -> None:
         )
 
 
-def _backward(
+def logprobs_rows_backward(
     logits: Tensor,
     targets: Tensor,
     saved: Tensor,
@@ -150,8 +150,8 @@ _ROWS = "Tensor logits, Tensor targets"
 def _forward_op(name: str, returns: str, stats: bool, keep: bool) -> Any:
     return raw_op(
         f"{name}({_ROWS}, float temperature, int ignore_index) -> {returns}",
-        run=functools.partial(_forward, stats=stats, keep=keep),
-        fake=functools.partial(_forward_fake, stats=stats, keep=keep),
+        run=functools.partial(logprobs_rows, stats=stats, keep=keep),
+        fake=functools.partial(logprobs_rows_fake, stats=stats, keep=keep),
     )
 
 
@@ -166,7 +166,7 @@ _STATS_FORWARD = _forward_op(
 _BACKWARD = raw_op(
     f"token_logprobs_backward({_ROWS}, Tensor saved, Tensor? g, Tensor? h, Tensor? l, "
     "Tensor(a!) out, float temperature, int ignore_index) -> ()",
-    run=_backward,
+    run=logprobs_rows_backward,
     fake=lambda *args: None,
 )
 
@@ -310,7 +310,7 @@ composite(
 # ---- cross_entropy -----------------------------------------------------------------------------
 
 
-def _cross_entropy(
+def cross_entropy_rows(
     logits: Tensor,
     targets: Tensor,
     out: Tensor | None,
@@ -353,7 +353,7 @@ def _cross_entropy(
 def _ce_forward(
     logits: Tensor, targets: Tensor, label_smoothing: float, ignore_index: int, reduction: int
 ) -> Any:
-    return _cross_entropy(
+    return cross_entropy_rows(
         logits, targets, None, None, label_smoothing, ignore_index, reduction, True
     )
 
@@ -376,7 +376,7 @@ def _ce_forward_backward(
     ignore_index: int,
     reduction: int,
 ) -> Any:
-    return _cross_entropy(
+    return cross_entropy_rows(
         logits, targets, out, None, label_smoothing, ignore_index, reduction, True
     )
 
@@ -398,7 +398,7 @@ def _ce_backward(
 ) -> None:
     if g is None:
         raise TypeError("g: a tensor, not None")
-    _cross_entropy(logits, targets, out, g, label_smoothing, ignore_index, reduction, False)
+    cross_entropy_rows(logits, targets, out, g, label_smoothing, ignore_index, reduction, False)
 
 
 _CE_OPTIONS = "float label_smoothing, int ignore_index, int reduction"

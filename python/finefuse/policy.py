@@ -194,7 +194,7 @@ def _check_cu_seqlens(cu_seqlens: Any, like: Tensor) -> Tensor | None:
 # ---- from log-probabilities: raw ops -----------------------------------------------------------
 
 
-def _policy(
+def policy_tokens(
     upstream: Tensor | None,
     logprobs: Tensor,
     mask: Tensor | None,
@@ -229,7 +229,7 @@ def _policy(
 
 
 def _forward(logprobs: Tensor, mask: Tensor | None, *rest: Any) -> Any:
-    return _policy(None, logprobs, mask, rest[:5], rest[5:], True)
+    return policy_tokens(None, logprobs, mask, rest[:5], rest[5:], True)
 
 
 def _forward_fake(logprobs: Tensor, mask: Tensor | None, *rest: Any) -> Any:
@@ -248,7 +248,7 @@ def _backward(g: Tensor, logprobs: Tensor, mask: Tensor | None, *rest: Any) -> T
             f"g: {tuple(g.shape)} {g.dtype}; allowed: {tuple(logprobs.shape)} {logprobs.dtype}"
         )
     same_device("g", g, "logprobs", logprobs)
-    return _policy(g, logprobs, mask, rest[:5], rest[5:], False)[2]
+    return policy_tokens(g, logprobs, mask, rest[:5], rest[5:], False)[2]
 
 
 _FORWARD = raw_op(

@@ -143,7 +143,7 @@ def _bound(
     return preference_binding(options, has_lengths, has_nll), simple
 
 
-def _run(upstream: Tensor | None, args: Any, want_loss: bool) -> tuple[Any, ...]:
+def preference_pairs(upstream: Tensor | None, args: Any, want_loss: bool) -> tuple[Any, ...]:
     """out, chosen_rewards, rejected_rewards, margins, accuracy, gradients (see _sizes)."""
     inputs, loss_weights = args[:_INPUTS], args[_INPUTS]
     codes, by_length, divergence, nll_by_length, reduction, want_ref = args[-6:]
@@ -182,7 +182,7 @@ def _run(upstream: Tensor | None, args: Any, want_loss: bool) -> tuple[Any, ...]
 
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
-    return _run(None, args, True)
+    return preference_pairs(None, args, True)
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -206,7 +206,7 @@ def _backward(g: Tensor, *args: Any) -> Tensor:
         raise ValueError(f"g: {tuple(g.shape)} {g.dtype}; allowed: {shapes.out} {chosen.dtype}")
     same_device("g", g, "chosen", chosen)
     require(args[-2] == _NONE, "reduction", args[-2], "0 (none)")
-    return _run(g if g.is_contiguous() else g.contiguous(), args, False)[-1]
+    return preference_pairs(g if g.is_contiguous() else g.contiguous(), args, False)[-1]
 
 
 _ARGUMENTS = (

@@ -1,0 +1,190 @@
+"""What the losses from hidden states share: the head that makes logits, as their ops take it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._args import require
+from ._codebook_tensor import CodebookTensor, check_fields, fields
+from ._linear_loss import Head, dense_panels
+from ._low_rank import NO_FIELDS
+from ._matmul import product_dtype
+from ._op import DTYPES, float_tensor, is_compiling, same_device, scalar
+from .codebook import decoded_rows, dequantize
+
+# Of a raw op, after hidden (N, H): a weight (V, H), dense or packed; softcap 0 is none.
+HEAD = (
+    "Tensor? weight, Tensor? bias, Tensor? codes, Tensor? code, Tensor? absmax, Tensor? nested_code, "
+    "Tensor? nested_absmax, Tensor? nested_offset, int nested_blocksize, int blocksize, SymInt vocab, "
+    "float softcap"
+)
+HEAD_ARGUMENTS = 12
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_softcap(softcap: float) -> None:
+    require(0.0 <= softcap < float("inf"), "softcap", softcap, "above 0, or None")
+
+
+def check_head(hidden: Tensor, args: Sequence[Any], name: str = "hidden") -> None:
+    """What raw ops rely on, for hidden (N, H) and the arguments of HEAD."""
+    weight, bias, *values, vocab, _ = args
+    float_tensor(name, hidden)
+    if hidden.ndim != 2:
+        raise ValueError(f"{name}: shape {tuple(hidden.shape)}; allowed: (N, H)")
+    shape = (vocab, hidden.shape[1])
+    if weight is None:
+        if values[0] is None:
+            raise TypeError("weight: a tensor, not None")
+        same_device("weight", values[0], name, hidden)
+        check_fields(tuple(values), vocab * hidden.shape[1])
+    else:
+        same_device("weight", weight, name, hidden)
+        if weight.shape != shape or weight.dtype is not hidden.dtype:
+            raise ValueError(
+                f"weight: {tuple(weight.shape)} {weight.dtype}; allowed: {shape} {hidden.dtype}"
+            )
+    if bias is not None:
+        same_device("bias", bias, name, hidden)
+        if bias.shape != (vocab,) or bias.dtype is not hidden.dtype:
+            raise ValueError(
+                f"bias: {tuple(bias.shape)} {bias.dtype}; allowed: ({vocab},) {hidden.dtype}"
+            )
+
+
+def head_of(hidden: Tensor, args: Sequence[Any]) -> Head:
+    """The head of a raw op, checked."""
+    check_head(hidden, args)
+    weight, bias, *values, vocab, softcap = args
+    check_softcap(softcap)
+    dtype = product_dtype(hidden)
+    if weight is not None:
+        panels = dense_panels(weight, dtype)
+    else:
+        decoded = dtype if dtype in NARROW else torch.float32
+
+        def panels() -> Any:
+            for first, last, part in decoded_rows(
+                hidden, tuple(values), vocab, hidden.shape[1], decoded
+            ):
+                yield first, last, part.to(dtype)
+
+    return Head(panels, vocab, dtype, None if bias is None else bias.to(dtype), softcap)
+
+
+class HeadCall(NamedTuple):
+    """Hidden states and a head, as users gave them, checked; hidden as rows."""
+
+    hidden: Tensor  # (N, H)
+    weight: Tensor | None
+    bias: Tensor | None
+    values: Any
+    vocab: Any
+    softcap: Any
+    shape: torch.Size  # of hidden without its last dimension
+    packed: CodebookTensor | None
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Those of HEAD."""
+        return (self.weight, self.bias, *self.values, self.vocab, self.softcap)
+
+    def logits(self) -> Tensor:
+        """In full: for the backend "eager"."""
+        weight = self.weight if self.packed is None else dequantize(self.packed, self.hidden.dtype)
+        assert weight is not None
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            z = torch.nn.functional.linear(self.hidden, weight, self.bias)
+        if isinstance(self.softcap, Tensor) or self.softcap != 0.0:
+            c = self.softcap
+            z = c * torch.tanh(z / c)
+        return z.reshape(*self.shape, z.shape[-1])
+
+
+def call_of(
+    hidden: Any, weight: Any, bias: Any, softcap: Any,
+    names: tuple[str, str, str] = ("hidden", "weight", "bias"), rows: Any = None,
+) -> HeadCall:  # fmt: skip
+    """Checked, and cast as torch.nn.functional.linear is under autocast.
+
+    rows: how many rows of the weight count, the first ones; None: all.
+    """
+    float_tensor(names[0], hidden)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{names[1]}: a tensor, not {type(weight).__name__}")
+    packed = weight if isinstance(weight, CodebookTensor) else None
+    for name, tensor in zip(names[::2], (hidden, bias), strict=True):
+        if isinstance(tensor, CodebookTensor):
+            raise TypeError(f"{name}: a tensor of numbers, not a CodebookTensor")
+    if packed is None and weight.dtype not in DTYPES:
+        float_tensor(names[1], weight)
+    device = hidden.device.type
+    autocast = (
+        device != "meta" and torch.is_autocast_enabled(device) and hidden.dtype is not torch.float64
+    )
+    if autocast:
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    if weight.ndim != 2 or 0 in weight.shape:
+        raise ValueError(f"{names[1]}: shape {tuple(weight.shape)}; allowed: (V, H), not empty")
+    if hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{names[0]}: shape {tuple(hidden.shape)}; a {names[1]} of {tuple(weight.shape)} takes "
+            "(…, H) with (V, H)"
+        )
+    same_device(names[1], weight, names[0], hidden)
+    same_device(names[2], bias, names[0], hidden)
+    vocab = weight.shape[0]
+    if bias is not None:
+        bias = float_tensor(names[2], bias).to(hidden.dtype)
+        if bias.shape != (vocab,):
+            raise ValueError(f"{names[2]}: shape {tuple(bias.shape)}; allowed: ({vocab},)")
+    if rows is not None and rows != vocab:
+        vocab = rows
+        weight = _first_rows(weight, rows)
+        packed = None if packed is None else weight
+        bias = None if bias is None else bias[:rows]
+    if packed is None and weight.dtype is not hidden.dtype:
+        if not autocast:
+            raise TypeError(f"{names[1]}: dtype {weight.dtype}; {names[0]} has {hidden.dtype}")
+        weight = weight.to(hidden.dtype)
+    cap: Any = 0.0
+    if softcap is not None:
+        cap = scalar("softcap", softcap)
+        if not is_compiling():
+            require(0.0 < cap < float("inf"), "softcap", softcap, "above 0, or None")
+    shape = hidden.shape[:-1]
+    return HeadCall(
+        hidden=hidden if hidden.ndim == 2 else hidden.reshape(-1, hidden.shape[-1]),
+        weight=None if packed is not None else weight,
+        bias=bias,
+        values=NO_FIELDS if packed is None else fields(packed),
+        vocab=vocab,
+        softcap=cap,
+        shape=shape,
+        packed=packed,
+    )
+
+
+def _first_rows(weight: Tensor, rows: int) -> Tensor:
+    """A packed weight is cut where a block ends, else decoded: see CodebookTensor's own slices."""
+    if not isinstance(weight, CodebookTensor):
+        return weight[:rows]
+    raise ValueError(
+        f"weight: a CodebookTensor of {weight.shape[0]} rows; allowed: {rows} (quantise weight[:{rows}])"
+    )
+
+
+def check_targets(targets: Tensor, vocab: Any, ignore_index: int, name: str = "targets") -> None:
+    """On a CPU, before anything is computed; a GPU's kernels flag a bad row."""
+    if not targets.is_cpu:
+        return
+    bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
+    if bad.any():
+        i = int(bad.flatten().nonzero()[0])
+        raise ValueError(
+            f"{name}: element {i} is {int(targets.flatten()[i])}; allowed are 0 to {vocab - 1} and "
+            f"ignore_index ({ignore_index})"
+        )

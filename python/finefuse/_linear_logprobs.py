@@ -1,0 +1,516 @@
+"""Token log-probabilities and cross-entropy from hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _backend
+from ._args import (
+    REDUCTIONS,
+    check_index,
+    check_label_smoothing,
+    check_temperature,
+    choice,
+    require,
+)
+from ._linear_head import (
+    HEAD,
+    HEAD_ARGUMENTS,
+    NARROW,
+    HeadCall,
+    call_of,
+    check_head,
+    check_targets,
+    head_of,
+)
+from ._linear_loss import (
+    Gradients,
+    Head,
+    Rows,
+    chunk_rows,
+    chunks,
+    counted_rows,
+    gradient_shapes,
+    part_of,
+    put,
+    walk,
+)
+from ._op import (
+    INDEX_DTYPES,
+    accumulator,
+    composite,
+    gradient_in_forward,
+    index_tensor,
+    is_compiling,
+    once_differentiable,
+    raw_op,
+    row_gradient,
+    runs_eagerly,
+    scalar,
+    scalar_gradient,
+    wants_gradient,
+)
+from .eager import logprobs as _eager
+from .logprobs import cross_entropy_rows, logprobs_rows, logprobs_rows_backward, sequence_logprobs
+
+WANTED = "bool want_hidden, bool want_weight, bool want_bias"
+GRADIENTS = "Tensor, Tensor, Tensor"
+
+
+def check_rows(hidden: Tensor, targets: Tensor, name: str = "targets") -> None:
+    if targets.dtype not in INDEX_DTYPES:
+        raise TypeError(f"{name}: dtype {targets.dtype}; allowed: int64, int32")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"{name}: shape {tuple(targets.shape)}; allowed: ({hidden.shape[0]},)")
+
+
+def rows_of(
+    head: Head, hidden: Tensor, targets: Tensor, ignore_index: int
+) -> tuple[Tensor, list[Rows]]:
+    """(hidden, the rows that count in chunks)."""
+    keep = targets != ignore_index
+    counted = counted_rows(keep)
+    if (
+        counted is None and hidden.is_cuda
+    ):  # maybe captured: NaN of rows that do not count stays out
+        hidden = torch.where(keep[:, None], hidden, 0)
+    count = len(hidden) if counted is None else len(counted)
+    size = chunk_rows(count, head.vocab, head.dtype, hidden.is_cpu, head.softcap != 0.0)
+    return hidden, chunks(counted, count, size)
+
+
+def gradients_fake(hidden: Tensor, vocab: Any, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+    return tuple(hidden.new_empty(shape) for shape in gradient_shapes(hidden, vocab, wanted))
+
+
+# ---- token log-probabilities: raw ops ----------------------------------------------------------
+
+
+def _statistics_fake(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    targets, stats = args[HEAD_ARGUMENTS], args[-1]
+    check_head(hidden, args[:HEAD_ARGUMENTS])
+    check_rows(hidden, targets)
+    dtype, none = accumulator(hidden.dtype), (0,)
+    shape = targets.shape
+    return (
+        hidden.new_empty(shape, dtype=dtype),
+        hidden.new_empty(shape if stats else none, dtype=dtype),
+        hidden.new_empty(shape if stats else none, dtype=dtype),
+        hidden.new_empty((3 if stats else 2, *shape), dtype=torch.float64),
+    )
+
+
+def _forward(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """lp, entropy, lse (the last two empty without stats), and what the backward reads."""
+    head_args, (targets, temperature, ignore_index, stats) = (
+        args[:HEAD_ARGUMENTS],
+        args[HEAD_ARGUMENTS:],
+    )
+    outputs = _statistics_fake(hidden, *args)
+    head = head_of(hidden, head_args)
+    check_temperature(temperature)
+    check_targets(targets, head.vocab, ignore_index)
+    targets = targets.contiguous()
+    if _fused(hidden, head_args):
+        _fused_forward(hidden, head_args, targets, temperature, ignore_index, stats, outputs)
+        return outputs
+    for x in outputs:
+        x.zero_()
+    hidden, parts = rows_of(head, hidden, targets, ignore_index)
+
+    def kernel(z: Tensor, rows: Rows) -> bool:
+        found = logprobs_rows(z, part_of(targets, rows), temperature, ignore_index, stats, True)
+        for x, values in zip(outputs[: 3 if stats else 1], found, strict=False):
+            put(x, rows, values)
+        for x, values in zip(outputs[3], found[-1], strict=True):
+            put(x, rows, values)
+        return False
+
+    walk(head, hidden, parts, kernel, (False, False, False))
+    return outputs
+
+
+def _fused(hidden: Tensor, head_args: Sequence[Any]) -> bool:
+    """Whether the Triton kernel runs that keeps tiles of logits on chip: by choice, with a dense weight."""
+    return (
+        _backend.in_force() == "triton"
+        and head_args[0] is not None
+        and hidden.dtype in NARROW
+        and hidden.numel() > 0
+    )
+
+
+def _fused_forward(
+    hidden: Tensor, head_args: Sequence[Any], targets: Tensor, temperature: float, ignore_index: int,
+    stats: bool, outputs: tuple[Tensor, ...],
+) -> None:  # fmt: skip
+    raise NotImplementedError
+
+
+def _backward(
+    g: Tensor | None, h: Tensor | None, l: Tensor | None, saved: Tensor, hidden: Tensor, *args: Any
+) -> Gradients:
+    targets, temperature, ignore_index, *wanted = args[HEAD_ARGUMENTS:]
+    head = head_of(hidden, args[:HEAD_ARGUMENTS])
+    check_rows(hidden, targets)
+    check_temperature(temperature)
+    check_targets(targets, head.vocab, ignore_index)
+    if saved.shape[1:] != targets.shape:
+        raise ValueError(f"saved: shape {tuple(saved.shape)}; allowed: (2 or 3, {len(targets)})")
+    dtype = accumulator(hidden.dtype)
+    upstream = [
+        row_gradient(name, x, targets, dtype) for name, x in zip("ghl", (g, h, l), strict=True)
+    ]
+    hidden, parts = rows_of(head, hidden, targets, ignore_index)
+
+    def kernel(z: Tensor, rows: Rows) -> bool:
+        logprobs_rows_backward(
+            z, part_of(targets, rows), saved[:, rows].contiguous(),
+            *(x if x is None else part_of(x, rows) for x in upstream), z, temperature, ignore_index,
+        )  # fmt: skip
+        return True
+
+    return walk(head, hidden, parts, kernel, wanted)
+
+
+_ROWS = "Tensor targets, float temperature, int ignore_index"
+_FORWARD = raw_op(
+    f"linear_token_logprobs_forward(Tensor hidden, {HEAD}, {_ROWS}, bool stats) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    run=_forward,
+    fake=_statistics_fake,
+)
+_BACKWARD = raw_op(
+    f"linear_token_logprobs_backward(Tensor? g, Tensor? h, Tensor? l, Tensor saved, Tensor hidden, {HEAD}, "
+    f"{_ROWS}, {WANTED}) -> ({GRADIENTS})",
+    run=_backward,
+    fake=lambda g, h, l, saved, hidden, *args: gradients_fake(
+        hidden, args[HEAD_ARGUMENTS - 2], args[-3:]
+    ),
+)
+
+
+# ---- token log-probabilities: autograd and the public function ---------------------------------
+
+
+def given(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    return [x if want else None for x, want in zip(gradients, wanted, strict=True)]
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Nothing of the size of the logits is kept: the backward makes them again, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Any, bias: Any, *rest: Any) -> Any:
+        *head, targets, temperature, ignore_index, stats = rest
+        *outputs, saved = _FORWARD(
+            hidden, weight, bias, *head, targets, temperature, ignore_index, stats
+        )
+        ctx.save_for_backward(hidden, weight, bias, *head[:6], targets, saved)
+        ctx.numbers, ctx.options = head[6:], (temperature, ignore_index)
+        ctx.backend = _backend.chosen
+        ctx.set_materialize_grads(False)
+        return tuple(outputs) if stats else outputs[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Any, h: Any = None, l: Any = None) -> Any:
+        nothing = (None,) * 14
+        if g is None and h is None and l is None:
+            return (None, None, None, *nothing)
+        hidden, weight, bias, *codes, targets, saved = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        gradients = _BACKWARD(
+            g, h, l, saved, hidden, weight, bias, *codes, *ctx.numbers, targets, *ctx.options, *wanted
+        )  # fmt: skip
+        return (*given(gradients, wanted), *nothing)
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | Tensor | None = None,
+    ignore_index: int = -100,
+    stats: bool = False,
+) -> Any:
+    """Token log-probabilities from hidden states; the logits never exist all at once.
+
+        z = hidden Wᵀ + b,    with a softcap c·tanh(z/c)
+        lp = z[y]/T - lse,    lse = log Σ_v e^{z[v]/T},    H = lse - Σ_v p[v]·z[v]/T
+
+    The logits of a chunk of rows are made, reduced to their statistics and overwritten by those of the
+    next; the backward makes them again, in place of which it puts their gradient. Work: 2·N·H·V forward,
+    and 2·N·H·V backward for the logits, for the gradient of hidden, and for that of the weight where it has
+    one. Rows that are ignored are not multiplied. Memory: the gradients and one chunk.
+
+    Args:
+        hidden: (…, H) float32, bfloat16, float16 or float64, any strides. Under autocast it is cast as
+            torch.nn.functional.linear casts it.
+        weight: (V, H) of the type of hidden (under autocast of any), or a CodebookTensor, which has no
+            gradient. The gradient of a weight is summed up in float32 (float64 for float64): for a 16-bit
+            weight a buffer of V·H·4 bytes.
+        targets: (…) integers in [0, V) or `ignore_index`, aligned with hidden (shift by one before the
+            call).
+        bias: (V,). temperature: T > 0. softcap: c > 0. Numbers may also be 0-d tensors.
+        ignore_index: rows with this target give exactly 0, pass exactly 0 back and are never read.
+        stats: also return entropy and lse; all three are differentiable.
+
+    Returns:
+        lp, or (lp, entropy, lse): float32 (float64 for float64), in the shape of `targets`, in nats.
+
+    Raises:
+        TypeError, ValueError: naming the argument; a target outside [0, V) included.
+    """
+    call, targets, temperature = _checked(
+        hidden, weight, targets, bias, temperature, softcap, ignore_index
+    )
+    if runs_eagerly("linear", call.hidden):
+        check_targets(targets, call.vocab, ignore_index)
+        return _eager.token_logprobs(call.logits(), targets, temperature, ignore_index, stats)
+    args = (call.hidden, *call.arguments(), targets.reshape(-1), temperature, ignore_index, stats)
+    if wants_gradient(call.hidden, call.weight, call.bias):
+        outputs = _TokenLogprobs.apply(*args)
+        outputs = outputs if stats else (outputs,)
+    else:
+        outputs = _FORWARD(*args)[: 3 if stats else 1]
+    outputs = tuple(x.view(targets.shape) for x in outputs)
+    return outputs if stats else outputs[0]
+
+
+def _checked(
+    hidden: Any, weight: Any, targets: Any, bias: Any, temperature: Any, softcap: Any, ignore_index: Any
+) -> tuple[HeadCall, Tensor, Any]:  # fmt: skip
+    call = call_of(hidden, weight, bias, softcap)
+    targets = index_tensor("targets", targets, hidden)
+    if targets.shape != call.shape:
+        raise ValueError(
+            f"targets: shape {tuple(targets.shape)}; hidden is {tuple(hidden.shape)}: allowed: "
+            f"{tuple(call.shape)}"
+        )
+    check_index("ignore_index", ignore_index)
+    temperature = scalar("temperature", temperature)
+    if not is_compiling():
+        check_temperature(temperature)
+    return call, targets, temperature
+
+
+# ---- cross-entropy -----------------------------------------------------------------------------
+
+
+def _cross_entropy(
+    g: Tensor | None, want_loss: bool, hidden: Tensor, args: Sequence[Any], wanted: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """(loss, *gradients); g: upstream, (N,) for "none", else one; None: 1."""
+    targets, temperature, label_smoothing, ignore_index, reduction = args[HEAD_ARGUMENTS:]
+    head = head_of(hidden, args[:HEAD_ARGUMENTS])
+    check_rows(hidden, targets)
+    check_temperature(temperature)
+    check_label_smoothing(label_smoothing)
+    check_targets(targets, head.vocab, ignore_index)
+    require(reduction in (0, 1, 2), "reduction", reduction, "0 (none), 1 (sum), 2 (mean)")
+    dtype = accumulator(hidden.dtype)
+    keep = targets != ignore_index
+    share = torch.ones((), dtype=torch.float64, device=hidden.device)
+    if reduction == 2:
+        share = share / keep.sum().clamp(min=1)
+    if g is None:
+        upstream = share.to(dtype).expand(len(targets))
+    elif reduction == 0:
+        upstream = row_gradient("g", g, targets, dtype)
+    else:
+        upstream = (share * scalar_gradient(g, hidden, dtype).reshape(())).to(dtype)
+        upstream = upstream.expand(len(targets))
+    losses = hidden.new_zeros(targets.shape, dtype=torch.float64)
+    rows_hidden, parts = rows_of(head, hidden, targets, ignore_index)
+
+    def kernel(z: Tensor, rows: Rows) -> bool:
+        if temperature != 1.0:
+            z.div_(temperature)
+        y = part_of(targets, rows)
+        out = z if any(wanted) else None
+        w = part_of(upstream, rows).contiguous() if any(wanted) else None
+        loss = cross_entropy_rows(z, y, out, w, label_smoothing, ignore_index, 0, True)
+        put(losses, rows, loss)
+        if temperature != 1.0 and any(wanted):
+            z.div_(temperature)
+        return any(wanted)
+
+    gradients = walk(head, rows_hidden, parts, kernel, wanted)
+    if not want_loss:
+        return gradients
+    if reduction == 0:
+        return losses.to(dtype), *gradients
+    # added in order, whatever the number of threads
+    return (share * sequence_logprobs(losses)).to(dtype), *gradients
+
+
+def _ce_fake(hidden: Tensor, *args: Any) -> Tensor:
+    targets, reduction = args[HEAD_ARGUMENTS], args[HEAD_ARGUMENTS + 4]
+    check_head(hidden, args[:HEAD_ARGUMENTS])
+    check_rows(hidden, targets)
+    return hidden.new_empty(
+        targets.shape if reduction == 0 else (), dtype=accumulator(hidden.dtype)
+    )
+
+
+_CE_ROWS = (
+    "Tensor targets, float temperature, float label_smoothing, int ignore_index, int reduction"
+)
+_CE_FORWARD = raw_op(
+    f"linear_cross_entropy_forward(Tensor hidden, {HEAD}, {_CE_ROWS}) -> Tensor",
+    run=lambda hidden, *args: _cross_entropy(None, True, hidden, args, (False,) * 3)[0],
+    fake=_ce_fake,
+)
+# The gradients of the loss, in the same visit of each chunk.
+_CE_FORWARD_BACKWARD = raw_op(
+    f"linear_cross_entropy_forward_backward(Tensor hidden, {HEAD}, {_CE_ROWS}, {WANTED}) -> "
+    f"(Tensor, {GRADIENTS})",
+    run=lambda hidden, *args: _cross_entropy(None, True, hidden, args[:-3], args[-3:]),
+    fake=lambda hidden, *args: (
+        _ce_fake(hidden, *args), *gradients_fake(hidden, args[HEAD_ARGUMENTS - 2], args[-3:])
+    ),
+)  # fmt: skip
+_CE_BACKWARD = raw_op(
+    f"linear_cross_entropy_backward(Tensor g, Tensor hidden, {HEAD}, {_CE_ROWS}, {WANTED}) -> "
+    f"({GRADIENTS})",
+    run=lambda g, hidden, *args: _cross_entropy(g, False, hidden, args[:-3], args[-3:]),
+    fake=lambda g, hidden, *args: gradients_fake(hidden, args[HEAD_ARGUMENTS - 2], args[-3:]),
+)
+
+
+def made_in_forward(hidden: Tensor) -> bool:
+    """As `gradient_in_forward`, and while compiling too: the gradients are outputs of the op there."""
+    return gradient_in_forward(hidden) or (is_compiling() and hidden.dtype is not torch.float16)
+
+
+def scaled(gradients: Sequence[Tensor], g: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """What the forward made meets its upstream gradient, in place; skipped at 1."""
+    if is_compiling():
+        return given([x * g.to(x.dtype) for x in gradients], wanted)
+    if not g.is_cpu or g.item() != 1.0:
+        for x in gradients:
+            x.mul_(g.to(x.dtype)) if g.is_cpu else x.mul_(g)
+    return given(gradients, wanted)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """With a scalar loss the gradients are made in the forward: see `linear_cross_entropy`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Any, bias: Any, *rest: Any) -> Tensor:
+        reduction, wanted = rest[-1], ctx.needs_input_grad[:3]
+        args = (hidden, weight, bias, *rest)
+        ctx.gradients = None
+        made: tuple[Tensor, ...] = ()
+        if reduction != 0 and made_in_forward(hidden):
+            loss, *made = _CE_FORWARD_BACKWARD(*args, *wanted)
+            if not is_compiling():
+                ctx.gradients, made = made, ()
+        else:
+            loss = _CE_FORWARD(*args)
+        ctx.save_for_backward(hidden, weight, bias, *rest[:6], rest[10], *made)
+        ctx.numbers, ctx.options, ctx.backend = rest[6:10], rest[11:], _backend.chosen
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        nothing, wanted = (None,) * 15, ctx.needs_input_grad[:3]
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            hidden, weight, bias, *codes, targets = ctx.saved_tensors[:10]
+            gradients = ctx.saved_tensors[10:]
+            if not gradients:
+                gradients = _CE_BACKWARD(
+                    g, hidden, weight, bias, *codes, *ctx.numbers, targets, *ctx.options, *wanted
+                )
+                return (*given(gradients, wanted), *nothing)
+        return (*scaled(gradients, g, wanted), *nothing)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | Tensor | None = None,
+    reduction: str = "mean",
+    label_smoothing: float | Tensor = 0.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Cross-entropy from hidden states; the logits never exist all at once.
+
+        z = hidden Wᵀ + b,    with a softcap c·tanh(z/c),    p = softmax(z/T)
+        loss = (1 - ε)·(-log p[y]) + ε·(-mean_v log p[v])
+
+    For "mean" and "sum" all gradients are made in the forward, while a chunk of logits is there: 6·N·H·V
+    operations in all (4·N·H·V where the weight is frozen); the backward only scales them where the upstream
+    gradient is not 1. For "none", in float16 and under checkpointing the backward makes the logits again:
+    8·N·H·V. Memory: the gradients and one chunk.
+
+    Args:
+        hidden … softcap: as in `linear_token_logprobs`.
+        reduction: "mean" (over the rows not ignored; 0 with zero gradient if there are none), "sum" or
+            "none" (the shape of `targets`, 0 where ignored).
+        label_smoothing: ε in [0, 1]; a number or a 0-d tensor.
+        ignore_index: rows with this target are never multiplied.
+
+    Returns:
+        float32 (float64 for float64), in nats.
+
+    Raises:
+        TypeError, ValueError: naming the argument; a target outside [0, V) included.
+    """
+    call, targets, temperature = _checked(
+        hidden, weight, targets, bias, temperature, softcap, ignore_index
+    )
+    code = choice("reduction", reduction, REDUCTIONS)
+    label_smoothing = scalar("label_smoothing", label_smoothing)
+    if not is_compiling():
+        check_label_smoothing(label_smoothing)
+    if runs_eagerly("linear", call.hidden):
+        check_targets(targets, call.vocab, ignore_index)
+        z = call.logits() / temperature
+        return _eager.cross_entropy(z, targets, label_smoothing, ignore_index, reduction)
+    args = (
+        call.hidden, *call.arguments(), targets.reshape(-1), temperature, label_smoothing, ignore_index,
+        code,
+    )  # fmt: skip
+    if wants_gradient(call.hidden, call.weight, call.bias):
+        loss = _CrossEntropy.apply(*args)
+    else:
+        loss = _CE_FORWARD(*args)
+    return loss.view(targets.shape) if code == 0 else loss
+
+
+_OPTIONS = "Tensor? bias=None, float temperature=1.0, float? softcap=None, {}int ignore_index=-100"
+composite(
+    "linear_token_logprobs(Tensor hidden, Tensor weight, Tensor targets, *, "
+    + _OPTIONS.format("")
+    + ") -> Tensor",
+    linear_token_logprobs,
+)
+composite(
+    "linear_token_logprobs_stats(Tensor hidden, Tensor weight, Tensor targets, *, "
+    + _OPTIONS.format("")
+    + ") -> (Tensor, Tensor, Tensor)",
+    lambda hidden, weight, targets, **options: linear_token_logprobs(
+        hidden, weight, targets, stats=True, **options
+    ),
+)
+composite(
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, *, "
+    + _OPTIONS.format("str reduction='mean', float label_smoothing=0.0, ")
+    + ") -> Tensor",
+    linear_cross_entropy,
+)

@@ -1,0 +1,10 @@
+"""Losses from hidden states: log-probabilities, policy, preference and distillation losses that never
+build the logits. Each is its family's loss (same options, same numbers) with the language model's head in
+front of it; one chunk driver serves all, `_linear_loss.py`."""
+
+from ._linear_logprobs import linear_cross_entropy, linear_token_logprobs
+
+__all__ = [
+    "linear_cross_entropy",
+    "linear_token_logprobs",
+]
