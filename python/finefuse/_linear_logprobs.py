@@ -184,7 +184,7 @@ _FORWARD = raw_op(
     run=_forward,
     fake=_statistics_fake,
 )
-_BACKWARD = raw_op(
+BACKWARD = raw_op(
     f"linear_token_logprobs_backward(Tensor? g, Tensor? h, Tensor? l, Tensor saved, Tensor hidden, {HEAD}, "
     f"{_ROWS}, {WANTED}) -> ({GRADIENTS})",
     run=_backward,
@@ -224,7 +224,7 @@ class _TokenLogprobs(torch.autograd.Function):
             return (None, None, None, *nothing)
         hidden, weight, bias, *codes, targets, saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        gradients = _BACKWARD(
+        gradients = BACKWARD(
             g, h, l, saved, hidden, weight, bias, *codes, *ctx.numbers, targets, *ctx.options, *wanted
         )  # fmt: skip
         return (*given(gradients, wanted), *nothing)

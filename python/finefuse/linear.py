@@ -3,8 +3,10 @@ build the logits. Each is its family's loss (same options, same numbers) with th
 front of it; one chunk driver serves all, `_linear_loss.py`."""
 
 from ._linear_logprobs import linear_cross_entropy, linear_token_logprobs
+from ._linear_policy import linear_policy_loss
 
 __all__ = [
     "linear_cross_entropy",
+    "linear_policy_loss",
     "linear_token_logprobs",
 ]
