@@ -1,4 +1,4 @@
-"""linear_token_logprobs and linear_cross_entropy against float64: logits of hidden states, some rows at a time."""
+"""linear_token_logprobs and linear_cross_entropy against float64."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ F = torch.nn.functional
 IGNORE = -100
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 NAMES = ("hidden", "weight", "bias")
-# rows, width, vocabulary. One row of one column and two classes; fewer than a vector of each; a vocabulary that
-# is no multiple of a vector; more rows than 64, the least of a chunk, and an odd width.
-SHAPES = [(1, 1, 2), (7, 5, 2), (9, 70, 31), (130, 33, 300)]
+# rows, width, vocabulary. One row of one column and two classes; fewer than a vector of each; a vocabulary
+# that is no multiple of a vector; more rows than 64, the least of a chunk, and an odd width.
+SHAPES = [(1, 1, 2), (7, 5, 2), (9, 70, 31), (67, 33, 300)]
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "temperature": {"temperature": 0.7},
@@ -173,6 +173,12 @@ def compare_cross_entropy(case, factor=1.0, **options):
     assert (gradients[0][ignored] == 0).all()
     if none:
         assert (loss[ignored] == 0).all()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Products this small are slower on several; test_threads sets its own numbers."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -469,7 +475,7 @@ def layouts(dtype):
     yield "a transposed weight", cube, large[5:15, 3:20].t(), y
     yield "rows of a weight", cube, large[:34:2, :10], y
     yield "columns of a weight", cube, large[:17, :20:2], y
-    yield "an expanded weight", cube, weight[:1].expand(17, 10), y
+    yield "an expanded weight", cube, weight[:, :1].expand(17, 10), y
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -494,8 +500,8 @@ def test_strides(chunk, dtype):
         check_gradients(name, found, eager_gradients, truth_stats_gradients(case, ups))
         x.grad = w.grad = None
         ff.linear_cross_entropy(x, w, targets).backward()
-        (loss,), eager_gradients = run(plain_cross_entropy, case, [torch.tensor(1.0)])
-        truth, gradients = truth_cross_entropy(case)
+        _, eager_gradients = run(plain_cross_entropy, case, [torch.tensor(1.0)])
+        _, gradients = truth_cross_entropy(case)
         found = [x.grad.reshape(-1, 10), w.grad, None]
         if targets.numel() > 1 or targets.item() != IGNORE:
             check_gradients(name, found, eager_gradients, gradients)
@@ -563,7 +569,7 @@ def test_frozen(monkeypatch, chunk, wanted, which):
     want_outputs, want = run(function, case, ups, **options)
     counts = Counts(monkeypatch)
     outputs, gradients = run(function, case, ups, wanted, **options)
-    assert (counts.hidden, counts.weight) == (3 * wanted[0], 3 * wanted[1])  # 15 rows count
+    assert (counts.hidden, counts.weight) == (4 * wanted[0], 4 * wanted[1])  # 17 rows count
     for a, b in zip(outputs, want_outputs, strict=True):
         assert torch.equal(a, b)
     for a, b, w in zip(gradients, want, wanted, strict=True):
@@ -603,9 +609,9 @@ def test_tied_weight():
 # ---- packed weights --------------------------------------------------------------------------------
 
 
-# Panels of the weight begin where rows, bytes and blocks do: 64 columns, whole blocks to a row; 70, blocks that
-# lie across rows (128 rows between common ends with 16 blocks to a block of blocks); 37·5, nothing ends before
-# the last row does, and the last block is short.
+# Panels of the weight begin where rows, bytes and blocks do. 64 columns: whole blocks to a row, 256 rows to a
+# block of blocks. 70: blocks lie across rows, and with 16 to a block of blocks 512 rows pass before all end
+# together; without double quantisation 32. 37·5: nothing ends before the last row, and its block is short.
 PACKED = [(300, 64, 256), (300, 70, 16), (37, 5, 256)]
 
 
@@ -649,8 +655,8 @@ def test_packed_weight(monkeypatch, chunk, dtype, shape, double_quant):
             check("packed", a, e, t)
         check("d hidden", x.grad, eager_gradients[0], gradients.hidden)
         check("d bias", b.grad, eager_gradients[2], gradients.bias)
-    several = vocab == 300 and (nested == 16 or not double_quant)
-    assert (min(panels) < vocab) == (several or (vocab == 300 and nested == 256))
+    ends_inside = vocab == 300 and (width == 64 or not double_quant)
+    assert (min(panels) < vocab) == ends_inside
 
 
 # ---- chunks, batches, threads ----------------------------------------------------------------------
@@ -666,7 +672,7 @@ def test_size_of_chunks(chunk, size, dtype):
         compare_stats(case, softcap=3.0, temperature=1.2, only=False)
         compare_cross_entropy(case, label_smoothing=0.2, softcap=3.0)
         compare_cross_entropy(case, reduction="none", temperature=1.3)
-    assert set(chunk.counts) == {29, 22}
+    assert set(chunk.counts) == {29, 25}
 
 
 def test_rows_of_a_chunk():
@@ -737,7 +743,7 @@ def on_one_thread(function):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads(monkeypatch, dtype):
-    """The error rule on any number; where products are taken on one thread, the same bits: all else is ours."""
+    """The error rule on any number; and the same bits where products, a library's, are taken on one."""
     case = make(70, 20, 300, dtype)
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -797,7 +803,7 @@ def test_retain_graph(dtype):
             assert torch.equal(b, c)
         two = torch.tensor(2.0, dtype=value.dtype)
         for a, b in zip(kept, torch.autograd.grad(value, leaves, two), strict=True):
-            assert torch.equal(2 * a, b)
+            check("twice as much", b, 2 * a, 2 * a)
 
 
 def test_gradients_are_not_shared():
@@ -1124,8 +1130,8 @@ def peak(function, dtype, softcap=0.0):
 
 @pytest.mark.parametrize("function", ["cross-entropy", "log-probabilities"])
 def test_peak_memory(function):
-    """The gradients and one chunk of logits (two with a softcap), by torch's own account; with a 16-bit weight
-    also the float32 sum of its gradient and the panel in which it is widened."""
+    """The gradients and one chunk of logits (two with a softcap), by torch's own account; with a 16-bit
+    weight also the float32 sum of its gradient and the panel in which it is widened."""
     rows, width, vocab = 512, 96, 10000
     full = peak("full", "float32")
     assert (
