@@ -266,8 +266,8 @@ def linear_distill_loss(
     Raises:
         TypeError, ValueError: naming the argument; a target outside [0, V) included.
     """
-    names = ("student_hidden", "student_weight", "student_bias")
-    teacher_names = ("teacher_hidden", "teacher_weight", "teacher_bias")
+    names = ("student_hidden", "student_weight", "student_bias", "softcap")
+    teacher_names = ("teacher_hidden", "teacher_weight", "teacher_bias", "teacher_softcap")
     student = call_of(student_hidden, student_weight, student_bias, softcap, names)
     with torch.no_grad():
         teacher = call_of(

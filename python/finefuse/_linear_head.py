@@ -107,7 +107,7 @@ class HeadCall(NamedTuple):
 
 def call_of(
     hidden: Any, weight: Any, bias: Any, softcap: Any,
-    names: tuple[str, str, str] = ("hidden", "weight", "bias"), rows: Any = None,
+    names: tuple[str, ...] = ("hidden", "weight", "bias", "softcap"), rows: Any = None,
 ) -> HeadCall:  # fmt: skip
     """Checked, and cast as torch.nn.functional.linear is under autocast.
 
@@ -117,7 +117,7 @@ def call_of(
     if not isinstance(weight, Tensor):
         raise TypeError(f"{names[1]}: a tensor, not {type(weight).__name__}")
     packed = weight if isinstance(weight, CodebookTensor) else None
-    for name, tensor in zip(names[::2], (hidden, bias), strict=True):
+    for name, tensor in zip(names[:3:2], (hidden, bias), strict=True):
         if isinstance(tensor, CodebookTensor):
             raise TypeError(f"{name}: a tensor of numbers, not a CodebookTensor")
     if bias is not None:
@@ -155,9 +155,9 @@ def call_of(
         weight = weight.to(hidden.dtype)
     cap: Any = 0.0
     if softcap is not None:
-        cap = scalar("softcap", softcap)
+        cap = scalar(names[3], softcap)
         if not is_compiling():
-            require(0.0 < cap < float("inf"), "softcap", softcap, "above 0, or None")
+            require(0.0 < cap < float("inf"), names[3], softcap, "above 0, or None")
     shape = hidden.shape[:-1]
     return HeadCall(
         hidden=hidden if hidden.ndim == 2 else hidden.reshape(-1, hidden.shape[-1]),

@@ -50,7 +50,7 @@ from .preference import (
 _INPUTS = (
     "ref_chosen", "ref_rejected", "chosen_lengths", "rejected_lengths", "pair_weights", "chosen_nll", "kl",
 )  # fmt: skip
-_CODES = "int[] codes, bool[] by_length, int divergence, bool nll_by_length, int reduction"
+_CODES = "int[] losses, bool[] by_length, int divergence, bool nll_by_length, int reduction"
 # A chunk of whole pairs may be a quarter of all rows, up to these bytes of logits.
 _MOST_BYTES = 512 << 20
 
@@ -331,7 +331,7 @@ def linear_preference_loss(
         own = ref_weight is None
         ref = call_of(
             ref_hidden, weight if own else ref_weight, bias if own else ref_bias, softcap,
-            ("ref_hidden", "ref_weight", "ref_bias"),
+            ("ref_hidden", "ref_weight", "ref_bias", "softcap"),
         )  # fmt: skip
         if ref.shape != call.shape:
             raise ValueError(
