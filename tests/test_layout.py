@@ -24,19 +24,28 @@ FOLDERS = (
 )
 # What a stem does not have, and why. Each line is deleted by the change that adds the file.
 MISSING: dict[str, str] = {
+    "csrc/ops/linear.h": "its products are a library's, its kernels over rows those of the losses",
+    "csrc/ops/linear.cpp": "as the header",
+    "csrc/ops/linear.cu": "as the header",
+    "python/finefuse/numpy/linear.py": "NumPy has no products to put a chunk of logits between",
     "csrc/ops/bandit.cu": "a simulator: CPU only",
     "kernels/bandit.py": "a simulator: CPU only",
 }
 
 
-def stems() -> list[str]:
+def built() -> list[str]:
     listed = re.search(r"set\(FINEFUSE_OPS ([^)]*)\)", (ROOT / "CMakeLists.txt").read_text())
     assert listed
     return listed[1].split()
 
 
+def stems() -> list[str]:
+    """Those built from csrc/ops, and one that is made of their kernels and a library's products."""
+    return [*built(), "linear"]
+
+
 def test_stems_are_what_is_built():
-    assert sorted(stems()) == sorted(p.stem for p in (ROOT / "csrc/ops").glob("*.cpp"))
+    assert sorted(built()) == sorted(p.stem for p in (ROOT / "csrc/ops").glob("*.cpp"))
 
 
 @pytest.mark.parametrize("stem", stems())
@@ -58,6 +67,12 @@ BELOW = {
     "codebook": set(),
     "distill": {".logprobs"},
     "dora": {".codebook", "._low_rank"},
+    "linear": {
+        "._linear_distill",
+        "._linear_logprobs",
+        "._linear_policy",
+        "._linear_preference",
+    },
     "logprobs": set(),
     "lora": {".codebook", ".dora", "._low_rank"},
     "policy": {".logprobs"},
@@ -68,11 +83,26 @@ BELOW = {
 
 
 # The stems whose kernels a stem's kernels are made of, in csrc/ops, kernels/ and reference/.
-KERNELS_BELOW = {"distill": ("logprobs",), "dora": ("lora",), "segmented": ("lora",)}
+KERNELS_BELOW = {
+    "distill": ("logprobs",), "dora": ("lora",), "segmented": ("lora",),
+    "linear": ("distill", "logprobs", "policy", "preference"),
+}  # fmt: skip
 
 
-# Below all stems: matrix products, the tensor of packed codes, what describes it.
-SHARED = {"._matmul", "._codebook_tensor", "._codebooks"}
+# Below all stems: matrix products, the chunk driver of the losses from hidden states, the tensor of packed
+# codes, what describes it.
+SHARED = {"._matmul", "._linear_loss", "._codebook_tensor", "._codebooks"}
+
+# The losses from hidden states, a file a family, behind `linear`: what each builds on beside SHARED.
+_HEAD = {"._linear_head", "._linear_logprobs"}
+LINEAR = {
+    "_linear_head": {".codebook", "._low_rank"},
+    "_linear_logprobs": {"._linear_head", ".logprobs"},
+    "_linear_policy": {*_HEAD, ".logprobs", ".policy"},
+    "_linear_preference": {*_HEAD, ".logprobs", ".preference"},
+    "_linear_distill": {*_HEAD, ".logprobs", ".distill"},
+    "_linear_parallel": {*_HEAD, ".logprobs"},
+}
 
 
 # Above all stems: modules, and what each of their files builds on.
@@ -103,6 +133,20 @@ def test_imports_run_downhill():
             if path not in MISSING:
                 local = {i for i in imports(ROOT / path) if i.startswith(".")}
                 assert local <= allowed | BELOW[stem], path
+    for name, below in LINEAR.items():
+        path = ROOT / f"python/finefuse/{name}.py"
+        local = {i for i in imports(path) if i.startswith(".")}
+        assert local <= below | {".", "._args", "._op", ".eager", *SHARED}, name
+    assert {p.stem for p in (ROOT / "python/finefuse").glob("_linear_*.py")} == {
+        "_linear_loss", *LINEAR,
+    }  # fmt: skip
+    for path in (ROOT / "python/finefuse").glob("**/*.py"):
+        if path.stem not in ("linear", *LINEAR, *MODULES):
+            above = {i.rpartition(".")[2] for i in imports(path) if i.startswith(".")}
+            assert not above & set(LINEAR), path
+    path = ROOT / "python/finefuse/_linear_loss.py"  # the driver knows no loss
+    local = {i for i in imports(path) if i.startswith(".")}
+    assert local <= {".", "._matmul"}
     for name, below in MODULES.items():
         local = {i for i in imports(ROOT / f"python/finefuse/{name}.py") if i.startswith(".")}
         assert local <= below | {"._args"}, name
@@ -144,7 +188,7 @@ def test_no_std_in_the_files_compiled_per_level():
         "core/logit_rows.h",
     ):
         assert "std::" not in (ROOT / "csrc" / name).read_text(), name
-    for stem in stems():
+    for stem in built():
         assert "std::" not in (ROOT / f"csrc/ops/{stem}.cpp").read_text(), stem
 
 

@@ -968,24 +968,21 @@ def test_compile(name, counter):
 
 def test_compile_inductor():
     torch._dynamo.reset()
-    problems = [PROBLEMS[name]() for name in ("policy", "preference", "distill")]
+    problem = PROBLEMS["preference with a reference"]()
 
     def step(h, w, b, t):
-        return sum(
-            loss_of(p.ours(torch.tanh(x), w, b, temperature=t)).sum()
-            for p, x in zip(problems, h, strict=True)
-        )
+        return problem.ours(torch.tanh(h), w, b, temperature=t).loss
 
     compiled = torch.compile(step, fullgraph=True)
-    one, two = ([[p.spoilt().requires_grad_() for p in problems],
-                 *(x.clone().requires_grad_() for x in problems[0][1:3])] for _ in range(2))  # fmt: skip
     for t in (0.8, 1.3):
+        one, two = ([x.clone().requires_grad_() for x in (problem.spoilt(), *problem[1:3])]
+                    for _ in range(2))  # fmt: skip
         a, b = compiled(*one, t), step(*two, t)
         a.backward()
         b.backward()
         check("compiled", a, b, b)
-    for x, y in zip([*one[0], *one[1:]], [*two[0], *two[1:]], strict=True):
-        check("compiled: gradient", x.grad, y.grad, y.grad)
+        for of, x, y in zip(NAMES, one, two, strict=True):
+            check(f"compiled: d {of}", x.grad, y.grad, y.grad)
 
 
 def test_compile_none_and_sorted():
