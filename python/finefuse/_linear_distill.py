@@ -208,10 +208,11 @@ class _Distill(torch.autograd.Function):
         nothing, wanted = (None,) * (len(ctx.others) - 3), ctx.needs_input_grad[:3]
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            gradients = ctx.saved_tensors[ctx.saved :]
+            saved = ctx.saved_tensors  # once: under checkpointing there is no second time
+            gradients = saved[ctx.saved :]
             if not gradients:
                 args = list(ctx.others)
-                for i, x in zip(ctx.places, ctx.saved_tensors, strict=False):
+                for i, x in zip(ctx.places, saved, strict=False):
                     args[i] = x
                 made = _BACKWARD(g, *args, *wanted)
                 return (*given(made, wanted), *nothing)

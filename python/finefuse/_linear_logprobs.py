@@ -53,6 +53,7 @@ from ._op import (
     scalar,
     scalar_gradient,
     wants_gradient,
+    watched,
 )
 from .eager import logprobs as _eager
 from .logprobs import cross_entropy_rows, logprobs_rows, logprobs_rows_backward, sequence_logprobs
@@ -395,7 +396,7 @@ def scaled(gradients: Sequence[Tensor], g: Tensor, wanted: Sequence[bool]) -> li
     """What the forward made meets its upstream gradient, in place; skipped at 1."""
     if is_compiling():
         return given([x * g.to(x.dtype) for x in gradients], wanted)
-    if not g.is_cpu or g.item() != 1.0:
+    if not g.is_cpu or watched() or g.item() != 1.0:
         for x in gradients:
             x.mul_(g.to(x.dtype)) if g.is_cpu else x.mul_(g)
     return given(gradients, wanted)
@@ -426,8 +427,9 @@ class _CrossEntropy(torch.autograd.Function):
         nothing, wanted = (None,) * 15, ctx.needs_input_grad[:3]
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            hidden, weight, bias, *codes, targets = ctx.saved_tensors[:10]
-            gradients = ctx.saved_tensors[10:]
+            saved = ctx.saved_tensors  # once: under checkpointing there is no second time
+            hidden, weight, bias, *codes, targets = saved[:10]
+            gradients = saved[10:]
             if not gradients:
                 gradients = _CE_BACKWARD(
                     g, hidden, weight, bias, *codes, *ctx.numbers, targets, *ctx.options, *wanted

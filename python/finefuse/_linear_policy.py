@@ -157,8 +157,9 @@ class _Policy(torch.autograd.Function):
             return (None, None, None, *nothing)
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            hidden, weight, bias, *codes, actions, by, saved = ctx.saved_tensors[:12]
-            gradients = ctx.saved_tensors[12:]
+            tensors = ctx.saved_tensors  # once: under checkpointing there is no second time
+            hidden, weight, bias, *codes, actions, by, saved = tensors[:12]
+            gradients = tensors[12:]
             if not gradients:
                 by_lp, by_entropy = by * g
                 made = BACKWARD(

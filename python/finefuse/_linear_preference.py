@@ -220,8 +220,9 @@ class _Preference(torch.autograd.Function):
             return (None, None, None, *nothing)
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            hidden, weight, bias, *codes, targets, by_lp, saved = ctx.saved_tensors[:12]
-            gradients = ctx.saved_tensors[12:]
+            tensors = ctx.saved_tensors  # once: under checkpointing there is no second time
+            hidden, weight, bias, *codes, targets, by_lp, saved = tensors[:12]
+            gradients = tensors[12:]
             if not gradients:
                 made = BACKWARD(
                     (by_lp * g).to(by_lp.dtype), None, None, saved, hidden, weight, bias, *codes,
