@@ -150,7 +150,17 @@ def _fused_forward(
     hidden: Tensor, head_args: Sequence[Any], targets: Tensor, temperature: float, ignore_index: int,
     stats: bool, outputs: tuple[Tensor, ...],
 ) -> None:  # fmt: skip
-    raise NotImplementedError
+    from .kernels.linear import partial_shape
+
+    weight, bias = head_args[:2]
+    x, w = (t if t.stride(1) == 1 else t.contiguous() for t in (hidden, weight))
+    lp, entropy, lse, saved = outputs
+    partial = x.new_empty(partial_shape(len(x), len(w)), dtype=torch.float32)
+    _backend.launch(
+        "linear", "linear_token_logprobs", x,
+        (w, None if bias is None else bias.contiguous(), targets, ignore_index, temperature, head_args[-1],
+         lp, entropy if stats else None, lse if stats else None, saved, partial),
+    )  # fmt: skip
 
 
 def _backward(
