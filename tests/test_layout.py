@@ -83,10 +83,13 @@ BELOW = {
 
 
 # The stems whose kernels a stem's kernels are made of, in csrc/ops, kernels/ and reference/.
+# (Of `linear` the Triton kernels take tiles of `lora`, and the reference is made of those of the losses.)
 KERNELS_BELOW = {
-    "distill": ("logprobs",), "dora": ("lora",), "segmented": ("lora",),
-    "linear": ("distill", "logprobs", "policy", "preference"),
-}  # fmt: skip
+    "distill": ("logprobs",),
+    "dora": ("lora",),
+    "linear": ("lora", "distill", "logprobs", "policy", "preference"),
+    "segmented": ("lora",),
+}
 
 
 # Below all stems: matrix products, the chunk driver of the losses from hidden states, the tensor of packed
@@ -97,11 +100,11 @@ SHARED = {"._matmul", "._linear_loss", "._codebook_tensor", "._codebooks"}
 _HEAD = {"._linear_head", "._linear_logprobs"}
 LINEAR = {
     "_linear_head": {".codebook", "._low_rank"},
-    "_linear_logprobs": {"._linear_head", ".logprobs"},
+    "_linear_parallel": {"._linear_head"},
+    "_linear_logprobs": {"._linear_head", "._linear_parallel", ".logprobs"},
     "_linear_policy": {*_HEAD, ".logprobs", ".policy"},
     "_linear_preference": {*_HEAD, ".logprobs", ".preference"},
     "_linear_distill": {*_HEAD, ".logprobs", ".distill"},
-    "_linear_parallel": {*_HEAD, ".logprobs"},
 }
 
 

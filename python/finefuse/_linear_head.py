@@ -14,7 +14,7 @@ from ._linear_loss import Head, dense_panels
 from ._low_rank import NO_FIELDS
 from ._matmul import product_dtype
 from ._op import DTYPES, float_tensor, is_compiling, same_device, scalar
-from .codebook import decoded_rows, dequantize
+from .codebook import decoded_rows, dequantize, first_rows
 
 # Of a raw op, after hidden (N, H): a weight (V, H), dense or packed; softcap 0 is none.
 HEAD = (
@@ -86,7 +86,7 @@ class HeadCall(NamedTuple):
     vocab: Any
     softcap: Any
     shape: torch.Size  # of hidden without its last dimension
-    packed: CodebookTensor | None
+    packed: CodebookTensor | None  # all of it; of its rows the first `vocab` count
 
     def arguments(self) -> tuple[Any, ...]:
         """Those of HEAD; while compiling all its numbers are tensors, as those of the other arguments."""
@@ -95,7 +95,9 @@ class HeadCall(NamedTuple):
 
     def logits(self) -> Tensor:
         """In full: for the backend "eager"."""
-        weight = self.weight if self.packed is None else dequantize(self.packed, self.hidden.dtype)
+        weight = self.weight
+        if self.packed is not None:
+            weight = dequantize(self.packed, self.hidden.dtype)[: self.vocab]
         assert weight is not None
         with torch.autocast(self.hidden.device.type, enabled=False):
             z = torch.nn.functional.linear(self.hidden, weight, self.bias)
@@ -144,11 +146,14 @@ def call_of(
         bias = bias.to(hidden.dtype)
         if bias.shape != (vocab,):
             raise ValueError(f"{names[2]}: shape {tuple(bias.shape)}; allowed: ({vocab},)")
+    values = NO_FIELDS if packed is None else fields(packed)
     if rows is not None and rows != vocab:
         vocab = rows
-        weight = _first_rows(weight, rows)
-        packed = None if packed is None else weight
         bias = None if bias is None else bias[:rows]
+        if packed is None:
+            weight = weight[:rows]
+        else:
+            values = first_rows(values, rows, weight.shape[1])
     if packed is None and weight.dtype is not hidden.dtype:
         if not autocast:
             raise TypeError(f"{names[1]}: dtype {weight.dtype}; {names[0]} has {hidden.dtype}")
@@ -163,20 +168,11 @@ def call_of(
         hidden=hidden if hidden.ndim == 2 else hidden.reshape(-1, hidden.shape[-1]),
         weight=None if packed is not None else weight,
         bias=bias,
-        values=NO_FIELDS if packed is None else fields(packed),
+        values=values,
         vocab=vocab,
         softcap=cap,
         shape=shape,
         packed=packed,
-    )
-
-
-def _first_rows(weight: Tensor, rows: int) -> Tensor:
-    """A packed weight is cut where a block ends, else decoded: see CodebookTensor's own slices."""
-    if not isinstance(weight, CodebookTensor):
-        return weight[:rows]
-    raise ValueError(
-        f"weight: a CodebookTensor of {weight.shape[0]} rows; allowed: {rows} (quantise weight[:{rows}])"
     )
 
 

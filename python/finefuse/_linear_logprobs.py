@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _backend
+from . import _backend, _linear_parallel
 from ._args import (
     REDUCTIONS,
     check_index,
@@ -149,12 +150,23 @@ def _fused_forward(
     hidden: Tensor, head_args: Sequence[Any], targets: Tensor, temperature: float, ignore_index: int,
     stats: bool, outputs: tuple[Tensor, ...],
 ) -> None:  # fmt: skip
-    raise NotImplementedError
+    from .kernels.linear import partial_shape
+
+    weight, bias = head_args[:2]
+    x, w = (t if t.stride(1) == 1 else t.contiguous() for t in (hidden, weight))
+    lp, entropy, lse, saved = outputs
+    partial = x.new_empty(partial_shape(len(x), len(w)), dtype=torch.float32)
+    _backend.launch(
+        "linear", "linear_token_logprobs", x,
+        (w, None if bias is None else bias.contiguous(), targets, ignore_index, temperature, head_args[-1],
+         lp, entropy if stats else None, lse if stats else None, saved, partial),
+    )  # fmt: skip
 
 
 def _backward(
-    g: Tensor | None, h: Tensor | None, l: Tensor | None, saved: Tensor, hidden: Tensor, *args: Any
-) -> Gradients:
+    g: Tensor | None, h: Tensor | None, l: Tensor | None, saved: Tensor, hidden: Tensor, *args: Any,
+    partial: bool = False,
+) -> Gradients:  # fmt: skip
     targets, temperature, ignore_index, *wanted = args[HEAD_ARGUMENTS:]
     head = head_of(hidden, args[:HEAD_ARGUMENTS])
     check_rows(hidden, targets)
@@ -175,7 +187,7 @@ def _backward(
         )  # fmt: skip
         return True
 
-    return walk(head, hidden, parts, kernel, wanted)
+    return walk(head, hidden, parts, kernel, wanted, partial)
 
 
 _ROWS = "Tensor targets, float temperature, int ignore_index"
@@ -193,6 +205,9 @@ BACKWARD = raw_op(
         hidden, args[HEAD_ARGUMENTS - 2], args[-3:]
     ),
 )
+
+
+_SHARD = _linear_parallel.Ops(_forward, functools.partial(_backward, partial=True))
 
 
 # ---- token log-probabilities: autograd and the public function ---------------------------------
@@ -241,6 +256,8 @@ def linear_token_logprobs(
     softcap: float | Tensor | None = None,
     ignore_index: int = -100,
     stats: bool = False,
+    vocab_size: int | None = None,
+    group: Any = None,
 ) -> Any:
     """Token log-probabilities from hidden states; the logits never exist all at once.
 
@@ -251,6 +268,20 @@ def linear_token_logprobs(
     next; the backward makes them again, in place of which it puts their gradient. Work: 2·N·H·V forward,
     and 2·N·H·V backward for the logits, for the gradient of hidden, and for that of the weight where it has
     one. Rows that are ignored are not multiplied. Memory: the gradients and one chunk.
+
+    With a `group` the weight is sharded over the vocabulary: rank r of R holds rows [r·V, (r + 1)·V) of the
+    whole, and all else is the same on every rank. Of the shards' own lse_r, H_r and log p_r
+
+        lse = log Σ_r e^{lse_r},    w_r = e^{lse_r - lse},    H = Σ_r w_r·(H_r - log w_r),
+        lp = log p_r[y] + log w_r    of the rank whose row y is
+
+    in float64, in the order of ranks: every rank has the same bits. The forward sends 3 doubles a row and
+    rank (one all_gather), the backward N·H numbers (one all_reduce of the gradient of hidden, in float32, or
+    float64): after it every rank has all of that gradient, and that of its own rows of weight and bias.
+    Every rank must call forward and backward. Losses of log-probabilities follow from here, such as
+    policy_loss(lp, …), preference_loss(sequence_logprobs(lp), …) or the cross-entropy -lp.sum()/count;
+    `linear_cross_entropy` itself takes no group. After Megatron-LM's vocab-parallel cross-entropy,
+    arXiv:1909.08053.
 
     Args:
         hidden: (…, H) float32, bfloat16, float16 or float64, any strides. Under autocast it is cast as
@@ -263,16 +294,36 @@ def linear_token_logprobs(
         bias: (V,). temperature: T > 0. softcap: c > 0. Numbers may also be 0-d tensors.
         ignore_index: rows with this target give exactly 0, pass exactly 0 back and are never read.
         stats: also return entropy and lse; all three are differentiable.
+        vocab_size: how many rows of the weight count (with a group: of all shards, one after the other);
+            those after them are padding, whose logits are never made and whose gradient is 0. None: all.
+        group: a torch.distributed.ProcessGroup over which the weight is sharded: `weight` and `bias` are this
+            rank's, with as many rows on every rank. `targets` are indices into the whole. Not with
+            the backend "eager". Under torch.compile the graph breaks here.
 
     Returns:
         lp, or (lp, entropy, lse): float32 (float64 for float64), in the shape of `targets`, in nats.
 
     Raises:
-        TypeError, ValueError: naming the argument; a target outside [0, V) included.
+        TypeError, ValueError: naming the argument; a target outside [0, V) or [0, vocab_size) included (with
+            a group on every rank).
     """
+    if group is not None and is_compiling():
+        return torch.compiler.disable(linear_token_logprobs)(
+            hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap,
+            ignore_index=ignore_index, stats=stats, vocab_size=vocab_size, group=group,
+        )  # fmt: skip
+    shard, rows = _shard(weight, vocab_size, group)
     call, targets, temperature = _checked(
-        hidden, weight, targets, bias, temperature, softcap, ignore_index
+        hidden, weight, targets, bias, temperature, softcap, ignore_index, rows
     )
+    if shard is not None:
+        if runs_eagerly("linear", call.hidden):
+            raise ValueError("group: not with the backend 'eager'; allowed: None")
+        found = _linear_parallel.token_logprobs(
+            _SHARD, shard, call, targets.reshape(-1), temperature, ignore_index
+        )
+        found = tuple(x.view(targets.shape) for x in found)
+        return found if stats else found[0]
     if runs_eagerly("linear", call.hidden):
         check_targets(targets, call.vocab, ignore_index)
         return _eager.token_logprobs(call.logits(), targets, temperature, ignore_index, stats)
@@ -286,10 +337,25 @@ def linear_token_logprobs(
     return outputs if stats else outputs[0]
 
 
+def _shard(
+    weight: Any, vocab_size: Any, group: Any
+) -> tuple[_linear_parallel.Shard | None, int | None]:
+    """(which one, how many of its rows count)"""
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        return None, None  # call_of says what is wrong
+    if group is not None:
+        shard = _linear_parallel.shard_of(weight, group, vocab_size)
+        return shard, shard.real
+    if vocab_size is not None:
+        _linear_parallel.check_vocab_size(vocab_size, weight.shape[0])
+    return None, vocab_size
+
+
 def _checked(
-    hidden: Any, weight: Any, targets: Any, bias: Any, temperature: Any, softcap: Any, ignore_index: Any
+    hidden: Any, weight: Any, targets: Any, bias: Any, temperature: Any, softcap: Any, ignore_index: Any,
+    rows: int | None = None,
 ) -> tuple[HeadCall, Tensor, Any]:  # fmt: skip
-    call = call_of(hidden, weight, bias, softcap)
+    call = call_of(hidden, weight, bias, softcap, rows=rows)
     targets = index_tensor("targets", targets, hidden)
     if targets.shape != call.shape:
         raise ValueError(
@@ -499,13 +565,13 @@ _OPTIONS = "Tensor? bias=None, float temperature=1.0, float? softcap=None, {}int
 composite(
     "linear_token_logprobs(Tensor hidden, Tensor weight, Tensor targets, *, "
     + _OPTIONS.format("")
-    + ") -> Tensor",
+    + ", int? vocab_size=None) -> Tensor",
     linear_token_logprobs,
 )
 composite(
     "linear_token_logprobs_stats(Tensor hidden, Tensor weight, Tensor targets, *, "
     + _OPTIONS.format("")
-    + ") -> (Tensor, Tensor, Tensor)",
+    + ", int? vocab_size=None) -> (Tensor, Tensor, Tensor)",
     lambda hidden, weight, targets, **options: linear_token_logprobs(
         hidden, weight, targets, stats=True, **options
     ),

@@ -150,17 +150,19 @@ def gradient_shapes(hidden: Tensor, vocab: int, wanted: Sequence[bool]) -> list[
 
 
 def walk(
-    head: Head, hidden: Tensor, parts: Sequence[Rows], kernel: RowKernel, wanted: Sequence[bool]
-) -> Gradients:
+    head: Head, hidden: Tensor, parts: Sequence[Rows], kernel: RowKernel, wanted: Sequence[bool],
+    partial: bool = False,
+) -> Gradients:  # fmt: skip
     """Takes the rows of hidden (N, H) chunk by chunk through the row kernel; sums gradients up.
 
     wanted: by hidden, by weight, by bias. The sums of the last two are float32 (float64 for float64) until
-    the last chunk.
+    the last chunk. partial: the gradient of hidden is a term of a sum, and has the type of sums.
     """
     of_hidden, of_weight, of_bias = gradient_shapes(hidden, head.vocab, wanted)
     sums = torch.float64 if hidden.dtype is torch.float64 else torch.float32
     complete = sum(_count(rows) for rows in parts) == len(hidden)
-    dx = hidden.new_empty(of_hidden) if complete else hidden.new_zeros(of_hidden)
+    make = hidden.new_empty if complete else hidden.new_zeros
+    dx = make(of_hidden, dtype=sums if partial else hidden.dtype)
     dw = fresh(hidden, of_weight, sums)
     db = hidden.new_zeros(of_bias, dtype=sums)
     first = True

@@ -461,6 +461,11 @@ def _rows(values: Fields, begin: int, end: int) -> Fields:
     )  # fmt: skip
 
 
+def first_rows(values: Fields, rows: Any, columns: Any) -> Fields:
+    """The first rows of a packed weight of so many columns: what begins at 0 can end anywhere."""
+    return _rows(values, 0, rows * columns)
+
+
 def _check_product(x: Tensor, values: Fields, rows: Any, columns: Any, bias: Tensor | None) -> None:
     float_tensor("x", x)
     same_device("codes", values[0], "x", x)
