@@ -444,7 +444,9 @@ def _rank(rank: int, ranks: int, folder: str) -> None:
 def failures(request: pytest.FixtureRequest, tmp_path_factory: Any) -> dict[str, str]:
     """By case, what went wrong on which rank."""
     ranks, folder = request.param, tmp_path_factory.mktemp("ranks")
-    multiprocessing.set_forkserver_preload(["torch", "finefuse"])
+    # once for all, what a process would import on its first backward included
+    preload = ["finefuse.linear", "torch.testing", "torch.fx.experimental.symbolic_shapes"]
+    multiprocessing.set_forkserver_preload(preload)
     torch.multiprocessing.start_processes(
         _rank, (ranks, str(folder)), nprocs=ranks, start_method="forkserver"
     )
