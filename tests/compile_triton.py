@@ -32,6 +32,7 @@ from finefuse.kernels import (
     codebook,
     distill,
     dora,
+    linear,
     logprobs,
     lora,
     policy,
@@ -50,11 +51,11 @@ HOT = (
     "dora_scale_kernel", "dora_columns_kernel", "segmented_shrink_kernel", "segmented_outer_kernel",
     "segmented_expand_kernel", "policy_logits_kernel", "prune_histogram_kernel",
     "prune_ties_kernel", "prune_apply_kernel", "prune_row_kernel", "prune_group_kernel",
-    "distill_kernel",
+    "distill_kernel", "linear_token_logprobs_kernel",
 )  # fmt: skip
 # The argument whose type is what a kernel computes on.
 COMPUTED = ("logits", "gradient", "x", "y", "z", "dy", "weight")
-MODULES = (codebook, distill, dora, logprobs, lora, policy, preference, prune, segmented)
+MODULES = (codebook, distill, dora, linear, logprobs, lora, policy, preference, prune, segmented)
 
 _NAMES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
@@ -129,6 +130,12 @@ class Variant:
     def wide(self) -> bool:
         """Whether it computes on float64."""
         return "fp64" in (self.choices.get(name) for name in COMPUTED)
+
+    @property
+    def architectures(self) -> tuple[int, ...]:
+        """Where a host function launches it: tiles of the most shared memory not on sm_80."""
+        large = self.name == "linear_token_logprobs_kernel" and self.choices["COLUMNS"] == "256"
+        return ARCHITECTURES[large:]
 
     def compile(self, architecture: int) -> dict[str, int]:
         """What the cubin takes: see resource_usage."""
@@ -259,6 +266,7 @@ def _call_everything() -> None:
     _call_policy(tensor, place)
     _call_prune(tensor, place)
     _call_distill(tensor, place)
+    _call_linear(place)
 
 
 def _call_codebook(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> None:
@@ -460,6 +468,32 @@ def _call_distill(tensor: Callable[[torch.dtype], torch.Tensor], place: Any) -> 
                         distill.distill(*before, teacher_layout, indices, indices is i32, *rest)
 
 
+def _call_linear(place: Any) -> None:
+    """Few rows and many, much shared memory and little; an inner dimension of whole tiles, and an odd one."""
+
+    def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    indices = itertools.cycle((torch.int64, torch.int32))
+    left = itertools.cycle(itertools.product((False, True), (False, True)))
+    before, vocab = linear.shared_memory, 131072
+    for name, rows, size, inner, biased, softcap, with_entropy in itertools.product(
+        list(DTYPES)[:3], (8, 40, 4096), (96 << 10, 227 << 10), (4096, 75), (True, False), (30.0, 0.0),
+        (True, False),
+    ):  # fmt: skip
+        linear.shared_memory = lambda device, size=size: size
+        dtype, x = getattr(torch, name), tensor(rows)
+        lse, saved = next(left)
+        linear.linear_token_logprobs(
+            tensor(rows, inner, dtype=dtype), tensor(vocab, inner, dtype=dtype),
+            tensor(vocab, dtype=dtype) if biased else None, tensor(rows, dtype=next(indices)), -100, 0.7,
+            softcap, x, x if with_entropy else None, x if lse else None,
+            tensor(2 + with_entropy, rows, dtype=torch.float64) if saved else None,
+            tensor(*linear.partial_shape(rows, vocab, inner)), place,
+        )  # fmt: skip
+    linear.shared_memory = before
+
+
 def pairs(variant: Variant) -> set[tuple[str, ...]]:
     """Each choice of a variant, with its kernel and with the type that it computes on."""
     first = next(iter(variant.kernel.arg_names))
@@ -538,7 +572,7 @@ def main() -> int:
     total = len(_VARIANTS)
     if "--all" not in sys.argv[1:]:
         _VARIANTS = list(chosen(_VARIANTS))
-    jobs = list(itertools.product(range(len(_VARIANTS)), ARCHITECTURES))
+    jobs = [(i, architecture) for i, v in enumerate(_VARIANTS) for architecture in v.architectures]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor() as pool:

@@ -68,7 +68,12 @@ BELOW = {
 
 
 # The stems whose kernels a stem's kernels are made of, in csrc/ops, kernels/ and reference/.
-KERNELS_BELOW = {"distill": ("logprobs",), "dora": ("lora",), "segmented": ("lora",)}
+KERNELS_BELOW = {
+    "distill": ("logprobs",),
+    "dora": ("lora",),
+    "linear": ("lora",),
+    "segmented": ("lora",),
+}
 
 
 # Below all stems: matrix products, the tensor of packed codes, what describes it.

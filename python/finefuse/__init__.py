@@ -38,6 +38,9 @@ __all__ = [
     "kto_loss",
     "learn_codebook",
     "linear_cross_entropy",
+    "linear_distill_loss",
+    "linear_policy_loss",
+    "linear_preference_loss",
     "linear_token_logprobs",
     "lora_linear",
     "lora_linear_group",
@@ -83,7 +86,13 @@ if _find_spec("torch") is not None:
     )
     from .distill import distill_loss
     from .dora import dora_norm
-    from .linear import linear_cross_entropy, linear_token_logprobs
+    from .linear import (
+        linear_cross_entropy,
+        linear_distill_loss,
+        linear_policy_loss,
+        linear_preference_loss,
+        linear_token_logprobs,
+    )
     from .logprobs import cross_entropy, sequence_logprobs, token_logprobs
     from .lora import lora_linear, lora_linear_group, merge_lora, unmerge_lora
     from .policy import (

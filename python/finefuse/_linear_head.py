@@ -89,8 +89,9 @@ class HeadCall(NamedTuple):
     packed: CodebookTensor | None  # all of it; of its rows the first `vocab` count
 
     def arguments(self) -> tuple[Any, ...]:
-        """Those of HEAD."""
-        return (self.weight, self.bias, *self.values, self.vocab, self.softcap)
+        """Those of HEAD; while compiling all its numbers are tensors, as those of the other arguments."""
+        cap = scalar("softcap", self.softcap)
+        return (self.weight, self.bias, *self.values, self.vocab, cap)
 
     def logits(self) -> Tensor:
         """In full: for the backend "eager"."""
@@ -121,6 +122,8 @@ def call_of(
     for name, tensor in zip(names[::2], (hidden, bias), strict=True):
         if isinstance(tensor, CodebookTensor):
             raise TypeError(f"{name}: a tensor of numbers, not a CodebookTensor")
+    if bias is not None:
+        float_tensor(names[2], bias)
     if packed is None and weight.dtype not in DTYPES:
         float_tensor(names[1], weight)
     device = hidden.device.type
@@ -140,7 +143,7 @@ def call_of(
     same_device(names[2], bias, names[0], hidden)
     vocab = weight.shape[0]
     if bias is not None:
-        bias = float_tensor(names[2], bias).to(hidden.dtype)
+        bias = bias.to(hidden.dtype)
         if bias.shape != (vocab,):
             raise ValueError(f"{names[2]}: shape {tuple(bias.shape)}; allowed: ({vocab},)")
     values = NO_FIELDS if packed is None else fields(packed)

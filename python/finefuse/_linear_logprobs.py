@@ -54,6 +54,7 @@ from ._op import (
     scalar,
     scalar_gradient,
     wants_gradient,
+    watched,
 )
 from .eager import logprobs as _eager
 from .logprobs import cross_entropy_rows, logprobs_rows, logprobs_rows_backward, sequence_logprobs
@@ -149,7 +150,17 @@ def _fused_forward(
     hidden: Tensor, head_args: Sequence[Any], targets: Tensor, temperature: float, ignore_index: int,
     stats: bool, outputs: tuple[Tensor, ...],
 ) -> None:  # fmt: skip
-    raise NotImplementedError
+    from .kernels.linear import partial_shape
+
+    weight, bias = head_args[:2]
+    x, w = (t if t.stride(1) == 1 else t.contiguous() for t in (hidden, weight))
+    lp, entropy, lse, saved = outputs
+    partial = x.new_empty(partial_shape(len(x), len(w)), dtype=torch.float32)
+    _backend.launch(
+        "linear", "linear_token_logprobs", x,
+        (w, None if bias is None else bias.contiguous(), targets, ignore_index, temperature, head_args[-1],
+         lp, entropy if stats else None, lse if stats else None, saved, partial),
+    )  # fmt: skip
 
 
 def _backward(
@@ -186,7 +197,7 @@ _FORWARD = raw_op(
     run=_forward,
     fake=_statistics_fake,
 )
-_BACKWARD = raw_op(
+BACKWARD = raw_op(
     f"linear_token_logprobs_backward(Tensor? g, Tensor? h, Tensor? l, Tensor saved, Tensor hidden, {HEAD}, "
     f"{_ROWS}, {WANTED}) -> ({GRADIENTS})",
     run=_backward,
@@ -229,7 +240,7 @@ class _TokenLogprobs(torch.autograd.Function):
             return (None, None, None, *nothing)
         hidden, weight, bias, *codes, targets, saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        gradients = _BACKWARD(
+        gradients = BACKWARD(
             g, h, l, saved, hidden, weight, bias, *codes, *ctx.numbers, targets, *ctx.options, *wanted
         )  # fmt: skip
         return (*given(gradients, wanted), *nothing)
@@ -451,7 +462,7 @@ def scaled(gradients: Sequence[Tensor], g: Tensor, wanted: Sequence[bool]) -> li
     """What the forward made meets its upstream gradient, in place; skipped at 1."""
     if is_compiling():
         return given([x * g.to(x.dtype) for x in gradients], wanted)
-    if not g.is_cpu or g.item() != 1.0:
+    if not g.is_cpu or watched() or g.item() != 1.0:
         for x in gradients:
             x.mul_(g.to(x.dtype)) if g.is_cpu else x.mul_(g)
     return given(gradients, wanted)
@@ -482,8 +493,9 @@ class _CrossEntropy(torch.autograd.Function):
         nothing, wanted = (None,) * 15, ctx.needs_input_grad[:3]
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            hidden, weight, bias, *codes, targets = ctx.saved_tensors[:10]
-            gradients = ctx.saved_tensors[10:]
+            saved = ctx.saved_tensors  # once: under checkpointing there is no second time
+            hidden, weight, bias, *codes, targets = saved[:10]
+            gradients = saved[10:]
             if not gradients:
                 gradients = _CE_BACKWARD(
                     g, hidden, weight, bias, *codes, *ctx.numbers, targets, *ctx.options, *wanted

@@ -88,8 +88,8 @@ def chunk_rows(
     """How many rows of logits exist at a time.
 
     Each chunk reads the weight twice and reads and writes the sum of its gradient once: on a CPU 256 rows
-    make that a tenth of the products' time. Fewer, so that the logits are a fifth of what they would
-    be at once, but not fewer than 64, nor than 16 MB of them, which caches and allocators hold. On a GPU 512 MB.
+    make that a tenth of the products' time. Fewer, so that the logits are a fifth of what they would be at
+    once, but not fewer than 64, nor than 16 MB of them, which caches and allocators hold. On a GPU 512 MB.
     A softcap doubles what a row takes.
     """
     row = vocab * dtype.itemsize * (2 if capped else 1)

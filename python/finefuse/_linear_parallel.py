@@ -223,11 +223,12 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Any, h: Any, l: Any) -> Any:
-        hidden, *head = ctx.saved_tensors[:9]
+        tensors = ctx.saved_tensors  # once: under checkpointing there is no second time
+        hidden, *head = tensors[:9]
         gradients: list[Tensor | None] = [None, None, None]
         if not (g is None and h is None and l is None):
             gradients = _backward(
-                ctx.ops, ctx.shard, g, h, l, _Rows(*ctx.saved_tensors[9:]), hidden,
+                ctx.ops, ctx.shard, g, h, l, _Rows(*tensors[9:]), hidden,
                 (*head, *ctx.numbers), ctx.temperature, ctx.needs_input_grad[2:5],
             )  # fmt: skip
         return (None, None, *gradients, *(None,) * (HEAD_ARGUMENTS + 1))

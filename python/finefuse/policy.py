@@ -87,19 +87,19 @@ _WIDE = (torch.float32, torch.float64)
 
 # ---- arguments that all forms of the loss share ------------------------------------------------
 
-_TOKENS = (
+TOKENS = (
     "Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? weights, Tensor advantages, "
     "Tensor? cu_seqlens"
 )
-_FLOATS = (
+FLOATS = (
     "float clip_low, float clip_high, float dual_clip, float delta, float kl_beta, float tau_pos, "
     "float tau_neg, float divisor"
 )
-_CODES = "int surrogate, int importance, int kl, bool kl_times_ratio, int reduction"
+CODES = "int surrogate, int importance, int kl, bool kl_times_ratio, int reduction"
 _NAMES = ("old_logprobs", "ref_logprobs", "weights", "advantages")
 
 
-def _check_tokens(
+def check_tokens(
     shape: torch.Size,
     dtype: torch.dtype,
     like: Tensor,
@@ -206,7 +206,7 @@ def policy_tokens(
     if logprobs.dtype not in _WIDE:
         raise TypeError(f"logprobs: dtype {logprobs.dtype}; allowed: float32, float64")
     shape, dtype = logprobs.shape, logprobs.dtype
-    sequences, length, by_token = _check_tokens(shape, dtype, logprobs, *tokens)
+    sequences, length, by_token = check_tokens(shape, dtype, logprobs, *tokens)
     options = _options(floats, codes, tokens[1] is not None)
     if mask is not None and (mask.shape != shape or mask.dtype is not torch.bool):
         raise ValueError(f"mask: {tuple(mask.shape)} {mask.dtype}; allowed: {tuple(shape)} bool")
@@ -233,7 +233,7 @@ def _forward(logprobs: Tensor, mask: Tensor | None, *rest: Any) -> Any:
 
 
 def _forward_fake(logprobs: Tensor, mask: Tensor | None, *rest: Any) -> Any:
-    _check_tokens(logprobs.shape, logprobs.dtype, logprobs, *rest[:5])
+    check_tokens(logprobs.shape, logprobs.dtype, logprobs, *rest[:5])
     shape = logprobs.shape if rest[-1] == _NONE else ()
     return (
         logprobs.new_empty(shape),
@@ -252,14 +252,14 @@ def _backward(g: Tensor, logprobs: Tensor, mask: Tensor | None, *rest: Any) -> T
 
 
 _FORWARD = raw_op(
-    f"policy_forward(Tensor logprobs, Tensor? mask, {_TOKENS}, {_FLOATS}, {_CODES}) -> "
+    f"policy_forward(Tensor logprobs, Tensor? mask, {TOKENS}, {FLOATS}, {CODES}) -> "
     "(Tensor, Tensor, Tensor)",
     run=_forward,
     fake=_forward_fake,
 )
 # For reduction="none", whose upstream gradient has a number a token.
 _BACKWARD = raw_op(
-    f"policy_backward(Tensor g, Tensor logprobs, Tensor? mask, {_TOKENS}, {_FLOATS}, {_CODES}) -> "
+    f"policy_backward(Tensor g, Tensor logprobs, Tensor? mask, {TOKENS}, {FLOATS}, {CODES}) -> "
     "Tensor",
     run=_backward,
     fake=lambda g, logprobs, *rest: logprobs.new_empty(logprobs.shape),
@@ -400,7 +400,7 @@ def policy_loss(
         (old_logprobs, ref_logprobs, weights, advantages),
         packed,
     )
-    sequences, length, _ = _check_tokens(shape, dtype, logprobs, *tokens, cu_seqlens)
+    sequences, length, _ = check_tokens(shape, dtype, logprobs, *tokens, cu_seqlens)
     how, divisor = policy_reduction(
         loss, reduction, torch.Size(sequences).numel(), None if packed else length,
         _optional("max_length", max_length), _optional("num_tokens", num_tokens),
@@ -441,7 +441,7 @@ def _policy_logits(
     codes = numbers[10:]
     rows, layout, out_rows, out_layout = gradient_rows(logits, actions, out)
     dtype = accumulator(logits.dtype)
-    sequences, length, by_token = _check_tokens(
+    sequences, length, by_token = check_tokens(
         actions.shape, dtype, logits, *tokens, name="actions"
     )
     options = _options(floats, codes, tokens[1] is not None)
@@ -478,7 +478,7 @@ def _logits_forward_backward(logits: Tensor, actions: Tensor, *rest: Any) -> Any
 def _logits_forward_backward_fake(logits: Tensor, actions: Tensor, *rest: Any) -> Any:
     check_rows(logits, actions)
     dtype = accumulator(logits.dtype)
-    _check_tokens(actions.shape, dtype, logits, *rest[:5])
+    check_tokens(actions.shape, dtype, logits, *rest[:5])
     return logits.new_empty((), dtype=dtype), logits.new_empty((4,), dtype=dtype)
 
 
@@ -487,8 +487,8 @@ def _logits_backward(g: Tensor, logits: Tensor, actions: Tensor, *rest: Any) -> 
 
 
 _LOGITS = (
-    f"Tensor logits, Tensor actions, {_TOKENS}, Tensor(a!) out, float temperature, "
-    f"float entropy_coef, {_FLOATS}, {_CODES}, int ignore_index"
+    f"Tensor logits, Tensor actions, {TOKENS}, Tensor(a!) out, float temperature, "
+    f"float entropy_coef, {FLOATS}, {CODES}, int ignore_index"
 )
 # The gradient of the loss goes to `out` in the same visit of each row.
 _LOGITS_FORWARD_BACKWARD = raw_op(
@@ -540,12 +540,12 @@ class _PolicyFromLogits(torch.autograd.Function):
         return out, *nothing
 
 
-def _renamed(function: Any, *args: Any, **options: Any) -> Any:
+def _renamed(function: Any, *args: Any) -> Any:
     """Calls a function whose `targets` are our `actions`; its errors say so."""
     if is_compiling():
-        return function(*args, **options)
+        return function(*args)
     try:
-        return function(*args, **options)
+        return function(*args)
     except ValueError as error:
         text = str(error)
         if not text.startswith("targets: "):
@@ -618,17 +618,57 @@ def policy_loss_from_logits(
     actions = index_tensor("actions", actions, logits)
     check_rows(logits, actions, "actions")
     check_index("ignore_index", ignore_index)
-    shape, packed, dtype = actions.shape, cu_seqlens is not None, accumulator(logits.dtype)
-    mask = _check_mask(mask, shape, logits, "logits")
+
+    def one_pass(actions: Tensor, numbers: tuple[Any, ...], *rest: Any) -> tuple[Tensor, Tensor]:
+        return _PolicyFromLogits.apply(logits, actions, *rest, *numbers, ignore_index, inplace)
+
+    def statistics(actions: Tensor, temperature: Any) -> tuple[Tensor, Tensor]:
+        lp, entropy, _ = token_logprobs(
+            logits, actions, temperature=temperature, ignore_index=ignore_index, stats=True,
+            inplace=inplace,
+        )  # fmt: skip
+        return lp, entropy
+
+    in_one = (
+        wants_gradient(logits)
+        and not runs_eagerly("policy", logits)
+        and gradient_in_forward(logits)
+    )
+    return policy_of_rows(
+        "logits", logits, actions, one_pass if in_one else None, statistics, advantages=advantages,
+        old_logprobs=old_logprobs, entropy_coef=entropy_coef, temperature=temperature, loss=loss, mask=mask,
+        cu_seqlens=cu_seqlens, weights=weights, clip_low=clip_low, clip_high=clip_high,
+        dual_clip=dual_clip, delta=delta, ref_logprobs=ref_logprobs, kl_beta=kl_beta, kl=kl,
+        kl_times_ratio=kl_times_ratio, importance=importance, reduction=reduction,
+        max_length=max_length, num_tokens=num_tokens, tau_pos=tau_pos, tau_neg=tau_neg,
+        ignore_index=ignore_index,
+    )  # fmt: skip
+
+
+def policy_of_rows(
+    name: str, rows: Tensor, actions: Tensor, one_pass: Any, statistics: Any, *, advantages: Any,
+    old_logprobs: Any, entropy_coef: Any, temperature: Any, loss: str, mask: Any, cu_seqlens: Any,
+    weights: Any, clip_low: Any, clip_high: Any, dual_clip: Any, delta: Any, ref_logprobs: Any,
+    kl_beta: Any, kl: Any, kl_times_ratio: Any, importance: Any, reduction: Any, max_length: Any,
+    num_tokens: Any, tau_pos: Any, tau_neg: Any, ignore_index: int,
+) -> PolicyOutput:  # fmt: skip
+    """What the losses from logits and from hidden states, `rows` of this `name`, have in common.
+
+    one_pass(actions, (temperature, entropy_coef, *floats, *codes), *tokens, cu_seqlens) gives the loss
+    and the four metrics where a token's gradient depends on its own row alone; None: never.
+    statistics(actions, temperature) gives log-probabilities and entropies.
+    """
+    shape, packed, dtype = actions.shape, cu_seqlens is not None, accumulator(rows.dtype)
+    mask = _check_mask(mask, shape, rows, name)
     if mask is not None:
         if actions.dtype is torch.int32 and not -(2**31) <= ignore_index < 2**31:
             actions = actions.long()
         actions = torch.where(mask, actions, ignore_index)
-    cu_seqlens = _check_cu_seqlens(cu_seqlens, logits)
+    cu_seqlens = _check_cu_seqlens(cu_seqlens, rows)
     tokens = _token_vectors(
-        shape, dtype, logits, "logits", (old_logprobs, ref_logprobs, weights, advantages), packed
+        shape, dtype, rows, name, (old_logprobs, ref_logprobs, weights, advantages), packed
     )
-    sequences, length, _ = _check_tokens(shape, dtype, logits, *tokens, cu_seqlens, name="actions")
+    sequences, length, _ = check_tokens(shape, dtype, rows, *tokens, cu_seqlens, name="actions")
     how, divisor = policy_reduction(
         loss, reduction, torch.Size(sequences).numel(), None if packed else length,
         _optional("max_length", max_length), _optional("num_tokens", num_tokens),
@@ -638,34 +678,18 @@ def policy_loss_from_logits(
         scalar("temperature", temperature),
         scalar("entropy_coef", entropy_coef),
     )
-    if (
-        whose == "token"
-        and how != "none"
-        and wants_gradient(logits)
-        and not runs_eagerly("policy", logits)
-        and gradient_in_forward(logits)
-    ):
+    if one_pass is not None and whose == "token" and how != "none":
         floats = policy_numbers(
             scalar, loss, clip_low, clip_high, dual_clip, delta, kl_beta, tau_pos, tau_neg, divisor
         )
         codes = policy_codes(loss, whose, kl, kl_times_ratio, how)
-        value, metrics = _PolicyFromLogits.apply(
-            logits, actions, *tokens, cu_seqlens, temperature, entropy_coef, *floats, *codes,
-            ignore_index, inplace,
-        )  # fmt: skip
+        numbers = (temperature, entropy_coef, *floats, *codes)
+        value, metrics = one_pass(actions, numbers, *tokens, cu_seqlens)
         return PolicyOutput(value, *metrics.unbind())
     if not isinstance(entropy_coef, Tensor):
         require(-inf < entropy_coef < inf, "entropy_coef", entropy_coef, "finite")
-    logprobs, entropy, _ = _renamed(
-        token_logprobs,
-        logits,
-        actions,
-        temperature=temperature,
-        ignore_index=ignore_index,
-        stats=True,
-        inplace=inplace,
-    )
-    old, ref, weights, advantages = tokens  # type: ignore[assignment]
+    logprobs, entropy = _renamed(statistics, actions, temperature)
+    old, ref, weights, advantages = tokens
     keep = actions != ignore_index
     out = policy_loss(
         logprobs, advantages=advantages, old_logprobs=old, loss=loss, mask=keep, cu_seqlens=cu_seqlens,
@@ -674,12 +698,16 @@ def policy_loss_from_logits(
         reduction=reduction, max_length=max_length, num_tokens=num_tokens, tau_pos=tau_pos,
         tau_neg=tau_neg,
     )  # fmt: skip
-    # in order and in float64, whatever the number of threads
-    mean = sequence_logprobs(entropy.reshape(-1)) / keep.sum().clamp(min=1)
+    mean = mean_entropy(entropy, keep)
     value = out.loss
     if isinstance(entropy_coef, Tensor) or entropy_coef != 0.0:
         value = value - entropy_coef * (entropy if how == "none" else mean)
     return PolicyOutput(value.to(dtype), *out[1:4], mean.detach())
+
+
+def mean_entropy(entropy: Tensor, keep: Tensor) -> Tensor:
+    """Over the tokens that count; in order and in float64, whatever the number of threads."""
+    return sequence_logprobs(entropy.reshape(-1)) / keep.sum().clamp(min=1)
 
 
 # ---- value loss, advantages --------------------------------------------------------------------

@@ -497,6 +497,26 @@ def preference_loss(
     Raises:
         TypeError, ValueError: naming the argument.
     """
+    return _apply(
+        *prepared(
+            chosen, rejected, ref_chosen, ref_rejected, loss=loss, beta=beta,
+            label_smoothing=label_smoothing, chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths, normalize_lengths=normalize_lengths,
+            loss_weights=loss_weights, pair_weights=pair_weights, gamma=gamma, sft_weight=sft_weight,
+            chosen_nll=chosen_nll, kl=kl, delta=delta, tau=tau, desirable_weight=desirable_weight,
+            undesirable_weight=undesirable_weight, f_divergence=f_divergence, alpha=alpha,
+            reduction=reduction,
+        )
+    )  # fmt: skip
+
+
+def prepared(
+    chosen: Any, rejected: Any, ref_chosen: Any, ref_rejected: Any, *, loss: Any, beta: Any,
+    label_smoothing: Any, chosen_lengths: Any, rejected_lengths: Any, normalize_lengths: bool | None,
+    loss_weights: Any, pair_weights: Any, gamma: Any, sft_weight: Any, chosen_nll: Any, kl: Any, delta: Any,
+    tau: Any, desirable_weight: Any, undesirable_weight: Any, f_divergence: str, alpha: Any, reduction: str,
+) -> tuple[tuple[Any, ...], Any, Any, tuple[Any, ...]]:  # fmt: skip
+    """A call of `preference_loss` as its raw ops take it: inputs, loss_weights, numbers, codes."""
     terms = _terms(loss, normalize_lengths, f_divergence, reduction)
     chosen_lengths, rejected_lengths = preference_lengths(
         terms, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, chosen_nll
@@ -512,18 +532,23 @@ def preference_loss(
     if kl is not None:
         inputs[8] = inputs[8].detach().reshape(-1) if _KTO in terms.codes else None
     aot: Any = (None, None)
-    if _ORDERS[0] in terms.codes or _ORDERS[1] in terms.codes:
+    if sorts(terms.codes):
         aot = _orders(terms, inputs)
     numbers = _numbers((
         beta, label_smoothing, gamma, sft_weight, delta, tau, desirable_weight, undesirable_weight,
         alpha, 0.0,
     ))  # fmt: skip
-    return _apply(
+    return (
         (*inputs, *aot),
         _loss_weights(loss_weights, len(terms.codes)),
         numbers,
         (terms.codes, terms.by_length, terms.divergence, terms.nll_by_length, terms.reduction),
     )
+
+
+def sorts(codes: Sequence[int]) -> bool:
+    """Whether a loss is among them whose gradient of a pair depends on the order of all of them."""
+    return _ORDERS[0] in codes or _ORDERS[1] in codes
 
 
 def reward_loss(
@@ -760,9 +785,9 @@ def _tail_weights(keep: Tensor, ld_alpha: Any, dtype: torch.dtype) -> Tensor:
     return torch.where(tail, ones * ld_alpha, ones).to(dtype)
 
 
-def _times(lp: Tensor, tail: Tensor) -> Tensor:
+def times_tail(lp: Tensor, tail: Tensor | None) -> Tensor:
     """A token of weight 0 adds 0, also where it is impossible."""
-    return torch.where(tail == 0, 0, lp) * tail
+    return lp if tail is None else torch.where(tail == 0, 0, lp) * tail
 
 
 def preference_loss_from_logits(
@@ -833,44 +858,82 @@ def preference_loss_from_logits(
         None if ref_logprobs is None else ref_logprobs.shape,
         None if ref_logits is None else ref_logits.shape,
     )
+
+    def token_lp() -> Tensor:
+        return token_logprobs(logits, targets, ignore_index=ignore_index, inplace=inplace)
+
+    def ref_token_lp() -> Tensor:
+        assert ref_logits is not None
+        return token_logprobs(ref_logits, targets, ignore_index=ignore_index)
+
+    return preference_of_rows(
+        targets, accumulator(logits.dtype), token_lp, None if ref_logits is None else ref_token_lp, None,
+        ref_logprobs=ref_logprobs,
+        loss=loss, beta=beta, label_smoothing=label_smoothing, normalize_lengths=normalize_lengths,
+        loss_weights=loss_weights, pair_weights=pair_weights, gamma=gamma, sft_weight=sft_weight,
+        chosen_nll=chosen_nll, kl=kl, delta=delta, tau=tau, desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight, f_divergence=f_divergence, alpha=alpha, ld_alpha=ld_alpha,
+        reduction=reduction, ignore_index=ignore_index,
+    )  # fmt: skip
+
+
+def preference_of_rows(
+    targets: Tensor, dtype: torch.dtype, token_lp: Any, ref_token_lp: Any, one_pass: Any, *,
+    ref_logprobs: Tensor | None,
+    loss: Any, normalize_lengths: bool | None, sft_weight: Any, chosen_nll: Any, f_divergence: str,
+    ld_alpha: Any, reduction: str, ignore_index: int, **options: Any,
+) -> PreferenceOutput:  # fmt: skip
+    """What the losses from logits and from hidden states have in common; targets (2·pairs, T).
+
+    token_lp() and ref_token_lp() give token log-probabilities of this dtype; one_pass(tail, prepared) the
+    outputs where the coefficients of a pair depend on that pair alone; None: never.
+    """
     terms = _terms(loss, normalize_lengths, f_divergence, reduction)
     if ld_alpha is not None:
         ld_alpha = scalar("ld_alpha", ld_alpha)
         if not isinstance(ld_alpha, Tensor):
             require(0.0 <= ld_alpha <= 1.0, "ld_alpha", ld_alpha, "0 to 1, or None")
-    half = logits.shape[0] // 2
+    half = targets.shape[0] // 2
     chosen_lengths: Any = None
     rejected_lengths = tail = None
     needs_nll = terms.nll and chosen_nll is None
     if ld_alpha is not None or terms.divides or (needs_nll and terms.nll_by_length):
         keep = targets != ignore_index
         chosen_lengths, rejected_lengths = keep.sum(-1).chunk(2)
-    lp = token_logprobs(logits, targets, ignore_index=ignore_index, inplace=inplace)
+    one_pass = (
+        one_pass
+        if not (sorts(terms.codes) or terms.reduction == _NONE)
+        and not wants_gradient(chosen_nll, ref_logprobs)
+        and not (ld_alpha is not None and needs_nll)
+        else None
+    )
+    lp = None
+    if one_pass is None:
+        lp = token_lp()
     if ld_alpha is not None:
-        tail = _tail_weights(keep, ld_alpha, lp.dtype)
-        if needs_nll:  # of all tokens in full
+        tail = _tail_weights(keep, ld_alpha, dtype)
+        if lp is not None and needs_nll:  # of all tokens in full
             count: Any = max(half, 1)
             if terms.nll_by_length:
                 count = chosen_lengths.clamp(min=1).sum().clamp(min=1)
             chosen_nll = -sequence_logprobs(lp[:half]).double().sum() / count
-        lp = _times(lp, tail)
-    lp = sequence_logprobs(lp)
-    if ref_logits is not None:
+    if ref_token_lp is not None:
         with torch.no_grad():
-            ref_lp = token_logprobs(ref_logits, targets, ignore_index=ignore_index)
-            ref_logprobs = sequence_logprobs(ref_lp if tail is None else _times(ref_lp, tail))
+            ref_logprobs = sequence_logprobs(times_tail(ref_token_lp(), tail))
     ref_chosen = ref_rejected = None
     if ref_logprobs is not None:
         ref_chosen, ref_rejected = ref_logprobs[:half], ref_logprobs[half:]
-    return preference_loss(
-        lp[:half], lp[half:], ref_chosen, ref_rejected, loss=loss, beta=beta,
-        label_smoothing=label_smoothing, chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths, normalize_lengths=normalize_lengths,
-        loss_weights=loss_weights, pair_weights=pair_weights, gamma=gamma, sft_weight=sft_weight,
-        chosen_nll=chosen_nll, kl=kl, delta=delta, tau=tau, desirable_weight=desirable_weight,
-        undesirable_weight=undesirable_weight, f_divergence=f_divergence, alpha=alpha,
-        reduction=reduction,
+    if lp is not None:
+        seq = sequence_logprobs(times_tail(lp, tail))
+    else:  # in the place of what is not known yet
+        seq = torch.zeros(targets.shape[:1], dtype=dtype, device=targets.device)
+    call = prepared(
+        seq[:half], seq[half:], ref_chosen, ref_rejected, loss=loss, sft_weight=sft_weight,
+        chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths,
+        normalize_lengths=normalize_lengths, chosen_nll=chosen_nll, f_divergence=f_divergence,
+        reduction=reduction, **options,
     )  # fmt: skip
+    return _apply(*call) if one_pass is None else one_pass(tail, call)
 
 
 # ---- torch.ops.finefuse ------------------------------------------------------------------------

@@ -1,0 +1,338 @@
+"""Distillation from hidden states."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _backend
+from ._args import (
+    DISTILL_KINDS,
+    REDUCTIONS,
+    check_distill_numbers,
+    check_index,
+    check_vocab_size,
+    choice,
+    distill_vocab,
+    require,
+)
+from ._codebook_tensor import CodebookTensor
+from ._linear_head import HEAD, HEAD_ARGUMENTS, call_of, check_head, check_targets, head_of
+from ._linear_logprobs import (
+    GRADIENTS,
+    WANTED,
+    given,
+    gradients_fake,
+    made_in_forward,
+    scaled,
+)
+from ._linear_loss import Rows, chunk_rows, chunks, counted_rows, part_of, put, walk
+from ._op import (
+    INDEX_DTYPES,
+    accumulator,
+    composite,
+    index_tensor,
+    is_compiling,
+    once_differentiable,
+    raw_op,
+    row_gradient,
+    runs_eagerly,
+    same_device,
+    scalar,
+    scalar_gradient,
+    wants_gradient,
+)
+from .distill import distill_loss, distill_rows
+from .logprobs import sequence_logprobs
+
+# ---- raw ops -----------------------------------------------------------------------------------
+
+_TEACHER_HEAD = re.sub(r"(\w+)(,|$)", r"teacher_\1\2", HEAD)
+
+
+def _split(args: Sequence[Any]) -> tuple[Any, ...]:
+    """head, teacher_hidden, teacher's head, mask, targets, (beta, temperature, alpha), the rest."""
+    n = HEAD_ARGUMENTS
+    return args[:n], args[n], args[n + 1 : 2 * n + 1], *args[2 * n + 1 : 2 * n + 3], args[
+        2 * n + 3 : 2 * n + 6
+    ], args[2 * n + 6 :]  # fmt: skip
+
+
+def _check_rows(hidden: Tensor, args: Sequence[Any]) -> None:
+    head, teacher, teacher_head, mask, targets, _, _ = _split(args)
+    check_head(hidden, head, "student_hidden")
+    check_head(teacher, teacher_head, "teacher_hidden")
+    same_device("teacher_hidden", teacher, "student_hidden", hidden)
+    for name, value in (("teacher_hidden", teacher), ("mask", mask), ("targets", targets)):
+        if value is None:
+            continue
+        same_device(name, value, "student_hidden", hidden)
+        if value.shape[0] != len(hidden) or (name != "teacher_hidden" and value.ndim != 1):
+            raise ValueError(f"{name}: shape {tuple(value.shape)}; allowed: ({len(hidden)}, …)")
+    if mask is not None and mask.dtype is not torch.bool:
+        raise TypeError(f"mask: dtype {mask.dtype}; allowed: bool")
+    if targets is not None and targets.dtype not in INDEX_DTYPES:
+        raise TypeError(f"targets: dtype {targets.dtype}; allowed: int64, int32")
+
+
+def _distill(
+    g: Tensor | None, want_loss: bool, hidden: Tensor, args: Sequence[Any], wanted: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """(loss, *gradients); g: upstream, (N,) for "none", else one; None: 1."""
+    _check_rows(hidden, args)
+    head_args, teacher, teacher_args, mask, targets, numbers, rest = _split(args)
+    kind, temperature_squared, vocab, ignore_index, reduction = rest
+    check_distill_numbers(*numbers, targets is not None)
+    require(reduction in (0, 1, 2), "reduction", reduction, "0 (none), 1 (sum), 2 (mean)")
+    head, teacher_head = head_of(hidden, head_args), head_of(teacher, teacher_args)
+    if not vocab <= min(head.vocab, teacher_head.vocab):
+        raise ValueError(f"vocab: {vocab}; the heads have {head.vocab} and {teacher_head.vocab}")
+    dtype = accumulator(hidden.dtype)
+    keep = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+    if mask is not None:
+        keep &= mask
+    if targets is not None:
+        keep &= targets != ignore_index
+        check_targets(torch.where(keep, targets, ignore_index), vocab, ignore_index)
+    share = torch.ones((), dtype=torch.float64, device=hidden.device)
+    if reduction == 2:
+        share = share / keep.sum().clamp(min=1)
+    if g is None:
+        upstream: Any = share.to(dtype).expand(len(hidden))
+    elif reduction == 0:
+        upstream = row_gradient("g", g, keep, dtype)
+    else:
+        upstream = (share * scalar_gradient(g, hidden, dtype).reshape(())).to(dtype)
+        upstream = upstream.expand(len(hidden))
+    losses = hidden.new_zeros(len(hidden), dtype=torch.float64)
+    counted = counted_rows(keep)
+    if (
+        counted is None and hidden.is_cuda
+    ):  # maybe captured: NaN of rows that do not count stays out
+        hidden, teacher = (torch.where(keep[:, None], x, 0) for x in (hidden, teacher))
+    count = len(hidden) if counted is None else len(counted)
+    student_row = head.vocab * (2 if head.softcap != 0.0 else 1)  # in numbers of its type
+    teacher_row = teacher_head.vocab * teacher_head.dtype.itemsize // head.dtype.itemsize
+    size = chunk_rows(count, student_row + teacher_row, head.dtype, hidden.is_cpu)
+
+    def kernel(z: Tensor, rows: Rows) -> bool:
+        y = None if targets is None else part_of(targets, rows)
+        teacher_z = teacher_head.logits(part_of(teacher, rows).to(teacher_head.dtype))
+        out = z if any(wanted) else None
+        w = part_of(upstream, rows).contiguous() if any(wanted) else None
+        counts = part_of(keep, rows) if counted is None else None
+        loss = distill_rows(
+            w, out, True, z, teacher_z, None, counts, y, *numbers, kind, temperature_squared, vocab,
+            ignore_index, 0,
+        )  # fmt: skip
+        put(losses, rows, loss)
+        return any(wanted)
+
+    gradients = walk(head, hidden, chunks(counted, count, size), kernel, wanted)
+    if not want_loss:
+        return gradients
+    if reduction == 0:
+        return losses.to(dtype), *gradients
+    # added in order, whatever the number of threads
+    return (share * sequence_logprobs(losses)).to(dtype), *gradients
+
+
+def _fake(hidden: Tensor, *args: Any) -> Tensor:
+    _check_rows(hidden, args)
+    reduction = _split(args)[-1][4]
+    return hidden.new_empty(
+        (len(hidden),) if reduction == 0 else (), dtype=accumulator(hidden.dtype)
+    )
+
+
+_ARGUMENTS = (
+    f"Tensor hidden, {HEAD}, Tensor teacher_hidden, {_TEACHER_HEAD}, Tensor? mask, Tensor? targets, "
+    "float beta, float temperature, float alpha, int kind, bool temperature_squared, SymInt columns, "
+    "int ignore_index, int reduction"
+)
+_FORWARD = raw_op(
+    f"linear_distill_forward({_ARGUMENTS}) -> Tensor",
+    run=lambda hidden, *args: _distill(None, True, hidden, args, (False,) * 3)[0],
+    fake=_fake,
+)
+# The gradients of the loss, in the same visit of each chunk.
+_FORWARD_BACKWARD = raw_op(
+    f"linear_distill_forward_backward({_ARGUMENTS}, {WANTED}) -> (Tensor, {GRADIENTS})",
+    run=lambda hidden, *args: _distill(None, True, hidden, args[:-3], args[-3:]),
+    fake=lambda hidden, *args: (
+        _fake(hidden, *args[:-3]), *gradients_fake(hidden, args[HEAD_ARGUMENTS - 2], args[-3:])
+    ),
+)  # fmt: skip
+_BACKWARD = raw_op(
+    f"linear_distill_backward(Tensor g, {_ARGUMENTS}, {WANTED}) -> ({GRADIENTS})",
+    run=lambda g, hidden, *args: _distill(g, False, hidden, args[:-3], args[-3:]),
+    fake=lambda g, hidden, *args: gradients_fake(hidden, args[HEAD_ARGUMENTS - 2], args[-3:]),
+)
+
+
+# ---- autograd and the public function ----------------------------------------------------------
+
+
+class _Distill(torch.autograd.Function):
+    """With a scalar loss the gradients are made in the forward: see `linear_distill_loss`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Any, bias: Any, *rest: Any) -> Tensor:
+        wanted, args = ctx.needs_input_grad[:3], (hidden, weight, bias, *rest)
+        ctx.gradients = None
+        made: Any = ()
+        if rest[-1] != 0 and made_in_forward(hidden):
+            loss, *made = _FORWARD_BACKWARD(*args, *wanted)
+            if not is_compiling():
+                ctx.gradients, made = made, ()
+        else:
+            loss = _FORWARD(*args)
+        tensors = [x for x in args if x is None or (isinstance(x, Tensor) and x.ndim > 0)]
+        ctx.save_for_backward(*tensors, *made)
+        ctx.saved = len(tensors)
+        # the others, and None where a tensor stands
+        ctx.others = [
+            None if x is None or (isinstance(x, Tensor) and x.ndim > 0) else x for x in args
+        ]
+        ctx.places = [i for i, x in enumerate(ctx.others) if x is None]
+        ctx.backend = _backend.chosen
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        nothing, wanted = (None,) * (len(ctx.others) - 3), ctx.needs_input_grad[:3]
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            saved = ctx.saved_tensors  # once: under checkpointing there is no second time
+            gradients = saved[ctx.saved :]
+            if not gradients:
+                args = list(ctx.others)
+                for i, x in zip(ctx.places, saved, strict=False):
+                    args[i] = x
+                made = _BACKWARD(g, *args, *wanted)
+                return (*given(made, wanted), *nothing)
+        return (*scaled(gradients, g, wanted), *nothing)
+
+
+def linear_distill_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    softcap: float | Tensor | None = None,
+    teacher_softcap: float | Tensor | None = None,
+    kind: str = "forward_kl",
+    beta: float | Tensor = 0.5,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    alpha: float | Tensor = 1.0,
+    targets: Tensor | None = None,
+    temperature_squared: bool = False,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+) -> Tensor:
+    """A distillation loss from hidden states; the logits of neither model exist all at once.
+
+        z = hidden Wᵀ + b,    with a softcap c·tanh(z/c),    of student and teacher; then as `distill_loss`
+
+    For "mean" and "sum" all gradients are made in the forward, while a chunk of both models' logits is
+    there: 6·N·H·V operations for the student (4·N·H·V where its weight is frozen) and 2·N·H'·V' for the
+    teacher, which has no gradient. For "none", in float16 and under checkpointing the backward makes the
+    logits again: 2·N·(H·V + H'·V') more. Memory: the gradients and one chunk of each.
+
+    Args:
+        student_hidden, student_weight, student_bias, softcap: as in `linear_token_logprobs`.
+        teacher_hidden: (…, H') of any float type, with teacher_weight (V', H') of its type or a
+            CodebookTensor, teacher_bias (V',) and teacher_softcap.
+        mask: (…) bool, or a number that is not 0 where a row counts. Rows that do not are not multiplied.
+        targets: (…) integers in [0, V) or `ignore_index`.
+        vocab_size: how many leading rows of both weights count; where V and V' differ (padding) it must be
+            given. The gradient of the others is 0.
+        the others: as in `distill_loss`.
+
+    Returns:
+        float32 (float64 for a float64 student), in nats; differentiable in student_hidden, student_weight
+        and student_bias.
+
+    Raises:
+        TypeError, ValueError: naming the argument; a target outside [0, V) included.
+    """
+    names = ("student_hidden", "student_weight", "student_bias")
+    teacher_names = ("teacher_hidden", "teacher_weight", "teacher_bias")
+    student = call_of(student_hidden, student_weight, student_bias, softcap, names)
+    with torch.no_grad():
+        teacher = call_of(
+            teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_names
+        )
+    if teacher.shape != student.shape:
+        raise ValueError(
+            f"teacher_hidden: shape {tuple(teacher_hidden.shape)}; student_hidden of shape "
+            f"{tuple(student_hidden.shape)} needs {(*student.shape, '…')}"
+        )
+    code, reduce = choice("kind", kind, DISTILL_KINDS), choice("reduction", reduction, REDUCTIONS)
+    numbers = (scalar("beta", beta), scalar("temperature", temperature), scalar("alpha", alpha))
+    check_index("ignore_index", ignore_index)
+    if targets is not None:
+        targets = index_tensor("targets", targets, student_hidden)
+    if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask: a tensor, not {type(mask).__name__}")
+        mask = mask if mask.dtype is torch.bool else mask != 0
+    if not is_compiling():
+        check_vocab_size(vocab_size)
+        check_distill_numbers(*numbers, targets is not None)
+    if vocab_size is None and teacher.vocab != student.vocab:
+        raise ValueError(
+            f"teacher_weight: {teacher.vocab} rows, student_weight {student.vocab}; give vocab_size, the "
+            "number of rows that both share"
+        )
+    shapes = ((*student.shape, student.vocab), (*student.shape, teacher.vocab))
+    vocab = distill_vocab(
+        *shapes, None, *(None if t is None else t.shape for t in (mask, targets)), vocab_size
+    )
+    if runs_eagerly("linear", student.hidden):
+        return distill_loss(
+            student.logits(), teacher.logits().detach(), kind=kind, beta=beta, temperature=temperature,
+            mask=mask, alpha=alpha, targets=targets, temperature_squared=temperature_squared,
+            vocab_size=vocab, reduction=reduction, ignore_index=ignore_index,
+        )  # fmt: skip
+    # a packed weight stays whole: the row kernels pass over columns beyond `vocab`
+    if vocab != student.vocab and not isinstance(student_weight, CodebookTensor):
+        student = call_of(student_hidden, student_weight, student_bias, softcap, names, vocab)
+    if vocab != teacher.vocab and not isinstance(teacher_weight, CodebookTensor):
+        teacher = call_of(
+            teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_names, vocab
+        )
+    args = (
+        student.hidden, *student.arguments(), *_detached(teacher.hidden, *teacher.arguments()),
+        *(None if t is None else t.reshape(-1) for t in (mask, targets)), *numbers, code,
+        bool(temperature_squared), vocab, ignore_index, reduce,
+    )  # fmt: skip
+    if wants_gradient(student.hidden, student.weight, student.bias):
+        loss = _Distill.apply(*args)
+    else:
+        loss = _FORWARD(*args)
+    return loss.view(student.shape) if reduce == 0 else loss
+
+
+def _detached(*args: Any) -> list[Any]:
+    return [x.detach() if isinstance(x, Tensor) else x for x in args]
+
+
+composite(
+    "linear_distill_loss(Tensor student_hidden, Tensor student_weight, Tensor teacher_hidden, "
+    "Tensor teacher_weight, *, Tensor? student_bias=None, Tensor? teacher_bias=None, float? softcap=None, "
+    "float? teacher_softcap=None, str kind='forward_kl', float beta=0.5, float temperature=1.0, "
+    "Tensor? mask=None, float alpha=1.0, Tensor? targets=None, bool temperature_squared=False, "
+    "SymInt? vocab_size=None, str reduction='mean', int ignore_index=-100) -> Tensor",
+    linear_distill_loss,
+)
