@@ -322,8 +322,8 @@ def linear_token_logprobs(
         found = _linear_parallel.token_logprobs(
             _SHARD, shard, call, targets.reshape(-1), temperature, ignore_index
         )
-        found = tuple(x.view(targets.shape) for x in found)
-        return found if stats else found[0]
+        lp, entropy, lse = (x.view(targets.shape) for x in found)
+        return (lp, entropy, lse) if stats else lp
     if runs_eagerly("linear", call.hidden):
         check_targets(targets, call.vocab, ignore_index)
         return _eager.token_logprobs(call.logits(), targets, temperature, ignore_index, stats)

@@ -235,7 +235,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def token_logprobs(
-    ops: Ops, shard: Shard, call: HeadCall, targets: Tensor, temperature: float, ignore_index: int
+    ops: Ops, shard: Shard, call: HeadCall, targets: Tensor, temperature: Any, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """lp, entropy, lse of flat targets; the head is the shard's real rows."""
     args = (call.hidden, *call.arguments(), targets, temperature, ignore_index)
