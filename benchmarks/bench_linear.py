@@ -252,19 +252,33 @@ def case(
         accumulates=[
             who for who in runs if (c := candidates.get(who.split(" (")[0])) and c.accumulates
         ],
+        turns=2 if shape == QUICK else 9,
     )
+
+
+def chunked_by_torch(
+    reduction: str = "mean", wrapped: Callable[[Loss], Loss] = lambda loss: loss
+) -> dict[str, Candidate]:
+    """By its own choice it takes few rows at a time, and goes over the weight and its gradient often."""
+    if not hasattr(functional, "linear_cross_entropy"):
+        return {}
+
+    def candidate(rows: int | None) -> Candidate:
+        loss = peers.linear_cross_entropy_chunked(rows, reduction)
+        return Candidate(TORCH, wrapped(loss), widens=True, accumulates=True)
+
+    return {
+        "linear_cross_entropy, chunked": candidate(None),
+        "linear_cross_entropy, 256 rows": candidate(256),
+    }
 
 
 def of_cross_entropy(device: str, shape: Shape, dtype: torch.dtype, **options: Any) -> list[Row]:
     others = {
-        "linear_cross_entropy, chunked": Candidate(
-            TORCH, peers.linear_cross_entropy_chunked(), widens=True, accumulates=True
-        ),
+        **chunked_by_torch(),
         "TRL": Candidate(TRL, peers.linear_cross_entropy_trl, accumulates=True),
         "Liger": Candidate(LIGER_TRITON, peers.linear_cross_entropy_liger),
     }
-    if not hasattr(functional, "linear_cross_entropy"):
-        del others["linear_cross_entropy, chunked"]
     plain = peers.from_hidden(peers.cross_entropy)
     return case(
         "cross-entropy", cross_entropy, plain, others, draw_cross_entropy, device, shape, dtype,
@@ -273,17 +287,14 @@ def of_cross_entropy(device: str, shape: Shape, dtype: torch.dtype, **options: A
 
 
 def of_logprobs(device: str, shape: Shape, dtype: torch.dtype, backward: bool = True) -> list[Row]:
-    scalar: Callable[[Loss], Loss] = peers.weighted if backward else lambda loss: loss
+    def scalar(loss: Loss) -> Loss:
+        return peers.weighted(loss) if backward else loss
+
     others = {
-        "linear_cross_entropy, chunked": Candidate(
-            TORCH, scalar(peers.linear_cross_entropy_chunked("none")), widens=True,
-            accumulates=True,
-        ),
+        **chunked_by_torch("none", scalar),
         "TRL": Candidate(TRL, scalar(peers.logprobs_trl_chunked), accumulates=True),
         "Liger": Candidate(LIGER, scalar(peers.logprobs_liger_chunked), accumulates=True),
-    }  # fmt: skip
-    if not hasattr(functional, "linear_cross_entropy"):
-        del others["linear_cross_entropy, chunked"]
+    }
     return case(
         "token log-probabilities", scalar(logprobs), scalar(peers.from_hidden(peers.logprobs_eager)),
         others, draw_logprobs if backward else draw_scored, device, shape, dtype,

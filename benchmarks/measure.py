@@ -277,6 +277,7 @@ def compare_products(
     truth: Loss,
     sample: Inputs,
     accumulates: Collection[str] = (),
+    turns: int = 9,
 ) -> list[Row]:
     """A case of functions on top of a linear layer: times also against `bare`, the products alone, the last
     rows, of which the fastest counts.
@@ -307,9 +308,8 @@ def compare_products(
     }
     calls |= bare
     rows = [Row(case, name) for name in calls]
-    rounds, budget = (30, 5.0) if device == "cuda" else (9, 10.0)
-    turn = timer(device)
-    interleaved(rows, list(calls.values()), turn, rounds, budget, setup, slow=1.0)
+    rounds, budget = (30, 5.0) if device == "cuda" else (turns, 10.0)
+    interleaved(rows, list(calls.values()), timer(device), rounds, budget, setup, slow=1.0)
     fastest = min(statistics.median(row.times) for row in rows if row.name in bare)
     gradients = sum(t.nbytes for t in leaves)
     for row in rows:

@@ -364,13 +364,13 @@ def weighted(logprobs: Loss) -> Loss:
     return loss
 
 
-def linear_cross_entropy_chunked(reduction: str = "mean") -> Loss:
-    """torch's own, with what it chooses itself. "none": minus the log-probabilities."""
+def linear_cross_entropy_chunked(rows: int | None = None, reduction: str = "mean") -> Loss:
+    """torch's own, with chunks of so many rows or as it chooses. "none": the log-probabilities."""
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         found = functional.linear_cross_entropy(
             hidden.flatten(0, -2), weight, targets.flatten(), reduction=reduction,
-            options=torch.nn.LinearCrossEntropyOptions(),
+            options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows),
         )  # fmt: skip
         return found if reduction == "mean" else -found.view(targets.shape)
 

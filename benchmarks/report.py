@@ -102,7 +102,7 @@ def cells(row: Cells, first: Cells) -> list[str]:
             shown("of_bare", "{:.2f}"),
             shown("extra_mb", "{:.1f}"),
             shown("resident_mb", "{:.1f}"),
-            shown("accumulator_mb", "{:.0f}"),
+            shown("accumulator_mb", "{:.1f}"),
             shown("error", "{:.1e}"),
             shown("error_weight", "{:.1e}"),
         ]
