@@ -101,18 +101,19 @@ def ours_stats(*args, **options):
     return ff.linear_token_logprobs(*args, stats=True, **options)
 
 
-def run(function, case, upstream, wanted=(True, True, True), **options):
-    """(outputs, gradients of hidden, weight and bias; None where not wanted)."""
+def run(function, case, upstream, wanted=(True, True, True), device="cpu", **options):
+    """(outputs, gradients of hidden, weight and bias; None where not wanted), back on the CPU."""
     leaves = [
-        None if x is None else x.detach().clone().requires_grad_(w)
+        None if x is None else x.detach().to(device, copy=True).requires_grad_(w)
         for x, w in zip(case[:3], wanted, strict=True)
     ]
-    out = function(leaves[0], leaves[1], case.targets, bias=leaves[2], **options)
+    out = function(leaves[0], leaves[1], case.targets.to(device), bias=leaves[2], **options)
     outputs = out if isinstance(out, tuple) else (out,)
     sum(
-        (o * u.to(o.dtype)).sum() for o, u in zip(outputs, upstream, strict=True) if u is not None
+        (o * u.to(o)).sum() for o, u in zip(outputs, upstream, strict=True) if u is not None
     ).backward()
-    return [o.detach() for o in outputs], [None if x is None else x.grad for x in leaves]
+    gradients = [None if x is None or x.grad is None else x.grad.cpu() for x in leaves]
+    return [o.detach().cpu() for o in outputs], gradients
 
 
 def truth_stats(case, softcap=None, temperature=1.0):
@@ -142,29 +143,34 @@ def check_gradients(name, ours, eager, truth):
             check(f"{name}: d {of}", a, t if e is None else e, t)
 
 
-def compare_stats(case, upstream=None, only=True, **options):
-    """Values and gradients by the error rule; each output also by itself, so that no term hides another."""
+def compare_stats(case, upstream=None, only=True, device="cpu", logits=None, **options):
+    """Values and gradients by the error rule; each output also by itself, so that no term hides another.
+
+    logits: their type, where its tolerance counts.
+    """
     g = torch.Generator().manual_seed(1)
     n = len(case.targets)
     upstream = upstream or [torch.randn(n, generator=g) for _ in range(3)]
     truth = truth_stats(case, **options)
     for ups in [upstream, *([u if i == j else None for j, u in enumerate(upstream)]
                             for i in range(3 if only else 0))]:  # fmt: skip
-        ours, gradients = run(ours_stats, spoilt(case), ups, **options)
+        ours, gradients = run(ours_stats, spoilt(case), ups, device=device, **options)
         eager, eager_gradients = run(plain_stats, case, ups, **options)
         for name, a, e, t in zip(("lp", "entropy", "lse"), ours, eager, truth, strict=True):
-            check(name, a, e, t)
+            check(name, a, e, t, logits)
         check_gradients("stats", gradients, eager_gradients,
                         truth_stats_gradients(case, ups, **options))  # fmt: skip
         ignored = case.targets == IGNORE
         assert all((x[ignored] == 0).all() for x in (*ours, gradients[0]))
 
 
-def compare_cross_entropy(case, factor=1.0, **options):
+def compare_cross_entropy(case, factor=1.0, device="cpu", **options):
     none = options.get("reduction") == "none"
     g = torch.Generator().manual_seed(2)
     upstream = torch.randn(len(case.targets), generator=g) if none else torch.tensor(factor)
-    (loss,), gradients = run(ff.linear_cross_entropy, spoilt(case), [upstream], **options)
+    (loss,), gradients = run(
+        ff.linear_cross_entropy, spoilt(case), [upstream], device=device, **options
+    )
     (eager,), eager_gradients = run(plain_cross_entropy, case, [upstream], **options)
     truth, truth_gradients = truth_cross_entropy(case, upstream=upstream, **options)
     check("loss", loss, eager, truth)

@@ -59,6 +59,10 @@ class Problem(NamedTuple):
         return self.hidden.masked_fill(~self.keep[..., None], value)
 
 
+def on(device, options):
+    return {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in options.items()}
+
+
 def numpy(options):
     return {
         k: x.double().numpy() if isinstance(x, torch.Tensor) and x.is_floating_point()
@@ -84,14 +88,13 @@ def policy(dtype=torch.float32, shape=(3, 5), width=9, vocab=40, seed=0, *, soft
     }  # fmt: skip
 
     def ours(h, w, b, **changed):
-        given_here = {**kwargs, **changed}
-        y = actions
+        given_here = {
+            "softcap": softcap, "advantages": v.advantages, **kwargs, **changed, "actions": actions,
+        }  # fmt: skip
         if by == "actions":
-            mask = given_here.pop("mask")
-            y = actions.masked_fill(~mask, IGNORE)
-        return ff.linear_policy_loss(
-            h, w, y, advantages=v.advantages, bias=b, **{"softcap": softcap, **given_here}
-        )
+            given_here["actions"] = actions.masked_fill(~given_here.pop("mask"), IGNORE)
+        given_here = on(h.device, given_here)
+        return ff.linear_policy_loss(h, w, given_here.pop("actions"), bias=b, **given_here)
 
     def plain(h, w, b):
         z = plain_logits(h, w, b, softcap)
@@ -134,7 +137,9 @@ def preference(dtype=torch.float32, pairs=2, tokens=5, width=9, vocab=40, seed=0
             **refs, **options, "label_smoothing": eps, "temperature": temperature, "softcap": softcap,
             "ld_alpha": ld_alpha, **changed,
         }  # fmt: skip
-        return ff.linear_preference_loss(h, w, targets, bias=b, **given_here)
+        return ff.linear_preference_loss(
+            h, w, targets.to(h.device), bias=b, **on(h.device, given_here)
+        )
 
     def plain(h, w, b):
         z = plain_logits(h, w, b, softcap) / temperature
@@ -202,8 +207,8 @@ def distill(dtype=torch.float32, shape=(3, 5), width=9, vocab=40, seed=0, *, sof
             **changed,
         }
         return ff.linear_distill_loss(
-            h, w, teacher.masked_fill(~keep[..., None], math.nan), other.weight, student_bias=b,
-            teacher_bias=other.bias, **given_here,
+            h, w, teacher.masked_fill(~keep[..., None], math.nan).to(h.device), other.weight.to(h.device),
+            student_bias=b, **on(h.device, {"teacher_bias": other.bias, **given_here}),
         )  # fmt: skip
 
     def plain(h, w, b):
@@ -309,38 +314,42 @@ def upstream_of(loss, seed=5):
     return torch.randn(loss.shape, generator=g)
 
 
-def differentiate(function, hidden, weight, bias, wanted=(True, True, True), factor=None, **more):
+def differentiate(
+    function, hidden, weight, bias, wanted=(True, True, True), factor=None, device="cpu"
+):
     """(what it returned, its gradients, upstream)."""
     leaves = [
-        x if x is None or isinstance(x, ff.CodebookTensor)
-        else x.detach().clone().requires_grad_(w)
+        x if x is None else x.to(device) if isinstance(x, ff.CodebookTensor)
+        else x.detach().to(device, copy=True).requires_grad_(w)
         for x, w in zip((hidden, weight, bias), wanted, strict=True)
     ]  # fmt: skip
-    out = function(*leaves, **more)
+    out = function(*leaves)
     loss = loss_of(out)
     up = upstream_of(loss)
-    value = loss if up is None else (loss * up.to(loss.dtype)).sum()
+    value = loss if up is None else (loss * up.to(loss)).sum()
     (value if factor is None else value * factor).backward()
-    return out, [None if x is None else x.grad for x in leaves], up
+    grads = [None if x is None or x.grad is None else x.grad.cpu() for x in leaves]
+    return out, grads, up
 
 
-def compare(problem, weight=None, dense=None, wanted=(True, True, True), **more):
+def compare(problem, weight=None, dense=None, device="cpu"):
     """Loss and gradients by the error rule; `weight` in place of the problem's, the one that `dense` is."""
     dense = problem.weight if dense is None else dense
     out, ours, up = differentiate(
         problem.ours, problem.spoilt(), problem.weight if weight is None else weight, problem.bias,
-        wanted, **more,
+        device=device,
     )  # fmt: skip
     eager, theirs, _ = differentiate(
         problem.plain, problem.hidden, dense.to(problem.weight.dtype), problem.bias
     )
     loss, truth, terms, output = problem.truth(dense, array(up))
-    test_policy.check_scalar("loss", loss_of(out).detach(), eager, loss, terms)
+    test_policy.check_scalar("loss", loss_of(out).detach().cpu(), eager, loss, terms)
     for of, a, e, t in zip(NAMES, ours, theirs, truth, strict=True):
         if a is not None:
             check(f"d {of}", a.reshape(t.shape), e.reshape(t.shape), t)
-    if ours[0] is not None:
-        assert (ours[0][~problem.keep] == 0).all()
+    assert ours[0] is not None
+    assert (ours[1] is None) == (weight is not None)
+    assert (ours[0][~problem.keep] == 0).all()
     return out, output
 
 
@@ -543,7 +552,7 @@ def test_vocab_size(dtype, extra):
         assert (gradients[1][40:] == 0).all()
         assert (gradients[2][40:] == 0).all()
         packed = ff.quantize(problem.weight.float(), blocksize=16)
-        compare(problem, packed, ff.dequantize(packed, torch.float32), (True, True, True))
+        compare(problem, packed, ff.dequantize(packed, torch.float32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

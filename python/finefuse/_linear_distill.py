@@ -300,9 +300,12 @@ def linear_distill_loss(
         *shapes, None, *(None if t is None else t.shape for t in (mask, targets)), vocab_size
     )
     if runs_eagerly("linear", student.hidden):
+        keep = mask
+        if targets is not None:
+            keep = targets != ignore_index if mask is None else mask & (targets != ignore_index)
         return distill_loss(
-            student.logits(), teacher.logits().detach(), kind=kind, beta=beta, temperature=temperature,
-            mask=mask, alpha=alpha, targets=targets, temperature_squared=temperature_squared,
+            student.logits(keep), teacher.logits(keep).detach(), kind=kind, beta=beta,
+            temperature=temperature, mask=mask, alpha=alpha, targets=targets, temperature_squared=temperature_squared,
             vocab_size=vocab, reduction=reduction, ignore_index=ignore_index,
         )  # fmt: skip
     # a packed weight stays whole: the row kernels pass over columns beyond `vocab`

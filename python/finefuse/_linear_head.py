@@ -93,14 +93,17 @@ class HeadCall(NamedTuple):
         cap = scalar("softcap", self.softcap)
         return (self.weight, self.bias, *self.values, self.vocab, cap)
 
-    def logits(self) -> Tensor:
-        """In full: for the backend "eager"."""
+    def logits(self, keep: Tensor | None) -> Tensor:
+        """In full: for the backend "eager". What stands in rows that do not count (…) reaches no gradient."""
+        hidden = self.hidden
+        if keep is not None:
+            hidden = torch.where(keep.reshape(-1, 1), hidden, 0)
         weight = self.weight
         if self.packed is not None:
             weight = dequantize(self.packed, self.hidden.dtype)[: self.vocab]
         assert weight is not None
         with torch.autocast(self.hidden.device.type, enabled=False):
-            z = torch.nn.functional.linear(self.hidden, weight, self.bias)
+            z = torch.nn.functional.linear(hidden, weight, self.bias)
         if isinstance(self.softcap, Tensor) or self.softcap != 0.0:
             c = self.softcap
             z = c * torch.tanh(z / c)

@@ -326,7 +326,8 @@ def linear_token_logprobs(
         return (lp, entropy, lse) if stats else lp
     if runs_eagerly("linear", call.hidden):
         check_targets(targets, call.vocab, ignore_index)
-        return _eager.token_logprobs(call.logits(), targets, temperature, ignore_index, stats)
+        logits = call.logits(targets != ignore_index)
+        return _eager.token_logprobs(logits, targets, temperature, ignore_index, stats)
     args = (call.hidden, *call.arguments(), targets.reshape(-1), temperature, ignore_index, stats)
     if wants_gradient(call.hidden, call.weight, call.bias):
         outputs = _TokenLogprobs.apply(*args)
@@ -548,7 +549,7 @@ def linear_cross_entropy(
         check_label_smoothing(label_smoothing)
     if runs_eagerly("linear", call.hidden):
         check_targets(targets, call.vocab, ignore_index)
-        z = call.logits() / temperature
+        z = call.logits(targets != ignore_index) / temperature
         return _eager.cross_entropy(z, targets, label_smoothing, ignore_index, reduction)
     args = (
         call.hidden, *call.arguments(), targets.reshape(-1), temperature, label_smoothing, ignore_index,
