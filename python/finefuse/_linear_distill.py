@@ -305,8 +305,9 @@ def linear_distill_loss(
             keep = targets != ignore_index if mask is None else mask & (targets != ignore_index)
         return distill_loss(
             student.logits(keep), teacher.logits(keep).detach(), kind=kind, beta=beta,
-            temperature=temperature, mask=mask, alpha=alpha, targets=targets, temperature_squared=temperature_squared,
-            vocab_size=vocab, reduction=reduction, ignore_index=ignore_index,
+            temperature=temperature, mask=mask, alpha=alpha, targets=targets,
+            temperature_squared=temperature_squared, vocab_size=vocab, reduction=reduction,
+            ignore_index=ignore_index,
         )  # fmt: skip
     # a packed weight stays whole: the row kernels pass over columns beyond `vocab`
     if vocab != student.vocab and not isinstance(student_weight, CodebookTensor):
