@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 FAMILIES = (
-    "bandit", "codebook", "distill", "dora", "logprobs", "lora", "policy", "preference", "prune",
-    "segmented",
+    "bandit", "codebook", "distill", "dora", "linear", "logprobs", "lora", "policy", "preference",
+    "prune", "segmented",
 )  # fmt: skip
 RESULTS = Path(__file__).parent / "results"
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}

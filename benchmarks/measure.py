@@ -6,18 +6,23 @@ that a drifting machine favours whoever comes first.
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from finefuse import _matmul
 from torch import Tensor
 
 Inputs = tuple[Tensor, ...]
+Loss = Callable[..., Tensor]
 Run = Callable[..., Tensor]  # of the inputs, to the output or to the gradient of the first of them
 
 
@@ -31,13 +36,18 @@ class Row:
     moved: int | None = None  # bytes that must be moved at least
     extra: int | None = None  # peak bytes above the start
     error: float | None = None  # against float64, max|error| / max|truth|
+    # of losses on top of a linear layer, see `compare_products`
+    bare: float | None = None  # seconds of the bare products
+    resident: int | None = None  # as `extra`, by the system's pages
+    accumulator: int | None = None  # bytes of a float32 gradient of a 16-bit weight
+    error_weight: float | None = None  # of the weight's gradient
 
     def as_dict(self, limit: float) -> dict[str, Any]:
         """Milliseconds, MB and GB/s; `limit` is the copy bandwidth in GB/s."""
         seconds = statistics.median(self.times)
         low, _, high = statistics.quantiles(self.times, n=4)
         gb_s = self.moved / seconds / 1e9 if self.moved else None
-        return {
+        found = {
             "case": self.case, "name": self.name, "ms": round(1e3 * seconds, 4),
             "spread": round((high - low) / 2 / seconds, 3),  # half the range between the quartiles
             "moved_mb": round(self.moved / 1e6, 1) if self.moved else None,
@@ -46,6 +56,14 @@ class Row:
             "extra_mb": None if self.extra is None else round(self.extra / 1e6, 2),
             "error": self.error,
         }  # fmt: skip
+        if self.bare is not None:
+            found |= {
+                "of_bare": round(seconds / self.bare, 3),
+                "resident_mb": None if self.resident is None else round(self.resident / 1e6, 2),
+                "accumulator_mb": round(self.accumulator / 1e6, 1) if self.accumulator else None,
+                "error_weight": self.error_weight,
+            }
+        return found
 
 
 def forward(function: Callable[..., Tensor]) -> Run:
@@ -174,13 +192,36 @@ def peak_extra(device: str, call: Callable[[], Any]) -> int:
     return peak
 
 
+def peak_resident(call: Callable[[], Any]) -> int | None:
+    """The most bytes of this process that were in memory above the start, also those that torch's allocator
+    does not see, such as a product's packed operands. None where the system does not count.
+    """
+
+    def pages(which: str) -> int:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(which):
+                return int(line.split()[1]) << 10
+        raise OSError(which)
+
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what is free is given back, so that its use counts
+        Path("/proc/self/clear_refs").write_text("5")  # the mark is lowered to what is there
+        before = pages("VmRSS:")
+        call()
+        return pages("VmHWM:") - before
+    except (AttributeError, OSError):
+        return None
+
+
+def fresh(t: Tensor, double: bool = False) -> Tensor:
+    """A copy: a run may consume what it is given."""
+    copy = t.detach().clone()
+    copy = copy.double() if double and t.is_floating_point() else copy
+    return copy.requires_grad_(t.requires_grad)
+
+
 def errors(runs: Sequence[Run], truth: Run, samples: Sequence[Inputs]) -> list[float]:
     """max|run - truth| / max|truth| over all samples, for each run; truth on the samples in float64."""
-
-    def fresh(t: Tensor, double: bool = False) -> Tensor:  # a run may consume what it is given
-        copy = t.detach().clone()
-        copy = copy.double() if double and t.is_floating_point() else copy
-        return copy.requires_grad_(t.requires_grad)
 
     exact = [truth(*(fresh(t, double=True) for t in sample)) for sample in samples]
     scale = torch.stack([e.abs().max() for e in exact]).max()
@@ -225,6 +266,80 @@ def compare(
         row.extra = peak_extra(device, call)
     for row, error in zip(rows, errors(list(runs.values()), truth, samples), strict=True):
         row.error = error
+    return rows
+
+
+def compare_products(
+    case: str,
+    runs: dict[str, Loss],
+    bare: dict[str, Callable[[], Any]],
+    inputs: Inputs,
+    truth: Loss,
+    sample: Inputs,
+    accumulates: Collection[str] = (),
+    turns: int = 9,
+) -> list[Row]:
+    """A case of functions on top of a linear layer: times also against `bare`, the products alone, the last
+    rows, of which the fastest counts.
+
+    The gradients of all inputs that need one are taken: first that of the hidden states, second, if it has
+    one, the weight's. Where no input needs one the output alone counts. Memory is counted beyond the
+    gradients; a float32 gradient of a 16-bit weight, of those in `accumulates`, is counted apart.
+    """
+    device, leaves = inputs[0].device.type, [t for t in inputs if t.requires_grad]
+    weight = inputs[1]
+
+    def results(function: Loss, given: Inputs) -> list[Tensor]:
+        wanted = [t for t in given if t.requires_grad]
+        if not wanted:
+            with torch.no_grad():
+                return [function(*given)]
+        for t in wanted:
+            t.grad = None
+        function(*given).backward()
+        return [t.grad for t in wanted if t.grad is not None]
+
+    def setup() -> None:
+        for t in leaves:
+            t.grad = None
+
+    calls: dict[str, Callable[[], Any]] = {
+        name: functools.partial(results, function, inputs) for name, function in runs.items()
+    }
+    calls |= bare
+    rows = [Row(case, name) for name in calls]
+    rounds, budget = (30, 5.0) if device == "cuda" else (turns, 10.0)
+    interleaved(rows, list(calls.values()), timer(device), rounds, budget, setup, slow=1.0)
+    fastest = min(statistics.median(row.times) for row in rows if row.name in bare)
+    gradients = sum(t.nbytes for t in leaves)
+    for row in rows:
+        row.bare = fastest
+        if row.name in bare:
+            continue
+
+        def counted(count: Callable[[Callable[[], Any]], int | None], name: str) -> int | None:
+            setup()
+            gc.collect()
+            _matmul.workspace.memory.clear()  # kept from call to call
+            found = count(calls[name])
+            return None if found is None else max(found - gradients, 0)
+
+        row.extra = counted(functools.partial(peak_extra, device), row.name)
+        row.resident = counted(peak_resident, row.name) if device == "cpu" else None
+        float32 = 4 * weight.numel()
+        if row.name in accumulates and weight.requires_grad and weight.itemsize == 2:
+            assert row.extra is not None
+            if row.extra >= float32:
+                row.accumulator, row.extra = float32, row.extra - float32
+                row.resident = None if row.resident is None else max(row.resident - float32, 0)
+    setup()
+    exact = results(truth, tuple(fresh(t, double=True) for t in sample))
+    for row in rows[: len(runs)]:
+        found = results(runs[row.name], tuple(map(fresh, sample)))
+        off = [
+            float((f - e).abs().max() / e.abs().max()) for f, e in zip(found, exact, strict=True)
+        ]
+        row.error, row.error_weight = off[0], off[1] if len(off) > 1 else None
     return rows
 
 

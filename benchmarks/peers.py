@@ -330,6 +330,152 @@ def jsd_liger(beta: float) -> Loss:
     return loss
 
 
+# ---- from hidden states: of (hidden, weight, ...); logits in full, or in chunks --------------------
+
+
+def from_hidden(loss: Loss) -> Loss:
+    """A loss from logits on top of the linear layer."""
+
+    def whole(hidden: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
+        return loss(functional.linear(hidden, weight), *rest)
+
+    return whole
+
+
+def from_both_hidden(loss: Loss) -> Loss:
+    """The same of a student and a teacher, which has no gradient."""
+
+    def whole(
+        hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
+    ) -> Tensor:
+        with torch.no_grad():
+            teacher = functional.linear(teacher_hidden, teacher_weight)
+        return loss(functional.linear(hidden, weight), teacher)
+
+    return whole
+
+
+def weighted(logprobs: Loss) -> Loss:
+    """A scalar with an upstream gradient, the last input."""
+
+    def loss(*inputs: Tensor) -> Tensor:
+        return (logprobs(*inputs[:-1]) * inputs[-1]).sum()
+
+    return loss
+
+
+def linear_cross_entropy_chunked(rows: int | None = None, reduction: str = "mean") -> Loss:
+    """torch's own, with chunks of so many rows or as it chooses. "none": the log-probabilities."""
+
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        found = functional.linear_cross_entropy(
+            hidden.flatten(0, -2), weight, targets.flatten(), reduction=reduction,
+            options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows),
+        )  # fmt: skip
+        return found if reduction == "mean" else -found.view(targets.shape)
+
+    return loss
+
+
+def linear_cross_entropy_liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss()(weight, hidden, targets)
+
+
+def _scores_trl_chunked(
+    hidden: Tensor, weight: Tensor, actions: Tensor, outputs: tuple[str, ...]
+) -> tuple[Tensor, ...]:
+    """As TRL's language-model heads call it, in tiles of their size."""
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    found = ChunkedLogProbFunction.apply(
+        hidden.reshape(-1, hidden.shape[-1]), weight, None, actions.reshape(-1), 1.0,
+        _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, outputs,
+    )  # fmt: skip
+    return tuple(x.view(actions.shape) for x in found if x is not None)
+
+
+def logprobs_trl_chunked(hidden: Tensor, weight: Tensor, actions: Tensor) -> Tensor:
+    return _scores_trl_chunked(hidden, weight, actions, ())[0]
+
+
+def linear_cross_entropy_trl(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return -logprobs_trl_chunked(hidden, weight, targets).mean()
+
+
+def linear_ppo_trl(
+    hidden: Tensor, weight: Tensor, actions: Tensor, old: Tensor, advantages: Tensor
+) -> Tensor:
+    logprobs, entropy = _scores_trl_chunked(hidden, weight, actions, ("entropy",))
+    return clipped(logprobs - old, advantages).mean() - 0.01 * entropy.mean()
+
+
+def linear_grpo_trl(hidden: Tensor, weight: Tensor, actions: Tensor, *rest: Tensor) -> Tensor:
+    return grpo_from_logprobs(logprobs_trl_chunked(hidden, weight, actions), *rest)
+
+
+def linear_dpo_trl(hidden: Tensor, weight: Tensor, targets: Tensor, ref: Tensor) -> Tensor:
+    return dpo_from_sums(logprobs_trl_chunked(hidden, weight, targets).sum(-1), ref, beta=0.1)
+
+
+def linear_gkd_trl(beta: float) -> Loss:
+    """As TRL's trainer of distillation; beta as in `gkd_trl`."""
+
+    def loss(
+        hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
+    ) -> Tensor:
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+        return ChunkedDivergenceFunction.apply(
+            hidden, weight, None, teacher_hidden, teacher_weight, None, beta
+        )[0].mean()
+
+    return loss
+
+
+def logprobs_liger_chunked(hidden: Tensor, weight: Tensor, actions: Tensor) -> Tensor:
+    """What its GRPO starts with; of (sequences, tokens, hidden)."""
+    from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
+
+    return LigerFusedLinearPPOBase.chunk_forward(hidden, weight, actions)
+
+
+def linear_grpo_liger(
+    hidden: Tensor, weight: Tensor, actions: Tensor, old: Tensor, ref: Tensor, advantages: Tensor,
+    mask: Tensor,
+) -> Tensor:  # fmt: skip
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    return LigerFusedLinearGRPOLoss(beta=0.04, loss_type="grpo")(
+        hidden, weight, actions, mask, advantages, ref_per_token_logps=ref, old_per_token_logps=old
+    )[0]
+
+
+def linear_dpo_liger(hidden: Tensor, weight: Tensor, targets: Tensor, ref: Tensor) -> Tensor:
+    """It takes the reference's hidden states or, as here, none: `ref` must be 0."""
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    return LigerFusedLinearDPOLoss(beta=0.1, use_ref_model=False)(weight, hidden, targets)[0]
+
+
+def linear_jsd_liger(beta: float) -> Loss:
+    """Its soft loss alone; beta 0: the forward KL."""
+
+    def loss(
+        hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
+    ) -> Tensor:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+        counted = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
+        return LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta)(
+            hidden, weight, teacher_hidden, teacher_weight, counted
+        )
+
+    return loss
+
+
 # ---- pruning: masks, True where an element is kept -----------------------------------------------
 
 

@@ -27,12 +27,24 @@ Cells = dict[str, Any]  # a row, as JSON holds it
 
 ALLOCATORS = {"default": "the default allocator", "huge": "huge pages for all (GLIBC_TUNABLES)"}
 COLUMNS = ("", "ms", "±", "ratio", "MB moved", "GB/s", "of limit", "extra MB", "error")
+# of losses on top of a linear layer
+COLUMNS_OF_PRODUCTS = (
+    "", "ms", "±", "ratio", "to bare", "extra MB", "resident MB", "float32 dW MB", "error", "error of dW",
+)  # fmt: skip
 LEGEND = """\
 Candidates take turns in one run, the second of two runs a turn counts; medians, ± half the range between
 the quartiles. Ratio: to the time of the first row. MB moved: what must be read and written at least;
 GB/s: that over the time; of limit: over the copy bandwidth measured in the same run. Extra MB: the
 peak above the start, counted by torch's allocator. Error: of the output or, with a backward, of the
 gradient against float64, on a few rows of the whole vocabulary; the largest, relative to the largest
+true value."""
+LEGEND_OF_PRODUCTS = """\
+To bare: the ratio to the time of the bare products, the last rows, of which the fastest counts: 2·M·H·V
+operations each for the logits, for the gradient of the hidden states and for that of the weight, those that
+the case needs. Extra MB is counted beyond these gradients; resident MB is the same in pages that the system
+counts, with what torch's allocator does not see. Float32 dW MB: a gradient of a 16-bit weight that is
+gathered in float32, which neither of the two contains. Errors: of the gradient of the hidden states (of the
+output where there is no backward) and of the weight's, on a smaller shape, each relative to the largest
 true value."""
 
 
@@ -69,16 +81,33 @@ def measured(limits: dict[str, dict[str, float]]) -> str:
     )
 
 
+def columns(rows: list[Cells]) -> tuple[str, ...]:
+    return COLUMNS_OF_PRODUCTS if "of_bare" in rows[0] else COLUMNS
+
+
 def cells(row: Cells, first: Cells) -> list[str]:
     def shown(name: str, form: str) -> str:
         return "" if row[name] is None else form.format(row[name])
 
     ms = row["ms"]
-    return [
+    head = [
         row["name"],
         f"{ms:.2f}" if ms >= 1 else f"{ms * 1e3:.1f} us",
         f"{row['spread']:.0%}",
         f"{ms / first['ms']:.2f}",
+    ]
+    if "of_bare" in row:
+        return [
+            *head,
+            shown("of_bare", "{:.2f}"),
+            shown("extra_mb", "{:.1f}"),
+            shown("resident_mb", "{:.1f}"),
+            shown("accumulator_mb", "{:.1f}"),
+            shown("error", "{:.1e}"),
+            shown("error_weight", "{:.1e}"),
+        ]
+    return [
+        *head,
         shown("moved_mb", "{:.0f}"),
         shown("gb_s", "{:.1f}"),
         shown("of_limit", "{:.0%}"),
@@ -89,7 +118,7 @@ def cells(row: Cells, first: Cells) -> list[str]:
 
 def show(rows: list[Cells]) -> None:
     out = Table(title=rows[0]["case"], title_justify="left", box=SIMPLE_HEAD)
-    for i, column in enumerate(COLUMNS):
+    for i, column in enumerate(columns(rows)):
         out.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         out.add_row(*cells(row, rows[0]))
@@ -98,12 +127,16 @@ def show(rows: list[Cells]) -> None:
 
 def markdown(result: Result) -> str:
     lines = [f"# Benchmarks: {result['title']}", "", result["machine"] + ".", "", LEGEND, ""]
+    tables = [rows for part in result["runs"].values() for rows in part["tables"]]
+    if any(columns(rows) is COLUMNS_OF_PRODUCTS for rows in tables):
+        lines += [LEGEND_OF_PRODUCTS, ""]
     for name, part in result["runs"].items():
         lines += [f"## {ALLOCATORS.get(name, name)}", ""]
         lines += [f"Measured: {measured(part['limits'])}.", ""]
         for rows in part["tables"]:
-            lines += [f"### {rows[0]['case']}", "", "| " + " | ".join(COLUMNS) + " |"]
-            lines += ["|" + "---|" * len(COLUMNS)]
+            head = columns(rows)
+            lines += [f"### {rows[0]['case']}", "", "| " + " | ".join(head) + " |"]
+            lines += ["|" + "---|" * len(head)]
             lines += ["| " + " | ".join(cells(r, rows[0])) + " |" for r in rows]
             lines += [""]
     return "\n".join(lines)
@@ -124,7 +157,9 @@ def plot(result: Result, path: Path) -> None:
     }
     blue, grey = "#3b82f6", "#9a9a9a"
     panels = {
-        ALLOCATORS.get(name, name): [rows for rows in part["tables"] if rows[0]["gb_s"]]
+        ALLOCATORS.get(name, name): [
+            rows for rows in part["tables"] if rows[0]["gb_s"] or "of_bare" in rows[0]
+        ]
         for name, part in result["runs"].items()
     }
     lines = max(sum(len(rows) + 2 for rows in tables) for tables in panels.values())

@@ -125,6 +125,25 @@ def _discopop(x, tau):
 
 
 @triton.jit
+def _apo_down(w, l, beta):
+    """Its slope by w, S'(beta·w) - S'(beta·(w - l)), as a product: see csrc/ops/preference_table.h."""
+    own, _ = _sigmoid(beta * w)
+    lost, slope = _sigmoid(-beta * (w - l))
+    a = tl.abs(beta * w)
+    b = tl.abs(beta * (w - l))
+    total = beta * (2.0 * w - l)
+    gap = beta * l
+    e = tl.exp(-tl.where(a < b, a, b))
+    s = 1.0 / (1.0 + e)
+    far = 1.0 / (1.0 + tl.exp(-tl.where(a < b, b, a)))
+    below = -tl.abs(total)
+    within = -tl.abs(gap)
+    apart = e * s * s * far * far * expm1(below, tl.exp(below)) * expm1(within, tl.exp(within))
+    apart = tl.where((total < 0.0) == (gap < 0.0), -apart, apart)
+    return own + lost, beta * apart, beta * slope
+
+
+@triton.jit
 def _log_odds(a):
     """a - ln(1 - e^a) and its slope."""
     sure = a > SURE
@@ -213,11 +232,7 @@ def _pair_loss(loss, w, l, beta, eps, gamma, delta, tau):
         by_w = -beta * slope_w
         by_l = beta * slope_l
     elif loss == APO_DOWN:
-        own, slope_w = _sigmoid(beta * w)
-        lost, slope = _sigmoid(-x)
-        value = own + lost
-        by_w = beta * (slope_w - slope)
-        by_l = beta * slope
+        value, by_w, by_l = _apo_down(w, l, beta)
     elif loss == ORPO:
         odds_w, slope_w = _log_odds(w)
         odds_l, slope_l = _log_odds(l)

@@ -1,10 +1,12 @@
-"""Compiles every Triton kernel for sm_80 and sm_90, without a device, and prints what it takes.
+"""Compiles every Triton kernel for sm_90 and sm_80, without a device, and prints what it takes.
 
     python tests/compile_triton.py [--all]
 
 The variants are what the host functions launch when they are called with every combination of types and
 options, long and short rows, aligned and not; nothing else lists them. Compiled are enough of these to have
-every choice with every type of number and every loop of the hot kernels (--all: everything, some minutes).
+every choice with every type of number and every loop of the hot kernels (--all: everything, some minutes):
+on sm_90 all of these, on sm_80 each kernel with each type and each hot loop, where registers, copies and
+products of matrices differ; what a choice outside of the loops makes of the source is the same for both.
 Fails where a hot kernel goes to local memory inside a loop: a number or two of the row put aside for as long
 as the loop runs, as some versions of ptxas do, cost nothing. TRITON_INTERPRET must not be set.
 """
@@ -42,6 +44,7 @@ from finefuse.kernels import (
 )
 
 ARCHITECTURES = (80, 90)
+EVERYTHING_ON = 90
 # Memory-bound over the logits or the weight: a spill there costs what the fusion saves.
 HOT = (
     "token_logprobs_kernel", "token_logprobs_backward_kernel", "cross_entropy_kernel",
@@ -536,18 +539,35 @@ def shows(variant: Variant) -> set[tuple[str, ...]]:
     return found
 
 
-def chosen(variants: list[Variant]) -> Iterator[Variant]:
-    """Few that show every choice with every type, and every loop of the hot kernels: of each kernel always
-    the one that shows most of what is missing."""
-    by_kernel: dict[str, list[tuple[Variant, set[Any]]]] = {}
+def typed(variant: Variant) -> tuple[str, str]:
+    """A kernel and the type that it computes on."""
+    return variant.name, variant.choices[next(iter(variant.kernel.arg_names))]
+
+
+def cover(candidates: list[tuple[Variant, set[Any]]]) -> Iterator[Variant]:
+    """Few that show all that the candidates do: always the one that shows most of what is missing."""
+    missing = set().union(*(shown for _, shown in candidates))
+    while missing:
+        v, shown = max(candidates, key=lambda candidate: len(candidate[1] & missing))
+        missing -= shown
+        yield v
+
+
+def chosen(variants: list[Variant]) -> list[tuple[Variant, int]]:
+    """What is compiled, and for which architecture: see above."""
+    by_kernel: dict[str, list[Variant]] = {}
     for v in variants:
-        by_kernel.setdefault(v.name, []).append((v, shows(v) | ({loop(v)} - {None})))
-    for candidates in by_kernel.values():
-        missing = set().union(*(shown for _, shown in candidates))
-        while missing:
-            v, shown = max(candidates, key=lambda candidate: len(candidate[1] & missing))
-            missing -= shown
-            yield v
+        by_kernel.setdefault(v.name, []).append(v)
+    jobs: list[tuple[Variant, int]] = []
+    for few in by_kernel.values():
+        everything = cover([(v, shows(v) | ({loop(v)} - {None})) for v in few])
+        jobs += [(v, EVERYTHING_ON) for v in everything]
+        for a in ARCHITECTURES:
+            if a != EVERYTHING_ON:
+                there = [v for v in few if a in v.architectures]
+                others = cover([(v, {typed(v)} | ({loop(v)} - {None})) for v in there])
+                jobs += [(v, a) for v in others]
+    return jobs
 
 
 # ---- the table ---------------------------------------------------------------------------------
@@ -568,11 +588,12 @@ def main() -> int:
     global _VARIANTS
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise SystemExit("TRITON_INTERPRET is set: there is nothing to compile")
-    _VARIANTS = all_variants()
-    total = len(_VARIANTS)
-    if "--all" not in sys.argv[1:]:
-        _VARIANTS = list(chosen(_VARIANTS))
-    jobs = [(i, architecture) for i, v in enumerate(_VARIANTS) for architecture in v.architectures]
+    found = all_variants()
+    total = len(found)
+    pairs_of = [(v, a) for v in found for a in v.architectures]
+    chosen_jobs = pairs_of if "--all" in sys.argv[1:] else chosen(found)
+    _VARIANTS = [v for v, _ in chosen_jobs]
+    jobs = [(index, architecture) for index, (_, architecture) in enumerate(chosen_jobs)]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor() as pool:
@@ -604,7 +625,7 @@ def main() -> int:
     print("\n| module | cubins | CPU seconds, all | the slowest |\n|---|---|---|---|")
     for module, times in sorted(taken.items(), key=lambda item: -sum(item[1])):
         print(f"| {module} | {len(times)} | {sum(times):.0f} | {max(times):.1f} |")
-    print(f"\n{len(_VARIANTS)} of {total} variants, Triton {triton.__version__}")
+    print(f"\n{len(set(map(id, _VARIANTS)))} of {total} variants, Triton {triton.__version__}")
     if failed:
         print(f"{failed} hot kernels spill to local memory in a loop", file=sys.stderr)
     return int(failed > 0)

@@ -584,7 +584,7 @@ def test_compile(counter):
         got = grads(lambda x, b: counted(x, q, b), x, bias, upstream=None)
         for a, b in zip(got, want, strict=True):
             assert torch.equal(a, b)
-        if i < 2:
+        if i < 2:  # Inductor's code for it
             got = grads(lambda x, b: compiled(x, q, b), x, bias, upstream=None)
             for a, b in zip(got, want, strict=True):
                 torch.testing.assert_close(a, b)
@@ -592,24 +592,27 @@ def test_compile(counter):
 
 
 def test_compile_modules_and_dequantize():
+    """The graphs and their gradients; test_compile has Inductor's code for them."""
     torch._dynamo.reset()
     model = torch.nn.Sequential(
         ff.nn.CodebookLinear.from_linear(torch.nn.Linear(64, 48)),
         torch.nn.ReLU(),
         ff.nn.CodebookLinear.from_linear(torch.nn.Linear(48, 8), "fp4", 32, True),
     )
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for tokens in (2, 5, 40):  # the number of tokens becomes a symbol
         x = numbers(tokens, 64)
         torch.testing.assert_close(compiled(x), model(x))
     q = layer(8, 64, double_quant=True)
     out = torch.empty(8, 64)
     decode = torch.compile(
-        lambda q, out: (ff.dequantize(q, out=out), ff.dequantize(q.half()))[1] * 2, fullgraph=True
-    )
+        lambda q, out: (ff.dequantize(q, out=out), ff.dequantize(q.half()))[1] * 2, fullgraph=True,
+        backend="aot_eager",
+    )  # fmt: skip
     assert torch.equal(decode(q, out), ff.dequantize(q.half()) * 2)
     assert torch.equal(out, ff.dequantize(q))
-    made = torch.compile(lambda x: ff.dequantize(ff.quantize(x * 2)))  # breaks the graph, works
+    # breaks the graph, works
+    made = torch.compile(lambda x: ff.dequantize(ff.quantize(x * 2)), backend="aot_eager")
     assert torch.equal(made(out), ff.dequantize(ff.quantize(out * 2)))
 
 

@@ -6,6 +6,7 @@ elements) must equal the reference exactly; sums of products follow the error ru
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import Any, NamedTuple
 
@@ -309,6 +310,13 @@ def assert_linear(x, codes, code, scales, blocksize, shape, bias, absmax):
     np.testing.assert_array_equal(bits(first), bits(again))
 
 
+@functools.cache
+def quantized(name, blocksize, shape):
+    """By the reference, which takes longer, block by block, than what is tested: once for all cases."""
+    weight = np.random.default_rng(shape[1]).standard_normal(shape).astype(np.float32)
+    return reference.quantize(weight, CODES[name], blocksize)
+
+
 # tokens: each number of accumulators and its remainders. columns: 512 has rows of whole groups; 4224
 # more than one chunk; 64·17.5 = 1120 shares blocks between rows; 129, 7 and 1: rows begin inside bytes.
 @pytest.mark.parametrize("dtype", DTYPES, **ids)
@@ -318,8 +326,7 @@ def test_linear(isa, tokens, columns, dtype):
     rng = np.random.default_rng(tokens)
     shape = (37, columns)  # two panels of rows and a part
     for name, blocksize in (("nf4", 64), ("fp4", 16), ("nf4", 4096), ("nf4", 24)):
-        weight = rng.standard_normal(shape).astype(np.float32)
-        codes, absmax = reference.quantize(weight, CODES[name], blocksize)
+        codes, absmax = quantized(name, blocksize, shape)
         x = rng.standard_normal((tokens, columns)).astype(dtype)
         bias = rng.standard_normal(shape[0]).astype(dtype) if blocksize != 16 else None
         assert_linear(x, codes, CODES[name], absmax, blocksize, shape, bias, absmax)

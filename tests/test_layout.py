@@ -101,7 +101,8 @@ _HEAD = {"._linear_head", "._linear_logprobs"}
 LINEAR = {
     "_linear_head": {".codebook", "._low_rank"},
     "_linear_parallel": {"._linear_head"},
-    "_linear_logprobs": {"._linear_head", "._linear_parallel", ".kernels.linear", ".logprobs"},
+    # and the fused kernel's size of its scratch, when it is launched
+    "_linear_logprobs": {"._linear_head", "._linear_parallel", ".logprobs", ".kernels.linear"},
     "_linear_policy": {*_HEAD, ".logprobs", ".policy"},
     "_linear_preference": {*_HEAD, ".logprobs", ".preference"},
     "_linear_distill": {*_HEAD, ".logprobs", ".distill"},

@@ -350,14 +350,7 @@ def plainly(problem, weight=None):
 
 def check_loss(ours, eager, truth, terms):
     """A sum that may cancel: the scale is that of its absolute terms."""
-    if np.ndim(truth):
-        check("loss", ours, eager, truth)
-        return
-    dtype = ours.dtype
-    ours, one, other, truth = (
-        np.array([float(x), terms]) for x in (ours.double(), *(x.double() for x in eager), truth)
-    )
-    check("loss", ours, Both(one, other), truth, dtype)
+    check("loss", ours, eager, truth, terms=None if np.ndim(truth) else terms)
 
 
 def compare(problem, weight=None, dense=None, device="cpu", cancels=False):

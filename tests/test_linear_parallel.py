@@ -19,6 +19,7 @@ torch = pytest.importorskip("torch")
 import finefuse as ff
 import torch.distributed as dist
 from tolerances import check
+from torch.utils.checkpoint import checkpoint
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch was built without gloo", allow_module_level=True)
@@ -319,6 +320,25 @@ def second_backward(on: Rank) -> None:
 
 
 @case
+def under_checkpointing(on: Rank) -> None:
+    """The forward is made again, and with it the exchange."""
+    p, rows = problem(), on.layouts()[0]
+    whole, shard = run(p, "g"), on.rows(p.weight, rows)
+    bias = on.rows(p.bias, rows)
+
+    def lp(hidden: torch.Tensor) -> torch.Tensor:
+        return ff.linear_token_logprobs(
+            hidden, shard, p.targets, bias=bias, ignore_index=IGNORE, group=on.group, vocab_size=V
+        )
+
+    for reentrant in (False, True):
+        hidden = leaf(p.hidden)
+        out = checkpoint(lp, hidden, use_reentrant=reentrant)
+        out.backward(p.upstream[0])
+        torch.testing.assert_close(hidden.grad, whole.hidden, rtol=0, atol=1e-11)
+
+
+@case
 def what_wants_no_gradient(on: Rank) -> None:
     p, rows = problem(), on.layouts()[0]
     whole, shard = run(p, "g"), on.rows(p.weight, rows)
@@ -444,7 +464,9 @@ def _rank(rank: int, ranks: int, folder: str) -> None:
 def failures(request: pytest.FixtureRequest, tmp_path_factory: Any) -> dict[str, str]:
     """By case, what went wrong on which rank."""
     ranks, folder = request.param, tmp_path_factory.mktemp("ranks")
-    multiprocessing.set_forkserver_preload(["torch", "finefuse"])
+    # once for all, what a process would import on its first backward included
+    preload = ["finefuse.linear", "torch.testing", "torch.fx.experimental.symbolic_shapes"]
+    multiprocessing.set_forkserver_preload(preload)
     torch.multiprocessing.start_processes(
         _rank, (ranks, str(folder)), nprocs=ranks, start_method="forkserver"
     )
@@ -468,6 +490,17 @@ def alone(tmp_path: Path) -> Iterator[Any]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()
+
+
+def test_on_every_backend(alone, place):
+    """Those that have rows of logits as the CPU's have them: the rest is plain torch."""
+    if place.backend == "eager":
+        pytest.skip("refused: see test_not_eagerly")
+    p, on = problem(torch.float32), Rank(alone, 1, 0)
+    with ff.backend("auto"):
+        truth = run(p)
+    p = Problem(*place.put(*p[:4]), place.put(*p.upstream))
+    on.compare(Results(*(x.cpu() for x in on.run(p, 40))), truth, 40, 2e-6)
 
 
 def test_a_group_of_one(alone):

@@ -480,16 +480,18 @@ def test_backward_through_a_raw_op_raises():
             y.sum().backward()
 
 
-@pytest.fixture
-def counter():
+@pytest.fixture(params=["aot_eager"])
+def counter(request):
+    """Inductor only where it is asked for: elsewhere graphs and their gradients are what is shown."""
     torch._dynamo.reset()
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    counted = CompileCounterWithBackend("inductor")
+    counted = CompileCounterWithBackend(request.param)
     yield counted
     assert counted.frame_count > 0, "nothing was compiled"
 
 
+@pytest.mark.parametrize("counter", ["inductor"], indirect=True)
 def test_compile(counter):
     """No graph break, at most two graphs over twelve scales, gradients equal."""
     x, w, a, b, bias, dy = problem(9, 24, 40, 4)

@@ -177,14 +177,16 @@ def compare(lp, reduction="mean", seed=0, refs=True, nll=None, device="cpu", **o
         chosen_nll=None if nll is None else nll.item(), **plain,
     )  # fmt: skip
     scale = 1.0 if reduction == "none" else upstream.item()
-    check("loss", out.loss, e, t.loss)
+    check("loss", out.loss, e, t.loss, terms=t.loss_terms)
     truths = [scale * d for d in (t.d_chosen, t.d_rejected, t.d_ref_chosen, t.d_ref_rejected)]
-    for name, a, b, truth in zip(
-        ("chosen", "rejected", "ref_chosen", "ref_rejected"), *leaves, truths, strict=False
+    terms = [scale * d for d in (t.d_chosen_terms, t.d_rejected_terms)] * 2
+    for name, a, b, truth, size in zip(
+        ("chosen", "rejected", "ref_chosen", "ref_rejected"), *leaves, truths, terms, strict=False
     ):
         other = truth if b.grad is None else b.grad  # a loss that does not read the reference
         # in plain torch, what a loss does not read has none
-        check(f"d {name}", torch.zeros_like(b) if a.grad is None else a.grad.cpu(), other, truth)
+        ours = torch.zeros_like(b) if a.grad is None else a.grad.cpu()
+        check(f"d {name}", ours, other, truth, terms=size if truth.any() else None)
     if nll is not None:
         check("d chosen_nll", nlls[0].grad.cpu(), nlls[1].grad, np.asarray(scale * t.d_nll))
     for name in ("chosen_rewards", "rejected_rewards", "margins"):

@@ -61,6 +61,27 @@ def test_losses(place, loss):
         )  # fmt: skip
 
 
+def test_apo_down_keeps_its_digits(place):
+    """Each pair by itself, as in test_numpy_preference.py, where the truth has 60 digits."""
+    if place.backend == "eager":
+        pytest.skip("autograd subtracts")
+    w = torch.tensor([-0.75, 3.0, 1e-3, 40.0, -800.0], dtype=torch.float64)
+    l = torch.cat([w * 1e-12, w * 2 * (1 + 1e-9), w * 0.3, w * 1e3])
+    w = w.repeat(4)
+    for beta in (2.0**-9, 2.0):
+        leaf = w.to(place.device, copy=True).requires_grad_()
+        out = ff.preference_loss(
+            leaf, l.to(place.device), loss="apo_down", beta=beta, normalize_lengths=False,
+            reduction="none",
+        )  # fmt: skip
+        out.loss.sum().backward()
+        t = reference.preference_loss(
+            w.numpy(), l.numpy(), loss="apo_down", beta=beta, reduction="none"
+        )
+        for ours, truth in zip(leaf.grad.cpu(), t.d_chosen, strict=True):
+            check("d chosen", ours, truth, truth)
+
+
 # Those that differ in what of the batch they need: nothing, the sort, the NLL, other numbers of elements.
 OF_THE_BATCH = ["sigmoid", "aot", "sft", "orpo", "aot_unpaired"]
 

@@ -22,11 +22,19 @@ from finefuse.kernels import _common, _softmax_row
 
 def test_no_variant_is_left_out():
     """What is compiled by default shows all that the whole would: every choice of what can be launched, with
-    every type that it is not the same code for."""
+    every type that it is not the same code for, on one architecture; on each every kernel with every type
+    and every loop that may spill."""
     variants = compile_triton.all_variants()
     chosen = list(compile_triton.chosen(variants))
     assert len(chosen) < len(variants)
-    shown = set().union(*map(compile_triton.shows, chosen))
+    for architecture in compile_triton.ARCHITECTURES:
+        on = [v for v, a in chosen if a == architecture]
+        there = [v for v in variants if architecture in v.architectures]
+        for of in (lambda v: v.name, compile_triton.typed, compile_triton.loop):
+            assert set(map(of, on)) == set(map(of, there))
+    shown = set().union(
+        *(compile_triton.shows(v) for v, a in chosen if a == compile_triton.EVERYTHING_ON)
+    )
     assert shown == set().union(*map(compile_triton.shows, variants))
     # left out of it are choices with float16 and float64 in two families alone
     left = {(pair[0].split("_")[0], pair[1]) for pair in compile_triton.known_pairs() - shown}

@@ -4,7 +4,9 @@ Truth is float64, eager the same formula in plain torch in the input's type. For
 
     max|ours - truth| <= max|eager - truth| + tol·max|truth|        and the same for the RMS,
 
-for scalars over many seeds
+where max|truth| is that of the absolute terms for what is a sum whose terms can cancel (`terms`: near the
+root of a loss or of its slope, whose own argument is a rounded number, truth and ours are each right but for
+the terms' last digits), for scalars over many seeds
 
     RMS(ours - truth) <= RMS(eager - truth) + tol·RMS(sum of absolute terms).
 
@@ -51,8 +53,11 @@ def _same_non_finite(name: str, ours: np.ndarray, truth: np.ndarray) -> np.ndarr
     return finite
 
 
-def check(name: str, ours: Any, eager: object, truth: object, dtype: object = None) -> None:
-    """Assert the rule on a tensor or array; `dtype` is the type whose tolerance counts (default: ours')."""
+def check(
+    name: str, ours: Any, eager: object, truth: object, dtype: object = None, terms: object = None
+) -> None:
+    """Assert the rule on a tensor or array; `dtype` is the type whose tolerance counts (default: ours');
+    `terms`: of each element, the sum of the absolute values that were added up (default: the truth's)."""
     dtype = dtype_name(ours.dtype if dtype is None else dtype)
     a, e, t = as_float64(ours), as_float64(eager), as_float64(truth)
     assert a.shape == t.shape, f"{name}: shape {a.shape}, truth {t.shape}"
@@ -61,7 +66,8 @@ def check(name: str, ours: Any, eager: object, truth: object, dtype: object = No
     if t.size == 0:
         return
     e = np.where(np.isfinite(e), e, t)  # an eager that overflows gives no licence
-    scale = np.abs(t).max()
+    scale = np.abs(t if terms is None else as_float64(terms)[finite]).max()
+    assert np.isfinite(scale), f"{name}: the scale of its terms is {scale}"
     allowed = np.abs(e - t).max() + TOLERANCE[dtype] * scale + FLOOR[dtype]
     worst = np.abs(a - t).max()
     assert worst <= allowed, f"{name}: max error {worst:.3e}, allowed {allowed:.3e}"

@@ -65,6 +65,19 @@ FF_TABLE Dual discopop(Dual x, double tau) {
   const double slope = rest * loss.w - times(m * rest / tau, loss.v) + times(z, rest / tau - 1);
   return chain(x, times(rest, loss.v) + z, slope);
 }
+// S(a) + S(-b), a = beta·w, b = beta·(w - l). Its slope by w is S'(a) - S'(b), which for small beta
+// is a difference of two numbers near 1/4; as a product, with p and q the smaller and the larger of
+// |a| and |b|, S'(p) - S'(q) = S'(p)·S(q)^2·(1 - e^{-(q - p)})·(1 - e^{-(q + p)}). q ± p are |a +
+// b| and |a - b| in some order, made of w and l themselves; nothing there overflows or cancels.
+FF_TABLE Dual apo_down(double beta, Dual w, Dual l) {
+  const Dual own = sigmoid(beta * w), lost = sigmoid(-(beta * (w - l)));
+  const double a = fabs(beta * w.v), b = fabs(beta * (w.v - l.v));
+  const double sum = beta * (2 * w.v - l.v), gap = beta * l.v;  // a + b, a - b, without the bars
+  const double e = exp(-(a < b ? a : b)), s = 1 / (1 + e), far = 1 / (1 + exp(-(a < b ? b : a)));
+  const double apart = e * s * s * far * far * expm1(-fabs(sum)) * expm1(-fabs(gap));
+  const double slope = (sum < 0) == (gap < 0) ? -apart : apart;  // |a| is the larger: it falls
+  return {own.v + lost.v, beta * slope * w.w, lost.l};
+}
 // o = a - ln(1 - e^a). a is at most -2^-53, where o is 36.7: completions that are certain or empty.
 FF_TABLE Dual log_odds(Dual a) {
   const double least = -0x1p-53;
@@ -114,7 +127,7 @@ FF_TABLE Dual pair_loss(const PreferenceOptions& o, PreferenceLoss loss, Dual w,
       return -log_sigmoid(beta * w - o.delta) - log_sigmoid(-(beta * l - o.delta));
     case PreferenceLoss::sppo_hard: return square(w - 1 / (2 * beta)) + square(l + 1 / (2 * beta));
     case PreferenceLoss::apo_zero: return sigmoid(-(beta * w)) + sigmoid(beta * l);
-    case PreferenceLoss::apo_down: return sigmoid(beta * w) + sigmoid(-x);
+    case PreferenceLoss::apo_down: return apo_down(beta, w, l);
     case PreferenceLoss::discopop: return discopop(x, o.tau);
     case PreferenceLoss::sigmoid_norm: return -log_sigmoid(x);
     case PreferenceLoss::sft: return {0, 0, 0};

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _backend
 from ._args import (
     DISTILL_KINDS,
     REDUCTIONS,
@@ -20,17 +19,17 @@ from ._args import (
     distill_vocab,
     require,
 )
-from ._codebook_tensor import CodebookTensor
 from ._linear_head import HEAD, HEAD_ARGUMENTS, call_of, check_head, check_targets, head_of
 from ._linear_logprobs import (
     GRADIENTS,
     WANTED,
-    given,
     gradients_fake,
+    hand_out,
+    keep,
     made_in_forward,
-    scaled,
+    rows_of,
 )
-from ._linear_loss import Rows, chunk_rows, chunks, counted_rows, part_of, put, walk
+from ._linear_loss import Rows, part_of, put, walk
 from ._op import (
     INDEX_DTYPES,
     accumulator,
@@ -46,7 +45,7 @@ from ._op import (
     scalar_gradient,
     wants_gradient,
 )
-from .distill import distill_loss, distill_rows
+from .distill import counted, distill_loss, distill_rows
 from .logprobs import sequence_logprobs
 
 # ---- raw ops -----------------------------------------------------------------------------------
@@ -71,8 +70,8 @@ def _check_rows(hidden: Tensor, args: Sequence[Any]) -> None:
         if value is None:
             continue
         same_device(name, value, "student_hidden", hidden)
-        if value.shape[0] != len(hidden) or (name != "teacher_hidden" and value.ndim != 1):
-            raise ValueError(f"{name}: shape {tuple(value.shape)}; allowed: ({len(hidden)}, …)")
+        if value.shape[0] != hidden.shape[0] or (name != "teacher_hidden" and value.ndim != 1):
+            raise ValueError(f"{name}: shape {tuple(value.shape)}; allowed: ({hidden.shape[0]}, …)")
     if mask is not None and mask.dtype is not torch.bool:
         raise TypeError(f"mask: dtype {mask.dtype}; allowed: bool")
     if targets is not None and targets.dtype not in INDEX_DTYPES:
@@ -92,47 +91,40 @@ def _distill(
     if not vocab <= min(head.vocab, teacher_head.vocab):
         raise ValueError(f"vocab: {vocab}; the heads have {head.vocab} and {teacher_head.vocab}")
     dtype = accumulator(hidden.dtype)
-    keep = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+    counts = torch.ones(hidden.shape[0], dtype=torch.bool, device=hidden.device)
     if mask is not None:
-        keep &= mask
+        counts &= mask
     if targets is not None:
-        keep &= targets != ignore_index
-        check_targets(torch.where(keep, targets, ignore_index), vocab, ignore_index)
+        counts &= targets != ignore_index
+        check_targets(targets.long().masked_fill(~counts, ignore_index), vocab, ignore_index)
     share = torch.ones((), dtype=torch.float64, device=hidden.device)
     if reduction == 2:
-        share = share / keep.sum().clamp(min=1)
+        share = share / counts.sum().clamp(min=1)
     if g is None:
         upstream: Any = share.to(dtype).expand(len(hidden))
     elif reduction == 0:
-        upstream = row_gradient("g", g, keep, dtype)
+        upstream = row_gradient("g", g, counts, dtype)
     else:
         upstream = (share * scalar_gradient(g, hidden, dtype).reshape(())).to(dtype)
         upstream = upstream.expand(len(hidden))
     losses = hidden.new_zeros(len(hidden), dtype=torch.float64)
-    counted = counted_rows(keep)
-    if (
-        counted is None and hidden.is_cuda
-    ):  # maybe captured: NaN of rows that do not count stays out
-        hidden, teacher = (torch.where(keep[:, None], x, 0) for x in (hidden, teacher))
-    count = len(hidden) if counted is None else len(counted)
-    student_row = head.vocab * (2 if head.softcap != 0.0 else 1)  # in numbers of its type
     teacher_row = teacher_head.vocab * teacher_head.dtype.itemsize // head.dtype.itemsize
-    size = chunk_rows(count, student_row + teacher_row, head.dtype, hidden.is_cpu)
+    (hidden, teacher), parts = rows_of(head, counts, hidden, teacher, row=teacher_row)
 
     def kernel(z: Tensor, rows: Rows) -> bool:
         y = None if targets is None else part_of(targets, rows)
         teacher_z = teacher_head.logits(part_of(teacher, rows).to(teacher_head.dtype))
+        teacher_head.cap(teacher_z, keep=False)
         out = z if any(wanted) else None
         w = part_of(upstream, rows).contiguous() if any(wanted) else None
-        counts = part_of(keep, rows) if counted is None else None
         loss = distill_rows(
-            w, out, True, z, teacher_z, None, counts, y, *numbers, kind, temperature_squared, vocab,
-            ignore_index, 0,
+            w, out, True, z, teacher_z, None, part_of(counts, rows), y, *numbers, kind,
+            temperature_squared, vocab, ignore_index, 0,
         )  # fmt: skip
         put(losses, rows, loss)
         return any(wanted)
 
-    gradients = walk(head, hidden, chunks(counted, count, size), kernel, wanted)
+    gradients = walk(head, hidden, parts, kernel, wanted)
     if not want_loss:
         return gradients
     if reduction == 0:
@@ -145,7 +137,7 @@ def _fake(hidden: Tensor, *args: Any) -> Tensor:
     _check_rows(hidden, args)
     reduction = _split(args)[-1][4]
     return hidden.new_empty(
-        (len(hidden),) if reduction == 0 else (), dtype=accumulator(hidden.dtype)
+        hidden.shape[:1] if reduction == 0 else (), dtype=accumulator(hidden.dtype)
     )
 
 
@@ -181,42 +173,40 @@ class _Distill(torch.autograd.Function):
     """With a scalar loss the gradients are made in the forward: see `linear_distill_loss`."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Any, bias: Any, *rest: Any) -> Tensor:
-        wanted, args = ctx.needs_input_grad[:3], (hidden, weight, bias, *rest)
-        ctx.gradients = None
+    def forward(ctx: Any, *args: Any) -> Tensor:
         made: Any = ()
-        if rest[-1] != 0 and made_in_forward(hidden):
-            loss, *made = _FORWARD_BACKWARD(*args, *wanted)
-            if not is_compiling():
-                ctx.gradients, made = made, ()
+        if args[-1] != 0 and made_in_forward(args[0]):
+            loss, *made = _FORWARD_BACKWARD(*args, *ctx.needs_input_grad[:3])
         else:
             loss = _FORWARD(*args)
-        tensors = [x for x in args if x is None or (isinstance(x, Tensor) and x.ndim > 0)]
-        ctx.save_for_backward(*tensors, *made)
-        ctx.saved = len(tensors)
-        # the others, and None where a tensor stands
-        ctx.others = [
-            None if x is None or (isinstance(x, Tensor) and x.ndim > 0) else x for x in args
-        ]
-        ctx.places = [i for i, x in enumerate(ctx.others) if x is None]
-        ctx.backend = _backend.chosen
+        # numbers, which are 0-d tensors while compiling, and None where a tensor stands
+        ctx.others = [None if x is None or _is_array(x) else x for x in args]
+        ctx.places = [i for i, x in enumerate(args) if _is_array(x)]
+        keep(ctx, [args[i] for i in ctx.places], made)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
-        nothing, wanted = (None,) * (len(ctx.others) - 3), ctx.needs_input_grad[:3]
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            saved = ctx.saved_tensors  # once: under checkpointing there is no second time
-            gradients = saved[ctx.saved :]
-            if not gradients:
-                args = list(ctx.others)
-                for i, x in zip(ctx.places, saved, strict=False):
-                    args[i] = x
-                made = _BACKWARD(g, *args, *wanted)
-                return (*given(made, wanted), *nothing)
-        return (*scaled(gradients, g, wanted), *nothing)
+        def arguments(*saved: Any) -> list[Any]:
+            args = list(ctx.others)
+            for i, x in zip(ctx.places, saved, strict=True):
+                args[i] = x
+            return args
+
+        def rows(*saved: Any) -> tuple[Tensor, int]:
+            hidden, *rest = arguments(*saved)
+            *_, mask, targets, _, (_, _, _, ignore_index, _) = _split(rest)
+            return counted(hidden, mask, targets, ignore_index), -100
+
+        def again(*saved: Any) -> Any:
+            return _BACKWARD(g, *arguments(*saved), *ctx.needs_input_grad[:3])
+
+        return (*hand_out(ctx, g, rows, again), *(None,) * (len(ctx.others) - 3))
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.ndim > 0
 
 
 def linear_distill_loss(
@@ -268,10 +258,13 @@ def linear_distill_loss(
     """
     names = ("student_hidden", "student_weight", "student_bias", "softcap")
     teacher_names = ("teacher_hidden", "teacher_weight", "teacher_bias", "teacher_softcap")
-    student = call_of(student_hidden, student_weight, student_bias, softcap, names)
+    if not is_compiling():
+        check_vocab_size(vocab_size)
+    rows = _rows(vocab_size, student_weight, teacher_weight)
+    student = call_of(student_hidden, student_weight, student_bias, softcap, names, rows)
     with torch.no_grad():
         teacher = call_of(
-            teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_names
+            teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_names, rows
         )
     if teacher.shape != student.shape:
         raise ValueError(
@@ -288,16 +281,15 @@ def linear_distill_loss(
             raise TypeError(f"mask: a tensor, not {type(mask).__name__}")
         mask = mask if mask.dtype is torch.bool else mask != 0
     if not is_compiling():
-        check_vocab_size(vocab_size)
         check_distill_numbers(*numbers, targets is not None)
-    if vocab_size is None and teacher.vocab != student.vocab:
+    if teacher.vocab != student.vocab:
         raise ValueError(
             f"teacher_weight: {teacher.vocab} rows, student_weight {student.vocab}; give vocab_size, the "
             "number of rows that both share"
         )
     shapes = ((*student.shape, student.vocab), (*student.shape, teacher.vocab))
     vocab = distill_vocab(
-        *shapes, None, *(None if t is None else t.shape for t in (mask, targets)), vocab_size
+        *shapes, None, *(None if t is None else t.shape for t in (mask, targets)), None
     )
     if runs_eagerly("linear", student.hidden):
         keep = mask
@@ -306,16 +298,8 @@ def linear_distill_loss(
         return distill_loss(
             student.logits(keep), teacher.logits(keep).detach(), kind=kind, beta=beta,
             temperature=temperature, mask=mask, alpha=alpha, targets=targets,
-            temperature_squared=temperature_squared, vocab_size=vocab, reduction=reduction,
-            ignore_index=ignore_index,
+            temperature_squared=temperature_squared, reduction=reduction, ignore_index=ignore_index,
         )  # fmt: skip
-    # a packed weight stays whole: the row kernels pass over columns beyond `vocab`
-    if vocab != student.vocab and not isinstance(student_weight, CodebookTensor):
-        student = call_of(student_hidden, student_weight, student_bias, softcap, names, vocab)
-    if vocab != teacher.vocab and not isinstance(teacher_weight, CodebookTensor):
-        teacher = call_of(
-            teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_names, vocab
-        )
     args = (
         student.hidden, *student.arguments(), *_detached(teacher.hidden, *teacher.arguments()),
         *(None if t is None else t.reshape(-1) for t in (mask, targets)), *numbers, code,
@@ -326,6 +310,15 @@ def linear_distill_loss(
     else:
         loss = _FORWARD(*args)
     return loss.view(student.shape) if reduce == 0 else loss
+
+
+def _rows(vocab_size: Any, *weights: Any) -> Any:
+    """How many rows of both weights count."""
+    if vocab_size is None or not all(isinstance(w, Tensor) and w.ndim == 2 for w in weights):
+        return None  # call_of says what is wrong
+    most = min(w.shape[0] for w in weights)
+    require(1 <= vocab_size <= most, "vocab_size", vocab_size, f"1 to {most}, or None")
+    return vocab_size
 
 
 def _detached(*args: Any) -> list[Any]:

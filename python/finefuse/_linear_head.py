@@ -16,7 +16,7 @@ from ._matmul import product_dtype
 from ._op import DTYPES, float_tensor, is_compiling, same_device, scalar
 from .codebook import decoded_rows, dequantize, first_rows
 
-# Of a raw op, after hidden (N, H): a weight (V, H), dense or packed; softcap 0 is none.
+# Of a raw op, after hidden (N, H): a weight (V, H), dense or packed; a softcap of infinity is none.
 HEAD = (
     "Tensor? weight, Tensor? bias, Tensor? codes, Tensor? code, Tensor? absmax, Tensor? nested_code, "
     "Tensor? nested_absmax, Tensor? nested_offset, int nested_blocksize, int blocksize, SymInt vocab, "
@@ -27,7 +27,7 @@ NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_softcap(softcap: float) -> None:
-    require(0.0 <= softcap < float("inf"), "softcap", softcap, "above 0, or None")
+    require(softcap > 0.0, "softcap", softcap, "above 0, or None")
 
 
 def check_head(hidden: Tensor, args: Sequence[Any], name: str = "hidden") -> None:
@@ -93,6 +93,21 @@ class HeadCall(NamedTuple):
         cap = scalar("softcap", self.softcap)
         return (self.weight, self.bias, *self.values, self.vocab, cap)
 
+    def of(self, hidden: Any, name: str) -> HeadCall:
+        """The same head behind other hidden states, of the same shape and type."""
+        float_tensor(name, hidden)
+        same_device(name, hidden, "hidden", self.hidden)
+        width = self.hidden.shape[1]
+        if hidden.shape != (*self.shape, width):
+            raise ValueError(
+                f"{name}: shape {tuple(hidden.shape)}; allowed: {(*self.shape, width)}"
+            )
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(self.hidden.dtype)
+        if hidden.dtype is not self.hidden.dtype:
+            raise TypeError(f"{name}: dtype {hidden.dtype}; hidden has {self.hidden.dtype}")
+        return self._replace(hidden=hidden.reshape(-1, width))
+
     def logits(self, keep: Tensor | None) -> Tensor:
         """In full: for the backend "eager". What stands in rows that do not count (…) reaches no gradient."""
         hidden = self.hidden
@@ -104,7 +119,7 @@ class HeadCall(NamedTuple):
         assert weight is not None
         with torch.autocast(self.hidden.device.type, enabled=False):
             z = torch.nn.functional.linear(hidden, weight, self.bias)
-        if isinstance(self.softcap, Tensor) or self.softcap != 0.0:
+        if isinstance(self.softcap, Tensor) or self.softcap != float("inf"):
             c = self.softcap
             z = c * torch.tanh(z / c)
         return z.reshape(*self.shape, z.shape[-1])
@@ -161,7 +176,7 @@ def call_of(
         if not autocast:
             raise TypeError(f"{names[1]}: dtype {weight.dtype}; {names[0]} has {hidden.dtype}")
         weight = weight.to(hidden.dtype)
-    cap: Any = 0.0
+    cap: Any = float("inf")
     if softcap is not None:
         cap = scalar(names[3], softcap)
         if not is_compiling():
@@ -180,8 +195,8 @@ def call_of(
 
 
 def check_targets(targets: Tensor, vocab: Any, ignore_index: int, name: str = "targets") -> None:
-    """On a CPU, before anything is computed; a GPU's kernels flag a bad row."""
-    if not targets.is_cpu:
+    """On a CPU, before anything is computed; a GPU's kernels, and those of a graph, flag a bad row."""
+    if is_compiling() or not targets.is_cpu:
         return
     bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
     if bad.any():

@@ -34,10 +34,10 @@ from ._linear_loss import (
     Rows,
     chunk_rows,
     chunks,
-    counted_rows,
     gradient_shapes,
     part_of,
     put,
+    rows_that_count,
     walk,
 )
 from ._op import (
@@ -54,10 +54,15 @@ from ._op import (
     scalar,
     scalar_gradient,
     wants_gradient,
-    watched,
 )
 from .eager import logprobs as _eager
-from .logprobs import cross_entropy_rows, logprobs_rows, logprobs_rows_backward, sequence_logprobs
+from .logprobs import (
+    SCALE,
+    cross_entropy_rows,
+    logprobs_rows,
+    logprobs_rows_backward,
+    sequence_logprobs,
+)
 
 WANTED = "bool want_hidden, bool want_weight, bool want_bias"
 GRADIENTS = "Tensor, Tensor, Tensor"
@@ -71,18 +76,15 @@ def check_rows(hidden: Tensor, targets: Tensor, name: str = "targets") -> None:
 
 
 def rows_of(
-    head: Head, hidden: Tensor, targets: Tensor, ignore_index: int
-) -> tuple[Tensor, list[Rows]]:
-    """(hidden, the rows that count in chunks)."""
-    keep = targets != ignore_index
-    counted = counted_rows(keep)
-    if (
-        counted is None and hidden.is_cuda
-    ):  # maybe captured: NaN of rows that do not count stays out
-        hidden = torch.where(keep[:, None], hidden, 0)
+    head: Head, keep: Tensor, hidden: Tensor, *others: Tensor, row: int = 0
+) -> tuple[tuple[Tensor, ...], list[Rows]]:
+    """(hidden states, the rows that count in chunks); row: other numbers of a row than its logits."""
+    counted, given = rows_that_count(keep, hidden, *others)
     count = len(hidden) if counted is None else len(counted)
-    size = chunk_rows(count, head.vocab, head.dtype, hidden.is_cpu, head.softcap != 0.0)
-    return hidden, chunks(counted, count, size)
+    size = chunk_rows(
+        count, head.vocab * (2 if head.capped else 1) + row, head.dtype, hidden.is_cpu
+    )
+    return given, chunks(counted, count, size)
 
 
 def gradients_fake(hidden: Tensor, vocab: Any, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
@@ -92,27 +94,24 @@ def gradients_fake(hidden: Tensor, vocab: Any, wanted: Sequence[bool]) -> tuple[
 # ---- token log-probabilities: raw ops ----------------------------------------------------------
 
 
-def _statistics_fake(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _forward_fake(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     targets, stats = args[HEAD_ARGUMENTS], args[-1]
     check_head(hidden, args[:HEAD_ARGUMENTS])
     check_rows(hidden, targets)
-    dtype, none = accumulator(hidden.dtype), (0,)
-    shape = targets.shape
-    return (
-        hidden.new_empty(shape, dtype=dtype),
-        hidden.new_empty(shape if stats else none, dtype=dtype),
-        hidden.new_empty(shape if stats else none, dtype=dtype),
-        hidden.new_empty((3 if stats else 2, *shape), dtype=torch.float64),
-    )
+    dtype, shape = accumulator(hidden.dtype), targets.shape
+    shapes = (shape, shape, shape) if stats else (shape, (0,), (0,))
+    return tuple(hidden.new_empty(size, dtype=dtype) for size in shapes)
 
 
-def _forward(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """lp, entropy, lse (the last two empty without stats), and what the backward reads."""
+def _statistics(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """lp, entropy, lse (the last two empty without stats), and the rows' numbers in float64: see
+    csrc/ops/logprobs.h."""
     head_args, (targets, temperature, ignore_index, stats) = (
         args[:HEAD_ARGUMENTS],
         args[HEAD_ARGUMENTS:],
     )
-    outputs = _statistics_fake(hidden, *args)
+    saved = hidden.new_zeros((3 if stats else 2, *targets.shape), dtype=torch.float64)
+    outputs = (*_forward_fake(hidden, *args), saved)
     head = head_of(hidden, head_args)
     check_temperature(temperature)
     check_targets(targets, head.vocab, ignore_index)
@@ -120,15 +119,15 @@ def _forward(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     if _fused(hidden, head_args):
         _fused_forward(hidden, head_args, targets, temperature, ignore_index, stats, outputs)
         return outputs
-    for x in outputs:
+    for x in outputs[:3]:
         x.zero_()
-    hidden, parts = rows_of(head, hidden, targets, ignore_index)
+    (hidden,), parts = rows_of(head, targets != ignore_index, hidden)
 
     def kernel(z: Tensor, rows: Rows) -> bool:
         found = logprobs_rows(z, part_of(targets, rows), temperature, ignore_index, stats, True)
         for x, values in zip(outputs[: 3 if stats else 1], found, strict=False):
             put(x, rows, values)
-        for x, values in zip(outputs[3], found[-1], strict=True):
+        for x, values in zip(saved, found[-1], strict=True):
             put(x, rows, values)
         return False
 
@@ -156,35 +155,39 @@ def _fused_forward(
     x, w = (t if t.stride(1) == 1 else t.contiguous() for t in (hidden, weight))
     lp, entropy, lse, saved = outputs
     partial = x.new_empty(partial_shape(len(x), len(w)), dtype=torch.float32)
+    bias = None if bias is None else bias.contiguous()
+    softcap = 0.0 if head_args[-1] == float("inf") else head_args[-1]
+    entropy, lse = (entropy, lse) if stats else (None, None)
     _backend.launch(
         "linear", "linear_token_logprobs", x,
-        (w, None if bias is None else bias.contiguous(), targets, ignore_index, temperature, head_args[-1],
-         lp, entropy if stats else None, lse if stats else None, saved, partial),
+        (w, bias, targets, ignore_index, temperature, softcap, lp, entropy, lse, saved, partial),
     )  # fmt: skip
 
 
 def _backward(
-    g: Tensor | None, h: Tensor | None, l: Tensor | None, saved: Tensor, hidden: Tensor, *args: Any,
-    partial: bool = False,
+    g: Tensor | None, h: Tensor | None, l: Tensor | None, hidden: Tensor, *args: Any,
+    partial: bool = False, whole: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
+    """Of a shard of the vocabulary `partial` sums, and `whole` (2, N), the shard's log w and the H of all."""
     targets, temperature, ignore_index, *wanted = args[HEAD_ARGUMENTS:]
     head = head_of(hidden, args[:HEAD_ARGUMENTS])
     check_rows(hidden, targets)
     check_temperature(temperature)
     check_targets(targets, head.vocab, ignore_index)
-    if saved.shape[1:] != targets.shape:
-        raise ValueError(f"saved: shape {tuple(saved.shape)}; allowed: (2 or 3, {len(targets)})")
     dtype = accumulator(hidden.dtype)
     upstream = [
         row_gradient(name, x, targets, dtype) for name, x in zip("ghl", (g, h, l), strict=True)
     ]
-    hidden, parts = rows_of(head, hidden, targets, ignore_index)
+    (hidden,), parts = rows_of(head, targets != ignore_index, hidden)
 
     def kernel(z: Tensor, rows: Rows) -> bool:
-        logprobs_rows_backward(
-            z, part_of(targets, rows), saved[:, rows].contiguous(),
-            *(x if x is None else part_of(x, rows) for x in upstream), z, temperature, ignore_index,
-        )  # fmt: skip
+        # of these logits: the forward's may have been rounded otherwise, and p would not add up to 1
+        y = part_of(targets, rows)
+        stats = logprobs_rows(z, y, temperature, ignore_index, h is not None, True)[-1]
+        if whole is not None:
+            stats = _linear_parallel.of_the_whole(stats, whole[:, rows])
+        by = (x if x is None else part_of(x, rows) for x in upstream)
+        logprobs_rows_backward(z, y, stats, *by, z, temperature, ignore_index)
         return True
 
     return walk(head, hidden, parts, kernel, wanted, partial)
@@ -193,21 +196,19 @@ def _backward(
 _ROWS = "Tensor targets, float temperature, int ignore_index"
 _FORWARD = raw_op(
     f"linear_token_logprobs_forward(Tensor hidden, {HEAD}, {_ROWS}, bool stats) -> "
-    "(Tensor, Tensor, Tensor, Tensor)",
-    run=_forward,
-    fake=_statistics_fake,
+    "(Tensor, Tensor, Tensor)",
+    run=lambda hidden, *args: _statistics(hidden, *args)[:3],
+    fake=_forward_fake,
 )
 BACKWARD = raw_op(
-    f"linear_token_logprobs_backward(Tensor? g, Tensor? h, Tensor? l, Tensor saved, Tensor hidden, {HEAD}, "
+    f"linear_token_logprobs_backward(Tensor? g, Tensor? h, Tensor? l, Tensor hidden, {HEAD}, "
     f"{_ROWS}, {WANTED}) -> ({GRADIENTS})",
     run=_backward,
-    fake=lambda g, h, l, saved, hidden, *args: gradients_fake(
-        hidden, args[HEAD_ARGUMENTS - 2], args[-3:]
-    ),
+    fake=lambda g, h, l, hidden, *args: gradients_fake(hidden, args[HEAD_ARGUMENTS - 2], args[-3:]),
 )
 
 
-_SHARD = _linear_parallel.Ops(_forward, functools.partial(_backward, partial=True))
+_SHARD = _linear_parallel.Ops(_statistics, functools.partial(_backward, partial=True))
 
 
 # ---- token log-probabilities: autograd and the public function ---------------------------------
@@ -223,14 +224,12 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Any, bias: Any, *rest: Any) -> Any:
         *head, targets, temperature, ignore_index, stats = rest
-        *outputs, saved = _FORWARD(
-            hidden, weight, bias, *head, targets, temperature, ignore_index, stats
-        )
-        ctx.save_for_backward(hidden, weight, bias, *head[:6], targets, saved)
+        outputs = _FORWARD(hidden, weight, bias, *head, targets, temperature, ignore_index, stats)
+        ctx.save_for_backward(hidden, weight, bias, *head[:6], targets)
         ctx.numbers, ctx.options = head[6:], (temperature, ignore_index)
         ctx.backend = _backend.chosen
         ctx.set_materialize_grads(False)
-        return tuple(outputs) if stats else outputs[0]
+        return outputs if stats else outputs[0]
 
     @staticmethod
     @once_differentiable
@@ -238,11 +237,11 @@ class _TokenLogprobs(torch.autograd.Function):
         nothing = (None,) * 14
         if g is None and h is None and l is None:
             return (None, None, None, *nothing)
-        hidden, weight, bias, *codes, targets, saved = ctx.saved_tensors
+        hidden, weight, bias, *codes, targets = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         gradients = BACKWARD(
-            g, h, l, saved, hidden, weight, bias, *codes, *ctx.numbers, targets, *ctx.options, *wanted
-        )  # fmt: skip
+            g, h, l, hidden, weight, bias, *codes, *ctx.numbers, targets, *ctx.options, *wanted
+        )
         return (*given(gradients, wanted), *nothing)
 
 
@@ -322,8 +321,15 @@ def linear_token_logprobs(
         found = _linear_parallel.token_logprobs(
             _SHARD, shard, call, targets.reshape(-1), temperature, ignore_index
         )
-        found = tuple(x.view(targets.shape) for x in found)
-        return found if stats else found[0]
+        lp, entropy, lse = (x.view(targets.shape) for x in found)
+        return (lp, entropy, lse) if stats else lp
+    return token_logprobs_of(call, targets, temperature, ignore_index, stats)
+
+
+def token_logprobs_of(
+    call: HeadCall, targets: Tensor, temperature: Any, ignore_index: int, stats: bool
+) -> Any:
+    """`linear_token_logprobs` of what was checked."""
     if runs_eagerly("linear", call.hidden):
         check_targets(targets, call.vocab, ignore_index)
         logits = call.logits(targets != ignore_index)
@@ -397,7 +403,7 @@ def _cross_entropy(
         upstream = (share * scalar_gradient(g, hidden, dtype).reshape(())).to(dtype)
         upstream = upstream.expand(len(targets))
     losses = hidden.new_zeros(targets.shape, dtype=torch.float64)
-    rows_hidden, parts = rows_of(head, hidden, targets, ignore_index)
+    (rows_hidden,), parts = rows_of(head, keep, hidden)
 
     def kernel(z: Tensor, rows: Rows) -> bool:
         if temperature != 1.0:
@@ -459,13 +465,35 @@ def made_in_forward(hidden: Tensor) -> bool:
     return gradient_in_forward(hidden) or (is_compiling() and hidden.dtype is not torch.float16)
 
 
-def scaled(gradients: Sequence[Tensor], g: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
-    """What the forward made meets its upstream gradient, in place; skipped at 1."""
+def keep(ctx: Any, tensors: Sequence[Tensor | None], made: Sequence[Tensor]) -> None:
+    """For `hand_out`: the tensors that the backward reads, and the gradients, if the forward made them."""
+    ctx.gradients = None if is_compiling() else made
+    ctx.count, ctx.backend = len(tensors), _backend.chosen
+    ctx.save_for_backward(*tensors, *(made if is_compiling() else ()))
+
+
+def hand_out(ctx: Any, g: Tensor, counted: Any, again: Any) -> list[Tensor | None]:
+    """The gradients that the forward made, times g; those that again(*saved) makes where it made none, and
+    the second time. counted(*saved): (targets, ignore_index) of the rows that have one."""
+    gradients, ctx.gradients = ctx.gradients, None
+    wanted, saved = (
+        ctx.needs_input_grad[:3],
+        ctx.saved_tensors,
+    )  # once: checkpointing allows no more
+    tensors = saved[: ctx.count]
+    gradients = gradients or saved[ctx.count :]
+    if not gradients:
+        return given(again(*tensors), wanted)
     if is_compiling():
-        return given([x * g.to(x.dtype) for x in gradients], wanted)
-    if not g.is_cpu or watched() or g.item() != 1.0:
-        for x in gradients:
-            x.mul_(g.to(x.dtype)) if g.is_cpu else x.mul_(g)
+        wide = accumulator(gradients[0].dtype)
+        return given([(x.to(wide) * g).to(x.dtype) for x in gradients], wanted)
+    dx, dw, db = gradients
+    if wanted[0]:
+        targets, ignore_index = counted(*tensors)
+        SCALE(dx, targets, g, ignore_index)
+    for x in (dw, db.view(1, -1)):
+        if x.numel():
+            SCALE(x, torch.zeros(x.shape[0], dtype=torch.int32, device=x.device), g, -100)
     return given(gradients, wanted)
 
 
@@ -474,35 +502,27 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Any, bias: Any, *rest: Any) -> Tensor:
-        reduction, wanted = rest[-1], ctx.needs_input_grad[:3]
-        args = (hidden, weight, bias, *rest)
-        ctx.gradients = None
-        made: tuple[Tensor, ...] = ()
-        if reduction != 0 and made_in_forward(hidden):
-            loss, *made = _CE_FORWARD_BACKWARD(*args, *wanted)
-            if not is_compiling():
-                ctx.gradients, made = made, ()
+        args, made = (hidden, weight, bias, *rest), ()
+        if rest[-1] != 0 and made_in_forward(hidden):
+            loss, *made = _CE_FORWARD_BACKWARD(*args, *ctx.needs_input_grad[:3])
         else:
             loss = _CE_FORWARD(*args)
-        ctx.save_for_backward(hidden, weight, bias, *rest[:6], rest[10], *made)
-        ctx.numbers, ctx.options, ctx.backend = rest[6:10], rest[11:], _backend.chosen
+        keep(ctx, (hidden, weight, bias, *rest[:6], rest[10]), made)
+        ctx.numbers, ctx.options = rest[6:10], rest[11:]
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
-        nothing, wanted = (None,) * 15, ctx.needs_input_grad[:3]
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            saved = ctx.saved_tensors  # once: under checkpointing there is no second time
-            hidden, weight, bias, *codes, targets = saved[:10]
-            gradients = saved[10:]
-            if not gradients:
-                gradients = _CE_BACKWARD(
-                    g, hidden, weight, bias, *codes, *ctx.numbers, targets, *ctx.options, *wanted
-                )
-                return (*given(gradients, wanted), *nothing)
-        return (*scaled(gradients, g, wanted), *nothing)
+        def counted(*saved: Any) -> tuple[Tensor, int]:
+            return saved[9], ctx.options[2]
+
+        def again(*saved: Any) -> Any:
+            return _CE_BACKWARD(
+                g, *saved[:9], *ctx.numbers, saved[9], *ctx.options, *ctx.needs_input_grad[:3]
+            )
+
+        return (*hand_out(ctx, g, counted, again), *(None,) * 15)
 
 
 def linear_cross_entropy(

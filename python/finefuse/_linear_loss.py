@@ -34,31 +34,42 @@ class Head(NamedTuple):
     vocab: int
     dtype: torch.dtype  # of the products, of logits and of their gradient
     bias: Tensor | None
-    softcap: float  # 0: none
+    softcap: float  # infinity: none
+
+    @property
+    def capped(self) -> bool:
+        return self.softcap != float("inf")
 
     def logits(self, x: Tensor) -> Tensor:
-        """(m, V) of x (m, H) of the products' type."""
+        """(m, V) of x (m, H) of the products' type, before the softcap."""
         z: Tensor | None = None
         for first, last, part in self.panels():
-            y = few_rows(x, part)
+            y = few_rows(x, part, None if self.bias is None else self.bias[first:last])
             if last - first == self.vocab:
                 z = y
-                break
+                continue  # to the end: the panels' memory is given back
             if z is None:
                 z = x.new_empty((len(x), self.vocab))
             z[:, first:last] = y
         assert z is not None
-        if self.bias is not None:
-            z += self.bias
-        if self.softcap != 0.0:
-            z.div_(self.softcap).tanh_().mul_(self.softcap)
         return z
+
+    def cap(self, z: Tensor, keep: bool) -> Tensor | None:
+        """z ← c·tanh(z/c), in place; tanh(z/c), if that is to be kept for the gradient."""
+        if not self.capped:
+            return None
+        z.div_(self.softcap).tanh_()
+        tanh = z.clone() if keep else None
+        z.mul_(self.softcap)
+        return tanh
 
     def hidden_gradient(self, dz: Tensor) -> Tensor:
         """dz W (m, H)."""
         dx: Tensor | None = None
         for first, last, part in self.panels():
             product = few_rows(dz[:, first:last], part.t())
+            if last - first < self.vocab and product.dtype is not torch.float64:
+                product = product.float()  # rounded once, however many panels there are
             dx = product if dx is None else dx.add_(product)
         assert dx is not None
         return dx
@@ -110,15 +121,15 @@ def chunks(counted: Tensor | None, rows: int, size: int) -> list[Rows]:
     return list(counted.split(size)) if len(counted) else []
 
 
-def counted_rows(keep: Tensor) -> Tensor | None:
-    """Indices of the rows that count, None where all do: rows that do not are never multiplied.
+def rows_that_count(keep: Tensor, *hidden: Tensor) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """(indices of the rows that count, None for all; hidden (N, H)): others are never multiplied.
 
-    On a GPU that waits for the device, and is left out while a CUDA graph is captured: kernels pass over
-    rows that do not count.
+    On a GPU looking waits for the device. While a CUDA graph is captured all rows are taken, those that do
+    not count as 0, and kernels pass over them.
     """
     if keep.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
-    return None if bool(keep.all()) else keep.nonzero().squeeze(1)
+        return None, tuple(torch.where(keep[:, None], x, 0) for x in hidden)
+    return (None if bool(keep.all()) else keep.nonzero().squeeze(1)), hidden
 
 
 def part_of(x: Tensor, rows: Rows) -> Tensor:
@@ -169,13 +180,13 @@ def walk(
     for rows in parts:
         x = part_of(hidden, rows).to(head.dtype)
         z = head.logits(x)
-        keep_capped = head.softcap != 0.0 and any(wanted)
-        capped = z.clone() if keep_capped else None
+        tanh = head.cap(z, keep=any(wanted))
         if not kernel(z, rows) or not any(wanted):
+            del z, tanh  # before the next ones are made
             continue
-        if capped is not None:  # d/dy c·tanh(y/c) = 1 - (z/c)²
-            z.addcmul_(z, capped.div_(head.softcap).square_(), value=-1.0)
-            del capped
+        if tanh is not None:  # dy = dz·(1 - tanh²)
+            torch.ops.aten.tanh_backward.grad_input(z, tanh, grad_input=z)
+        del tanh
         if wanted[0]:
             put(dx, rows, head.hidden_gradient(z))
         if wanted[1]:

@@ -48,7 +48,7 @@ class Ops(NamedTuple):
 
     # (hidden, head, targets, temperature, ignore_index, stats) -> lp, entropy, lse, saved
     forward: Callable[..., tuple[Tensor, ...]]
-    # (g, h, l, saved, hidden, head, targets, temperature, ignore_index, wanted) -> partial sums
+    # (g, h, l, hidden, head, targets, temperature, ignore_index, wanted, whole=) -> partial sums
     backward: Callable[..., Gradients]
 
 
@@ -87,7 +87,7 @@ class _Rows(NamedTuple):
 
     targets: Tensor  # of this shard, or 0, or IGNORED
     own: Tensor  # whether the target is of this shard
-    saved: Tensor  # (3, N) as the shard's backward takes it: reference logit, log-sum beyond it, H
+    whole: Tensor  # (2, N): see of_the_whole
 
 
 def _forward(
@@ -124,20 +124,14 @@ def _forward(
     check_targets(targets, shard.vocab, ignore_index)  # here, so that no rank waits for another
     owner = (targets // shard.rows).clamp(0, shard.ranks - 1).long()
     lp, entropy, lse, log_w = _combine(told, owner)
-    # log p(v) = (z[v] - ref)/T - log_sum + log w; what has no finite logit has p = 0, if the row has any
+    # what has no finite logit has p = 0, if the row has any
     dead = torch.where(lse.isfinite(), 0.0, torch.nan)
-    saved = torch.stack(
-        (
-            ref.masked_fill(empty, 0.0),
-            torch.where(empty, dead, log_sum - log_w[shard.rank]),
-            entropy,
-        )
-    )
+    whole = torch.stack((torch.where(empty, dead, log_w[shard.rank]), entropy))
     dtype, bad = accumulator(hidden.dtype), keep & ~valid
     lp, entropy, lse = (
         x.masked_fill(bad, torch.nan).masked_fill(~keep, 0.0).to(dtype) for x in (lp, entropy, lse)
     )
-    return (lp, entropy, lse), _Rows(local, own, saved)
+    return (lp, entropy, lse), _Rows(local, own, whole)
 
 
 def _exchange(shard: Shard, found: Tensor) -> Tensor:
@@ -182,6 +176,18 @@ def _combine(told: Tensor, owner: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     return lp, total, torch.where(top == -torch.inf, top, top + excess), log_w
 
 
+def of_the_whole(saved: Tensor, whole: Tensor) -> Tensor:
+    """Of a shard's rows (reference logit, log-sum beyond it, …) those with which its backward is the whole's:
+    log p(v) = (z[v] - ref)/T - log_sum + log w. For log w a row without a finite logit has 0, or NaN where
+    it has one on no rank."""
+    ref, log_sum = saved[:2]
+    log_w, entropy = whole
+    empty = ref == -torch.inf
+    return torch.stack(
+        (ref.masked_fill(empty, 0.0), torch.where(empty, 0.0, log_sum) - log_w, entropy)
+    )
+
+
 # ---- backward ----------------------------------------------------------------------------------
 
 
@@ -200,7 +206,7 @@ def _backward(
         dx = None if dx is None else dx.to(accumulator(hidden.dtype))
     else:
         dx, dw, db = ops.backward(
-            g, h, l, rows.saved, hidden, *head, rows.targets, temperature, IGNORED, *wanted
+            g, h, l, hidden, *head, rows.targets, temperature, IGNORED, *wanted, whole=rows.whole
         )
     if wanted[0] and dx is not None:
         # 16-bit types: added in float32 and rounded once, so that the sum is as good as the unsharded one
@@ -235,7 +241,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def token_logprobs(
-    ops: Ops, shard: Shard, call: HeadCall, targets: Tensor, temperature: float, ignore_index: int
+    ops: Ops, shard: Shard, call: HeadCall, targets: Tensor, temperature: Any, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """lp, entropy, lse of flat targets; the head is the shard's real rows."""
     args = (call.hidden, *call.arguments(), targets, temperature, ignore_index)

@@ -9,19 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _backend
 from ._args import IMPORTANCE, POLICY_REDUCTIONS, check_index, check_temperature, require
 from ._linear_head import HEAD, HEAD_ARGUMENTS, call_of, check_head, check_targets, head_of
 from ._linear_logprobs import (
     BACKWARD,
     GRADIENTS,
     WANTED,
-    given,
     gradients_fake,
-    linear_token_logprobs,
+    hand_out,
+    keep,
     made_in_forward,
     rows_of,
-    scaled,
+    token_logprobs_of,
 )
 from ._linear_loss import Rows, part_of, put, walk
 from ._op import (
@@ -59,18 +58,19 @@ def _fake(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     head, actions, tokens, _, _, (_, *wanted) = _split(args)
     check_head(hidden, head)
     dtype, count = accumulator(hidden.dtype), actions.numel()
-    if count != len(hidden):
-        raise ValueError(f"actions: shape {tuple(actions.shape)}; hidden has {len(hidden)} rows")
+    if count != hidden.shape[0]:
+        raise ValueError(
+            f"actions: shape {tuple(actions.shape)}; hidden has {hidden.shape[0]} rows"
+        )
     check_tokens(actions.shape, dtype, hidden, *tokens, name="actions")
     return (
         hidden.new_empty((), dtype=dtype), hidden.new_empty((4,), dtype=dtype),
         *gradients_fake(hidden, head[-2], wanted), hidden.new_empty((2, count), dtype=dtype),
-        hidden.new_empty((3, count), dtype=torch.float64),
     )  # fmt: skip
 
 
 def _forward_backward(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """loss, metrics, gradients; by lp and by entropy of each token, and what their backward reads.
+    """loss, metrics, gradients; those by lp and by entropy of each token.
 
     A chunk's coefficients are those of the batch's loss from the log-probabilities known so far: a
     token's depends on its own alone.
@@ -78,7 +78,7 @@ def _forward_backward(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     head_args, actions, tokens, (temperature, entropy_coef), numbers, (ignore_index, *wanted) = (
         _split(args)
     )
-    *_, coefficients, saved = _fake(hidden, *args)
+    coefficients = _fake(hidden, *args)[-1]
     head = head_of(hidden, head_args)
     check_temperature(temperature)
     require(-inf < entropy_coef < inf, "entropy_coef", entropy_coef, "finite")
@@ -86,22 +86,19 @@ def _forward_backward(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     require(numbers[-1] != POLICY_REDUCTIONS["none"], "reduction", numbers[-1], "1 to 5: one pass")
     check_targets(actions, head.vocab, ignore_index, "actions")
     shape, flat = actions.shape, actions.reshape(-1)
-    keep = flat != ignore_index
-    mask = keep.view(shape)
+    counts = flat != ignore_index
+    mask = counts.view(shape)
     lp = coefficients.new_zeros(len(flat))
     entropy = torch.zeros_like(lp)
     coefficients[0] = 0
-    coefficients[1] = keep * (-entropy_coef / keep.sum().clamp(min=1).double())
-    saved.zero_()
-    rows_hidden, parts = rows_of(head, hidden, flat, ignore_index)
+    coefficients[1] = counts * (-entropy_coef / counts.sum().clamp(min=1).double())
+    (rows_hidden,), parts = rows_of(head, counts, hidden)
 
     def kernel(z: Tensor, rows: Rows) -> bool:
         y = part_of(flat, rows)
         logprob, h, _, stats = logprobs_rows(z, y, temperature, ignore_index, True, True)
         put(lp, rows, logprob)
         put(entropy, rows, h)
-        for x, values in zip(saved, stats, strict=True):
-            put(x, rows, values)
         by_lp = policy_tokens(None, lp.view(shape), mask, tokens, numbers, False)[2].view(-1)
         put(coefficients[0], rows, part_of(by_lp, rows))
         g, h = (part_of(c, rows) for c in coefficients)
@@ -112,16 +109,16 @@ def _forward_backward(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
     gradients = walk(head, rows_hidden, parts, kernel, wanted)
     loss, metrics, _ = policy_tokens(None, lp.view(shape), mask, tokens, numbers, True)
-    mean = mean_entropy(entropy, keep)
+    mean = mean_entropy(entropy, counts)
     if entropy_coef != 0.0:
         loss = loss - entropy_coef * mean
-    return loss, torch.cat((metrics, mean.reshape(1))), *gradients, coefficients, saved
+    return loss, torch.cat((metrics, mean.reshape(1))), *gradients, coefficients
 
 
 _FORWARD_BACKWARD = raw_op(
     f"linear_policy_forward_backward(Tensor hidden, {HEAD}, Tensor actions, {TOKENS}, "
     f"float temperature, float entropy_coef, {FLOATS}, {CODES}, int ignore_index, {WANTED}) -> "
-    f"(Tensor, Tensor, {GRADIENTS}, Tensor, Tensor)",
+    f"(Tensor, Tensor, {GRADIENTS}, Tensor)",
     run=_forward_backward,
     fake=_fake,
 )
@@ -135,16 +132,12 @@ class _Policy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Any, bias: Any, *rest: Any) -> Any:
-        wanted = ctx.needs_input_grad[:3]
-        loss, metrics, *made, coefficients, saved = _FORWARD_BACKWARD(
-            hidden, weight, bias, *rest, *wanted
+        loss, metrics, *made, coefficients = _FORWARD_BACKWARD(
+            hidden, weight, bias, *rest, *ctx.needs_input_grad[:3]
         )
-        ctx.gradients = None
-        if not is_compiling():
-            ctx.gradients, made = made, []
-        ctx.save_for_backward(hidden, weight, bias, *rest[:6], rest[10], coefficients, saved, *made)
-        ctx.numbers, ctx.options = rest[6:10], (rest[16], rest[-1])
-        ctx.count, ctx.backend = len(rest), _backend.chosen
+        keep(ctx, (hidden, weight, bias, *rest[:6], rest[10], coefficients), made)
+        ctx.numbers, (ctx.temperature, ctx.entropy_coef) = rest[6:10], rest[16:18]
+        ctx.ignore_index, ctx.arguments = rest[-1], len(rest)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
         return loss, metrics
@@ -152,22 +145,23 @@ class _Policy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor | None, _: Any) -> Any:
-        nothing, wanted = (None,) * ctx.count, ctx.needs_input_grad[:3]
+        nothing = (None,) * ctx.arguments
         if g is None:
             return (None, None, None, *nothing)
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            tensors = ctx.saved_tensors  # once: under checkpointing there is no second time
-            hidden, weight, bias, *codes, actions, by, saved = tensors[:12]
-            gradients = tensors[12:]
-            if not gradients:
-                by_lp, by_entropy = by * g
-                made = BACKWARD(
-                    by_lp, by_entropy, None, saved, hidden, weight, bias, *codes, *ctx.numbers,
-                    actions.reshape(-1), *ctx.options, *wanted,
-                )  # fmt: skip
-                return (*given(made, wanted), *nothing)
-        return (*scaled(gradients, g, wanted), *nothing)
+
+        def counted(*saved: Any) -> tuple[Tensor, int]:
+            return saved[9].reshape(-1), ctx.ignore_index
+
+        def again(*saved: Any) -> Any:
+            *head, actions, coefficients = saved
+            by_lp, by_entropy = coefficients * g
+            bonus = isinstance(ctx.entropy_coef, Tensor) or ctx.entropy_coef != 0.0
+            return BACKWARD(
+                by_lp, by_entropy if bonus else None, None, *head, *ctx.numbers, actions.reshape(-1),
+                ctx.temperature, ctx.ignore_index, *ctx.needs_input_grad[:3],
+            )  # fmt: skip
+
+        return (*hand_out(ctx, g, counted, again), *nothing)
 
 
 def linear_policy_loss(
@@ -238,10 +232,9 @@ def linear_policy_loss(
         )
 
     def statistics(actions: Tensor, temperature: Any) -> tuple[Tensor, Tensor]:
-        lp, entropy, _ = linear_token_logprobs(
-            hidden, weight, actions, bias=bias, softcap=softcap, temperature=temperature,
-            ignore_index=ignore_index, stats=True,
-        )  # fmt: skip
+        if not is_compiling():
+            check_temperature(temperature)
+        lp, entropy, _ = token_logprobs_of(call, actions, temperature, ignore_index, True)
         return lp, entropy
 
     in_one = (

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _backend
 from ._args import PREFERENCE_NUMBERS, check_halves, check_index, check_temperature
 from ._linear_head import HEAD, HEAD_ARGUMENTS, call_of, check_head, check_targets, head_of
 from ._linear_logprobs import (
     BACKWARD,
     GRADIENTS,
     WANTED,
-    given,
     gradients_fake,
-    linear_token_logprobs,
+    hand_out,
+    keep,
     made_in_forward,
     rows_of,
-    scaled,
+    token_logprobs_of,
 )
 from ._linear_loss import Gradients, Rows, chunk_rows, part_of, put, walk
 from ._op import (
@@ -64,9 +64,9 @@ def _split(args: Sequence[Any]) -> tuple[Any, ...]:
 def _fake(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     head, targets, tail, inputs, *_, (_, *wanted) = _split(args)
     check_head(hidden, head)
-    if targets.ndim != 2 or targets.shape[0] % 2 or targets.numel() != len(hidden):
+    if targets.ndim != 2 or targets.shape[0] % 2 or targets.numel() != hidden.shape[0]:
         raise ValueError(
-            f"targets: shape {tuple(targets.shape)}; allowed: (2·pairs, T), {len(hidden)} in all"
+            f"targets: shape {tuple(targets.shape)}; allowed: (2·pairs, T), {hidden.shape[0]} in all"
         )
     if tail is not None and tail.shape != targets.shape:
         raise ValueError(f"tail: shape {tuple(tail.shape)}; allowed: {tuple(targets.shape)}")
@@ -76,7 +76,6 @@ def _fake(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return (
         *vectors, *gradients_fake(hidden, head[-2], wanted),
         hidden.new_empty(targets.numel(), dtype=dtype),
-        hidden.new_empty((2, targets.numel()), dtype=torch.float64),
     )  # fmt: skip
 
 
@@ -84,15 +83,19 @@ def _is_wide(x: Tensor | None) -> bool:
     return x is not None and x.dtype is torch.float64
 
 
-def pair_chunks(keep: Tensor, size: int, most: int) -> list[Rows] | None:
-    """The rows that count of (2·pairs, T), whole pairs together, about `size` rows in a chunk.
+def pair_chunks(keep: Tensor, row: int, dtype: torch.dtype) -> list[Rows] | None:
+    """The rows that count of (2·pairs, T), whole pairs together; row: numbers of one.
 
-    None where a pair has more than `most`, and while a CUDA graph is captured, when nobody can look.
+    A quarter more than other chunks, and one pair as much as a quarter of all rows. None where a pair has
+    more, and while a CUDA graph is captured, when nobody can look.
     """
     if keep.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     half = keep.shape[0] // 2
     counts = (keep[:half].sum(1) + keep[half:].sum(1)).tolist()
+    size = chunk_rows(sum(counts), row, dtype, keep.is_cpu)
+    size += size // 4 if keep.is_cpu else 0
+    most = max(size, min(sum(counts) // 4, _MOST_BYTES // (row * dtype.itemsize)))
     if any(count > most for count in counts):
         return None
     groups: list[list[int]] = []
@@ -114,7 +117,7 @@ def pair_chunks(keep: Tensor, size: int, most: int) -> list[Rows] | None:
 
 
 def _forward_backward(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """The outputs, gradients; by lp of each token, and what their backward reads.
+    """The outputs, gradients; those by lp of each token.
 
     A pair's coefficients are those of the batch's loss from the log-probabilities known so far: they
     depend on that pair's alone.
@@ -123,15 +126,14 @@ def _forward_backward(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
         args
     )
     ignore_index, *wanted = rest
-    like, *_, by_lp, saved = _fake(hidden, *args)
+    like, *_, by_lp = _fake(hidden, *args)
     head = head_of(hidden, head_args)
     check_temperature(temperature)
     check_targets(targets, head.vocab, ignore_index)
     shape, flat = targets.shape, targets.reshape(-1)
-    keep, half = targets != ignore_index, targets.shape[0] // 2
+    counts, half = targets != ignore_index, targets.shape[0] // 2
     lp = torch.zeros_like(by_lp)
     by_lp.zero_()
-    saved.zero_()
 
     def outputs(want_loss: bool) -> tuple[Any, ...]:
         seq = sequence_logprobs(times_tail(lp.view(shape), tail)).to(like.dtype)
@@ -145,38 +147,30 @@ def _forward_backward(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
         by_sequence = outputs(False)[-1][: 2 * half, None].to(lp.dtype)
         return (by_sequence if tail is None else by_sequence * tail).expand(shape).reshape(-1)
 
-    def statistics(z: Tensor, rows: Rows) -> bool:
-        found, stats = logprobs_rows(z, part_of(flat, rows), temperature, ignore_index, False, True)
-        put(lp, rows, found)
-        for x, values in zip(saved, stats, strict=True):
-            put(x, rows, values)
-        return False
-
-    def gradient(z: Tensor, rows: Rows) -> bool:
-        logprobs_rows_backward(
-            z, part_of(flat, rows), saved[:, rows].contiguous(), part_of(by_lp, rows), None, None, z,
-            temperature, ignore_index,
-        )  # fmt: skip
+    def kernel(z: Tensor, rows: Rows, first: bool, last: bool) -> bool:
+        y = part_of(flat, rows)
+        found, stats = logprobs_rows(z, y, temperature, ignore_index, False, True)
+        if first:
+            put(lp, rows, found)
+        if not last:
+            return False
+        if first:
+            put(by_lp, rows, part_of(coefficients(), rows))
+        g = part_of(by_lp, rows)
+        logprobs_rows_backward(z, y, stats, g, None, None, z, temperature, ignore_index)
         return True
 
-    def both(z: Tensor, rows: Rows) -> bool:
-        statistics(z, rows)
-        put(by_lp, rows, part_of(coefficients(), rows))
-        return gradient(z, rows)
-
-    count = int(keep.numel())
-    size = chunk_rows(count, head.vocab, head.dtype, hidden.is_cpu, head.softcap != 0.0)
-    most = max(size + size // 4, min(count // 4, _MOST_BYTES // (head.vocab * head.dtype.itemsize)))
-    parts = pair_chunks(keep, size + size // 4, most)
+    parts = pair_chunks(counts, head.vocab * (2 if head.capped else 1), head.dtype)
     gradients: Gradients
     if parts is not None:
-        gradients = walk(head, hidden, parts, both, wanted)
+        gradients = walk(head, hidden, parts, partial(kernel, first=True, last=True), wanted)
     else:
-        rows_hidden, parts = rows_of(head, hidden, flat, ignore_index)
-        walk(head, rows_hidden, parts, statistics, (False, False, False))
+        (rows_hidden,), parts = rows_of(head, counts.reshape(-1), hidden)
+        none = (False, False, False)
+        walk(head, rows_hidden, parts, partial(kernel, first=True, last=False), none)
         by_lp.copy_(coefficients())
-        gradients = walk(head, rows_hidden, parts, gradient, wanted)
-    return (*outputs(True)[:5], *gradients, by_lp, saved)
+        gradients = walk(head, rows_hidden, parts, partial(kernel, first=False, last=True), wanted)
+    return (*outputs(True)[:5], *gradients, by_lp)
 
 
 _FORWARD_BACKWARD = raw_op(
@@ -185,7 +179,7 @@ _FORWARD_BACKWARD = raw_op(
     + ", Tensor? loss_weights, float temperature, "
     + ", ".join(f"float {name}" for name in PREFERENCE_NUMBERS)
     + f", {_CODES}, int ignore_index, {WANTED}) -> "
-    f"(Tensor, Tensor, Tensor, Tensor, Tensor, {GRADIENTS}, Tensor, Tensor)",
+    f"(Tensor, Tensor, Tensor, Tensor, Tensor, {GRADIENTS}, Tensor)",
     run=_forward_backward,
     fake=_fake,
 )
@@ -199,15 +193,11 @@ class _Preference(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Any, bias: Any, *rest: Any) -> Any:
-        wanted = ctx.needs_input_grad[:3]
-        *outputs, dx, dw, db, by_lp, saved = _FORWARD_BACKWARD(hidden, weight, bias, *rest, *wanted)
-        made: list[Tensor] = [dx, dw, db]
-        ctx.gradients = None
-        if not is_compiling():
-            ctx.gradients, made = made, []
-        ctx.save_for_backward(hidden, weight, bias, *rest[:6], rest[10], by_lp, saved, *made)
-        ctx.numbers, ctx.options = rest[6:10], (rest[20], rest[-1])
-        ctx.count, ctx.backend = len(rest), _backend.chosen
+        *outputs, dx, dw, db, by_lp = _FORWARD_BACKWARD(
+            hidden, weight, bias, *rest, *ctx.needs_input_grad[:3]
+        )
+        keep(ctx, (hidden, weight, bias, *rest[:6], rest[10], by_lp), (dx, dw, db))
+        ctx.numbers, ctx.options, ctx.arguments = rest[6:10], (rest[20], rest[-1]), len(rest)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
         return tuple(outputs)
@@ -215,21 +205,21 @@ class _Preference(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> Any:
-        nothing, wanted = (None,) * ctx.count, ctx.needs_input_grad[:3]
+        nothing = (None,) * ctx.arguments
         if g is None:
             return (None, None, None, *nothing)
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            tensors = ctx.saved_tensors  # once: under checkpointing there is no second time
-            hidden, weight, bias, *codes, targets, by_lp, saved = tensors[:12]
-            gradients = tensors[12:]
-            if not gradients:
-                made = BACKWARD(
-                    (by_lp * g).to(by_lp.dtype), None, None, saved, hidden, weight, bias, *codes,
-                    *ctx.numbers, targets.reshape(-1), *ctx.options, *wanted,
-                )  # fmt: skip
-                return (*given(made, wanted), *nothing)
-        return (*scaled(gradients, g, wanted), *nothing)
+
+        def counted(*saved: Any) -> tuple[Tensor, int]:
+            return saved[9].reshape(-1), ctx.options[1]
+
+        def again(*saved: Any) -> Any:
+            *head, targets, by_lp = saved
+            return BACKWARD(
+                (by_lp * g).to(by_lp.dtype), None, None, *head, *ctx.numbers, targets.reshape(-1),
+                *ctx.options, *ctx.needs_input_grad[:3],
+            )  # fmt: skip
+
+        return (*hand_out(ctx, g, counted, again), *nothing)
 
 
 def linear_preference_loss(
@@ -311,6 +301,8 @@ def linear_preference_loss(
         check_temperature(temperature)
     if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
         raise ValueError("ref_weight, ref_bias: they need ref_hidden")
+    if ref_weight is None and ref_bias is not None:
+        raise ValueError("ref_bias: it needs ref_weight (without one the reference has our head)")
     if ref_hidden is not None and ref_logprobs is not None:
         raise ValueError("ref_logprobs and ref_hidden: give one of the two")
     if ref_logprobs is not None:
@@ -322,25 +314,19 @@ def linear_preference_loss(
             )
 
     def token_lp() -> Tensor:
-        return linear_token_logprobs(
-            hidden, weight, targets, bias=bias, softcap=softcap, temperature=temperature,
-            ignore_index=ignore_index,
-        )  # fmt: skip
+        return token_logprobs_of(call, targets, temperature, ignore_index, False)
 
     def ref_token_lp() -> Tensor:
-        own = ref_weight is None
-        ref = call_of(
-            ref_hidden, weight if own else ref_weight, bias if own else ref_bias, softcap,
-            ("ref_hidden", "ref_weight", "ref_bias", "softcap"),
-        )  # fmt: skip
+        if ref_weight is None:
+            ref = call.of(ref_hidden, "ref_hidden")
+        else:
+            names = ("ref_hidden", "ref_weight", "ref_bias", "softcap")
+            ref = call_of(ref_hidden, ref_weight, ref_bias, softcap, names)
         if ref.shape != call.shape:
             raise ValueError(
                 f"ref_hidden: shape {(*ref.shape, ref.hidden.shape[-1])}; hidden is {tuple(hidden.shape)}"
             )
-        return linear_token_logprobs(
-            ref_hidden, weight if own else ref_weight, targets, bias=bias if own else ref_bias,
-            softcap=softcap, temperature=temperature, ignore_index=ignore_index,
-        )  # fmt: skip
+        return token_logprobs_of(ref, targets, temperature, ignore_index, False)
 
     def one_pass(tail: Tensor | None, prepared: Any) -> PreferenceOutput:
         (_, _, *inputs, _, _), weights_of_losses, numbers, codes = prepared

@@ -174,21 +174,27 @@ def _turned_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 _SUM_BYTES = 8 << 20
 
 
-def few_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """x (M, K) · weight (N, K)ᵀ, both of the type `product_dtype(x)`, for some hundred rows of x."""
+def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (M, K) · weight (N, K)ᵀ + bias (N,), of the type `product_dtype(x)`, for some hundred rows of x."""
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return few_rows(x, weight)
+            return few_rows(x, weight, bias)
     if _takes_onednn(x, weight, _onednn_is_faster_for_few_rows):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return torch.mm(x, weight.t())
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+
+
+@functools.cache
+def _keeps_wide_products() -> bool:
+    """Whether CUDA's product of 16-bit matrices can be had in float32: torch from 2.8 on, not on ROCm."""
+    return hasattr(torch.ops.aten.mm, "dtype") and torch.version.hip is None
 
 
 def add_outer(total: Tensor, y: Tensor, x: Tensor, first: bool) -> None:
     """total (N, K) += y (M, N)ᵀ · x (M, K), or where it is the `first` term =; y and x have one type.
 
-    The total may be wider: then products are rounded to their own type (on a GPU not even that)
-    before they are added.
+    The total may be wider: then products are rounded to their own type before they are added, but for those
+    of CUDA.
     """
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
@@ -207,7 +213,7 @@ def add_outer(total: Tensor, y: Tensor, x: Tensor, first: bool) -> None:
         part, of = total[n : n + step], y[:, n : n + step].t()
         if onednn:
             product = torch.ops.mkldnn._linear_pointwise(of, x.t(), None, "none", [], "")
-        elif x.is_cuda and total.dtype is torch.float32:
+        elif x.is_cuda and total.dtype is torch.float32 and _keeps_wide_products():
             product = torch.mm(of, x, out_dtype=torch.float32)
         else:
             product = torch.mm(of, x)

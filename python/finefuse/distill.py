@@ -176,7 +176,7 @@ _BACKWARD = raw_op(
 # ---- autograd and the public function ----------------------------------------------------------
 
 
-def _counted(student: Tensor, mask: Tensor | None, targets: Tensor | None, ignore: int) -> Tensor:
+def counted(student: Tensor, mask: Tensor | None, targets: Tensor | None, ignore: int) -> Tensor:
     """0 where a row counts, -100 elsewhere: what scale_gradient leaves alone."""
     counts = torch.zeros(student.shape[:-1], dtype=torch.int32, device=student.device)
     if mask is not None:
@@ -220,7 +220,7 @@ class _Distill(torch.autograd.Function):
             vocab, ignore_index = ctx.options[-3:-1]
             mask, targets = ctx.counts
             # past the columns that count 0 stays 0, also times inf
-            SCALE(out[..., :vocab], _counted(out, mask, targets, ignore_index), g, -100)
+            SCALE(out[..., :vocab], counted(out, mask, targets, ignore_index), g, -100)
             return out, *none
         if ctx.spent:
             raise RuntimeError(SPENT)

@@ -34,6 +34,9 @@ def divergence(kind: str, log_p: Array, log_q: Array, beta: float) -> tuple[floa
             terms = _times(p, log_p - log_q)
             return float(terms.sum()), terms + p
         log_m = np.logaddexp(log_q + np.log(beta), log_p + np.log1p(-beta))
+        apart = log_q - log_p  # of equal distributions m is p, to the last digit
+        near = log_p + np.log1p(beta * np.expm1(np.where(np.abs(apart) < 1, apart, 0.0)))
+        log_m = np.where(np.abs(apart) < 1, near, log_m)
         terms = _times(p, log_p - log_m)
         value = beta * _times(q, log_q - log_m).sum() + (1 - beta) * terms.sum()
         return float(value), (1 - beta) * terms

@@ -77,9 +77,13 @@ def pair_loss(
         by_w, by_l = -beta * a * sigmoid(-beta * w), beta * b * sigmoid(-beta * l)
         return sigmoid(-beta * w) + b, by_w, by_l
     if loss == "apo_down":
-        by_d = beta * sigmoid(x) * sigmoid(-x)
-        by_w = beta * sigmoid(beta * w) * sigmoid(-beta * w)
-        return sigmoid(beta * w) + sigmoid(-x), by_w - by_d, by_d
+        # S'(a) - S'(x), of which few digits would be left, as a product; a^2 - x^2 sets its sign
+        a, by_d = beta * w, beta * sigmoid(x) * sigmoid(-x)
+        near, far = np.minimum(np.abs(a), np.abs(x)), np.maximum(np.abs(a), np.abs(x))
+        total, gap = beta * (2 * w - l), beta * l
+        apart = np.expm1(-np.abs(total)) * np.expm1(-np.abs(gap)) * sigmoid(far) ** 2
+        by_w = -np.sign(total) * np.sign(gap) * beta * sigmoid(near) * sigmoid(-near) * apart
+        return sigmoid(a) + sigmoid(-x), by_w, by_d
     if loss == "orpo":
         (o_w, slope_w), (o_l, slope_l) = log_odds(w), log_odds(l)
         by_o = -beta * sigmoid(-(o_w - o_l))
@@ -128,6 +132,35 @@ def pair_loss(
     return value, beta * slope, -beta * slope
 
 
+def pair_terms(
+    loss: str, w: Array, l: Array, values: Values, beta: float, eps: float, gamma: float = 0.5,
+    delta: float = 0.0, tau: float = 0.05,
+) -> Values:  # fmt: skip
+    """What pair_loss's values are made of: the sum of the absolute terms where these cancel at some x; else
+    the absolute values. There x is a rounded number already, or eps, so that of a value near 0 no formula
+    has all digits: its error is of the size of the terms' last ones."""
+    value, by_w, by_l = map(np.abs, values)
+    x = beta * (w - l) - (gamma if loss == "simpo" else 0.0)
+    if loss in ("sigmoid", "spin", "aot", "aot_unpaired", "cpo", "simpo"):
+        by_w = by_l = beta * ((1 - eps) * sigmoid(-x) + eps * sigmoid(x))
+    elif loss == "robust":
+        value, _ = smoothed(x, (1 - eps) / (1 - 2 * eps), eps / (1 - 2 * eps))
+    elif loss == "nca_pair":
+        by_w = beta * (sigmoid(-beta * w) + 0.5 * sigmoid(beta * w))
+    elif loss == "exo_pair":
+        keep, swap = np.log1p(-eps), np.log(eps)
+        p, q = sigmoid(x), sigmoid(-x)
+        near = np.abs(x - keep + swap) < 1
+        value = np.where(near, np.minimum(p, q) * np.abs(x - keep + swap), value)
+        by_w = by_l = beta * product(p * q, np.abs(x) - keep - swap)
+    elif loss == "discopop":
+        m, rest = sigmoid(x / tau), sigmoid(-x / tau)
+        z = value - product(rest, -log_sigmoid(x))
+        slope = rest * sigmoid(-x) - product(m * rest / tau, log_sigmoid(x))
+        by_w = by_l = beta * (slope + np.abs(product(z, rest / tau - 1)))
+    return value, by_w, by_l
+
+
 def example_loss(
     loss: str, r: Array, beta: float, z: float, weight: float, desirable: bool
 ) -> tuple[Array, Array]:
@@ -152,6 +185,10 @@ class Output(NamedTuple):
     """By chosen_nll."""
     terms: float
     """Σ of the absolute terms of the loss: the scale of its rounding errors."""
+    loss_terms: Array
+    """The same for each element of the loss ("none"; else terms), of d_chosen and of d_rejected."""
+    d_chosen_terms: Array
+    d_rejected_terms: Array
 
 
 def preference_loss(
@@ -200,8 +237,8 @@ def preference_loss(
     nll = chosen_nll if chosen_nll is not None else -lp[0].sum() / (tokens if count[0] else 1)
     z = 0.0 if kl is None or np.size(kl) == 0 else max(0.0, float(np.mean(kl)))
     out, total, terms, d_nll = np.zeros(size), 0.0, 0.0, 0.0
-    d = [np.zeros(c) for c in count]
-    d_ref = [np.zeros(c) for c in count]
+    out_terms = np.zeros(size)
+    d, d_ref, d_terms = ([np.zeros(c) for c in count] for _ in range(3))
     for name, factor in zip(names, factors, strict=True):
         by_length = name in LENGTH_NORMALIZED if normalize_lengths is None else normalize_lengths
         m = n if by_length else [np.ones(c) for c in count]
@@ -215,11 +252,13 @@ def preference_loss(
                 )
             ]
             value = np.concatenate([v for v, _ in both])
+            value_terms = np.abs(value)
             w = weights if one_by_one else np.ones(elements)
             g_w = scale * w * (g if one_by_one else np.ones(elements))
             for side, part in enumerate((slice(0, count[0]), slice(count[0], None))):
                 slope = g_w[part] * both[side][1] / m[side]
                 d[side] += slope
+                d_terms[side] += np.abs(slope)
                 d_ref[side] -= slope
         elif name in SORTED:
             w, g_w = weights, scale * weights * g
@@ -228,16 +267,24 @@ def preference_loss(
             else:
                 first, second = r[0] / m[0], r[1] / m[1]
             i, j = (np.argsort(v, kind="stable") for v in (first, second))
-            value, by_w, by_l = pair_loss(name, first[i], second[j], beta, label_smoothing)
+            values = pair_loss(name, first[i], second[j], beta, label_smoothing)
+            value_terms, by_terms, _ = pair_terms(
+                name, first[i], second[j], values, beta, label_smoothing
+            )
+            value, by_w, by_l = values
             slope_w, slope_l = np.zeros(count[0]), np.zeros(count[0])
             slope_w[i], slope_l[j] = g_w * by_w, g_w * by_l
+            size_w, size_l = np.zeros(count[0]), np.zeros(count[0])
+            size_w[i] = size_l[j] = np.abs(g_w) * by_terms
             if name == "aot":
                 for side, sign in enumerate((1, -1)):
                     d[side] += sign * slope_w / m[side]
+                    d_terms[side] += size_w / m[side]
                     d_ref[side] += sign * slope_l / m[side]
             else:
-                for side, slope in enumerate((slope_w, slope_l)):
+                for side, (slope, part) in enumerate(((slope_w, size_w), (slope_l, size_l))):
                     d[side] += slope / m[side]
+                    d_terms[side] += part / m[side]
                     d_ref[side] -= slope / m[side]
         else:
             w, g_w = weights, scale * weights * g
@@ -245,25 +292,29 @@ def preference_loss(
                 (x, np.ones_like(x)) if name in NO_REFERENCE else score(y, f_divergence, alpha)
                 for x, y in zip(lp, r, strict=True)
             ]
-            value, *by = pair_loss(
-                name, scores[0][0] / m[0], scores[1][0] / m[1], beta, label_smoothing, gamma, delta,
-                tau,
-            )  # fmt: skip
+            w_l = scores[0][0] / m[0], scores[1][0] / m[1]
+            numbers = beta, label_smoothing, gamma, delta, tau
+            value, *by = values = pair_loss(name, *w_l, *numbers)
+            value_terms, *by_terms = pair_terms(name, *w_l, values, *numbers)
             for side in (0, 1):
                 slope = g_w * by[side] * scores[side][1] / m[side]
                 d[side] += slope
+                d_terms[side] += np.abs(g_w * by_terms[side] * scores[side][1] / m[side])
                 if name not in NO_REFERENCE:
                     d_ref[side] -= slope
             share = {"sft": 1.0, "orpo": 1.0}.get(name, sft_weight if name in NO_REFERENCE else 0)
             if share:
                 value = value + share * nll
+                value_terms = value_terms + abs(share * nll)
                 d_nll += share * g_w.sum()
         total += scale * float((w * value).sum())
-        terms += abs(scale) * float(np.abs(w * value).sum())
+        terms += abs(scale) * float(np.abs(w * value_terms).sum())
         if reduction == "none":
             out += factor * w * value
+            out_terms += np.abs(factor * w * value_terms)
     if chosen_nll is None and count[0] and d_nll:
         d[0] -= d_nll / tokens
+        d_terms[0] += abs(d_nll / tokens)
     rewards = [beta * x for x in r]
     if count[0] == count[1]:
         margins, wins = rewards[0] - rewards[1], r[0] > r[1]
@@ -282,6 +333,8 @@ def preference_loss(
         d_ref[1],
         d_nll,
         terms,
+        out_terms if reduction == "none" else np.asarray(terms),
+        *d_terms,
     )
 
 
