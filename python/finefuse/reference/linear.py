@@ -33,10 +33,23 @@ class Head(NamedTuple):
     softcap: float | None = None
 
 
-class Gradients(NamedTuple):
-    hidden: Array
-    weight: Array
-    bias: Array
+class Gradients(tuple[Array, Array, Array]):
+    """Of hidden, weight and bias."""
+
+    terms: list[float]
+    """The largest sum of absolute terms in each: the scale of its rounding errors."""
+
+    @property
+    def hidden(self) -> Array:
+        return self[0]
+
+    @property
+    def weight(self) -> Array:
+        return self[1]
+
+    @property
+    def bias(self) -> Array:
+        return self[2]
 
 
 def logits(hidden: Array, head: Head, keep: Mask) -> Array:
@@ -54,7 +67,11 @@ def gradients(dz: Array, z: Array, hidden: Array, head: Head, keep: Mask) -> Gra
         dz = dz * (1 - (z / head.softcap) ** 2)
     of_hidden = np.zeros(hidden.shape)
     of_hidden[keep] = dz[keep] @ head.weight
-    return Gradients(of_hidden, dz[keep].T @ hidden[keep], dz[keep].sum(0))
+    found = Gradients((of_hidden, dz[keep].T @ hidden[keep], dz[keep].sum(0)))
+    d, x = np.abs(dz[keep]), np.abs(hidden[keep])
+    sums = d @ np.abs(head.weight), d.T @ x, d.sum(0)
+    found.terms = [float(total.max(initial=0.0)) for total in sums]
+    return found
 
 
 # ---- token log-probabilities, cross-entropy ----------------------------------------------------
