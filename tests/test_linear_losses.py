@@ -7,6 +7,7 @@ comes with hidden states: the head, its gradients, chunks, and which losses make
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -296,7 +297,7 @@ def use_chunks(patch, size):
         counts.append(count)
         return max(min(size, count), 1)
 
-    for module in (_linear_logprobs, _linear_preference, _linear_distill):
+    for module in (_linear_logprobs, _linear_preference):
         patch.setattr(module, "chunk_rows", rows)
     return counts
 
@@ -1284,3 +1285,97 @@ def test_random(name, dtype, width, vocab, bias, size, seed):
     with pytest.MonkeyPatch.context() as patch:
         use_chunks(patch, size)
         compare(PROBLEMS[name](dtype, width=width, vocab=vocab, bias=bias, seed=seed), cancels=True)
+
+
+def five(h, w, t):
+    """Each loss of the family, of hidden (B, T, H)."""
+    b = t.shape[0]
+    yield "cross-entropy", lambda h: ff.linear_cross_entropy(h, w, t)
+    yield "log-probabilities", lambda h: ff.linear_token_logprobs(h, w, t).sum()
+    yield "policy", lambda h: ff.linear_policy_loss(h, w, t, advantages=torch.ones(b)).loss
+    yield "preference", lambda h: ff.linear_preference_loss(h, w, t).loss
+    yield "distill", lambda h: ff.linear_distill_loss(h, w, h.detach().flip(0), w.detach())
+
+
+def of_five(tokens=6, dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    h = torch.randn(4, tokens, 8, generator=g).to(dtype)
+    w = (torch.randn(30, 8, generator=g) / 2).to(dtype)
+    return h, w, torch.randint(30, (4, tokens), generator=g)
+
+
+def test_one_chunk_is_alive(monkeypatch):
+    """Forward alone, too: the next logits are made when those before are gone."""
+    made, most = [], []
+    logits = _linear_loss.Head.logits
+
+    def watched(self, x):
+        most.append(sum(ref() is not None for ref in made))
+        z = logits(self, x)
+        made.append(weakref.ref(z))
+        return z
+
+    monkeypatch.setattr(_linear_loss.Head, "logits", watched)
+    use_chunks(monkeypatch, 3)
+    h, w, t = of_five()
+    for name, loss in five(h, w, t):
+        for gradient in (False, True):
+            most.clear()
+            value = loss(h.clone().requires_grad_(gradient))
+            if gradient:
+                value.backward()
+            # a teacher's stand beside the student's
+            assert len(most) > 2, name
+            assert max(most) <= (1 if name == "distill" else 0), name
+
+
+def test_an_upstream_gradient_is_not_rounded_first():
+    """0.1 in bfloat16 is 0.2% too large: every element of a gradient would be."""
+    h, w, t = of_five(dtype=torch.bfloat16)
+    for name, loss in five(h, w, t):
+        if name == "log-probabilities":  # scales before anything is made
+            continue
+        once, tenth = (
+            torch.autograd.grad(factor * loss(x), x)[0]
+            for factor, x in ((1.0, h.clone().requires_grad_()), (0.1, h.clone().requires_grad_()))
+        )
+        factor = torch.tensor(0.1).double()
+        assert torch.equal(tenth, (once.double() * factor).to(torch.bfloat16)), name
+
+
+def test_upstream_0_of_what_is_not_finite():
+    h, w, t = of_five()
+    h[1, 2, 3] = torch.inf
+    for name, loss in five(h, w, t):
+        x = h.clone().requires_grad_()
+        (g,) = torch.autograd.grad(loss(x), x, torch.tensor(0.0))
+        assert not g.any(), name
+
+
+def test_graphs_for_all_lengths(counter):
+    """No shape of a batch is burnt into a graph."""
+    torch._dynamo.reset()
+    names = [name for name, _ in five(*of_five())]
+    for k, name in enumerate(names):
+        torch._dynamo.reset()
+        graphs = []
+
+        def backend(module, inputs, graphs=graphs):
+            graphs.append(1)
+            return module
+
+        @torch.compile(fullgraph=True, backend=backend)
+        def compiled(h, w, t, k=k):
+            return [*five(h, w, t)][k][1](h)
+
+        for tokens in (6, 9, 13, 17):
+            h, w, t = of_five(tokens)
+            x = h.clone().requires_grad_()
+            check(name, compiled(x, w, t), [*five(x, w, t)][k][1](x), [*five(h, w, t)][k][1](h))
+        assert len(graphs) <= 2, name
+
+
+def test_reference_bias_needs_its_weight():
+    h, w, t = of_five()
+    with pytest.raises(ValueError, match="ref_bias: it needs ref_weight"):
+        ff.linear_preference_loss(h, w, t, ref_hidden=h, ref_bias=torch.zeros(30))

@@ -85,7 +85,8 @@ def _distill(
     _check_rows(hidden, args)
     head_args, teacher, teacher_args, mask, targets, numbers, rest = _split(args)
     kind, temperature_squared, vocab, ignore_index, reduction = rest
-    check_distill_numbers(*numbers, targets is not None)
+    beta, temperature, alpha = numbers
+    check_distill_numbers(beta, temperature, alpha, targets is not None)
     require(reduction in (0, 1, 2), "reduction", reduction, "0 (none), 1 (sum), 2 (mean)")
     head, teacher_head = head_of(hidden, head_args), head_of(teacher, teacher_args)
     if not vocab <= min(head.vocab, teacher_head.vocab):
@@ -118,9 +119,10 @@ def _distill(
         out = z if any(wanted) else None
         w = part_of(upstream, rows).contiguous() if any(wanted) else None
         loss = distill_rows(
-            w, out, True, z, teacher_z, None, part_of(counts, rows), y, *numbers, kind,
+            w, out, True, z, teacher_z, None, part_of(counts, rows), y, beta, temperature, alpha, kind,
             temperature_squared, vocab, ignore_index, 0,
         )  # fmt: skip
+        assert loss is not None
         put(losses, rows, loss)
         return any(wanted)
 
@@ -287,10 +289,9 @@ def linear_distill_loss(
             f"teacher_weight: {teacher.vocab} rows, student_weight {student.vocab}; give vocab_size, the "
             "number of rows that both share"
         )
-    shapes = ((*student.shape, student.vocab), (*student.shape, teacher.vocab))
-    vocab = distill_vocab(
-        *shapes, None, *(None if t is None else t.shape for t in (mask, targets)), None
-    )
+    logits = (*student.shape, student.vocab)
+    of_mask, of_targets = (None if t is None else t.shape for t in (mask, targets))
+    vocab = distill_vocab(logits, logits, None, of_mask, of_targets, None)
     if runs_eagerly("linear", student.hidden):
         keep = mask
         if targets is not None:

@@ -149,15 +149,15 @@ def _fused_forward(
     hidden: Tensor, head_args: Sequence[Any], targets: Tensor, temperature: float, ignore_index: int,
     stats: bool, outputs: tuple[Tensor, ...],
 ) -> None:  # fmt: skip
-    from .kernels.linear import partial_shape
+    from .kernels.linear import partial_shape  # type: ignore[import-untyped]
 
     weight, bias = head_args[:2]
     x, w = (t if t.stride(1) == 1 else t.contiguous() for t in (hidden, weight))
-    lp, entropy, lse, saved = outputs
+    lp, *both, saved = outputs
     partial = x.new_empty(partial_shape(len(x), len(w)), dtype=torch.float32)
     bias = None if bias is None else bias.contiguous()
     softcap = 0.0 if head_args[-1] == float("inf") else head_args[-1]
-    entropy, lse = (entropy, lse) if stats else (None, None)
+    entropy, lse = both if stats else (None, None)
     _backend.launch(
         "linear", "linear_token_logprobs", x,
         (w, bias, targets, ignore_index, temperature, softcap, lp, entropy, lse, saved, partial),
@@ -186,8 +186,8 @@ def _backward(
         stats = logprobs_rows(z, y, temperature, ignore_index, h is not None, True)[-1]
         if whole is not None:
             stats = _linear_parallel.of_the_whole(stats, whole[:, rows])
-        by = (x if x is None else part_of(x, rows) for x in upstream)
-        logprobs_rows_backward(z, y, stats, *by, z, temperature, ignore_index)
+        of_g, of_h, of_l = (x if x is None else part_of(x, rows) for x in upstream)
+        logprobs_rows_backward(z, y, stats, of_g, of_h, of_l, z, temperature, ignore_index)
         return True
 
     return walk(head, hidden, parts, kernel, wanted, partial)
@@ -396,7 +396,7 @@ def _cross_entropy(
     if reduction == 2:
         share = share / keep.sum().clamp(min=1)
     if g is None:
-        upstream = share.to(dtype).expand(len(targets))
+        upstream: Any = share.to(dtype).expand(len(targets))
     elif reduction == 0:
         upstream = row_gradient("g", g, targets, dtype)
     else:
@@ -412,6 +412,7 @@ def _cross_entropy(
         out = z if any(wanted) else None
         w = part_of(upstream, rows).contiguous() if any(wanted) else None
         loss = cross_entropy_rows(z, y, out, w, label_smoothing, ignore_index, 0, True)
+        assert loss is not None
         put(losses, rows, loss)
         if temperature != 1.0 and any(wanted):
             z.div_(temperature)

@@ -93,17 +93,15 @@ _CPU_ROWS = (64, 256)
 _CPU_BYTES, _GPU_BYTES = 16 << 20, 512 << 20
 
 
-def chunk_rows(
-    rows: int, vocab: int, dtype: torch.dtype, on_cpu: bool, capped: bool = False
-) -> int:
+def chunk_rows(rows: int, numbers: int, dtype: torch.dtype, on_cpu: bool) -> int:
     """How many rows of logits exist at a time.
 
     Each chunk reads the weight twice and reads and writes the sum of its gradient once: on a CPU 256 rows
     make that a tenth of the products' time. Fewer, so that the logits are a fifth of what they would be at
     once, but not fewer than 64, nor than 16 MB of them, which caches and allocators hold. On a GPU 512 MB.
-    A softcap doubles what a row takes.
+    A row takes so many `numbers`: its logits, with a softcap twice, a teacher's.
     """
-    row = vocab * dtype.itemsize * (2 if capped else 1)
+    row = numbers * dtype.itemsize
     if not on_cpu:
         return max(min(rows, _GPU_BYTES // row), 1)
     least, most = _CPU_ROWS

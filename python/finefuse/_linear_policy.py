@@ -109,6 +109,8 @@ def _forward_backward(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
     gradients = walk(head, rows_hidden, parts, kernel, wanted)
     loss, metrics, _ = policy_tokens(None, lp.view(shape), mask, tokens, numbers, True)
+    assert loss is not None
+    assert metrics is not None
     mean = mean_entropy(entropy, counts)
     if entropy_coef != 0.0:
         loss = loss - entropy_coef * mean

@@ -83,19 +83,19 @@ def _is_wide(x: Tensor | None) -> bool:
     return x is not None and x.dtype is torch.float64
 
 
-def pair_chunks(keep: Tensor, row: int, dtype: torch.dtype) -> list[Rows] | None:
-    """The rows that count of (2·pairs, T), whole pairs together; row: numbers of one.
+def chunk_sizes(count: int, row: int, dtype: torch.dtype, on_cpu: bool) -> tuple[int, int]:
+    """Of chunks of whole pairs, and the most that one pair may take: on a CPU a quarter more than other
+    chunks; a quarter of all rows. row: numbers of one."""
+    size = chunk_rows(count, row, dtype, on_cpu)
+    size += size // 4 if on_cpu else 0
+    return size, max(size, min(count // 4, _MOST_BYTES // (row * dtype.itemsize)))
 
-    A quarter more than other chunks, and one pair as much as a quarter of all rows. None where a pair has
-    more, and while a CUDA graph is captured, when nobody can look.
-    """
-    if keep.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
+
+def pair_chunks(keep: Tensor, size: int, most: int) -> list[Rows] | None:
+    """The rows that count of (2·pairs, T), whole pairs together, `size` in a chunk; None where a pair has
+    more than `most`."""
     half = keep.shape[0] // 2
     counts = (keep[:half].sum(1) + keep[half:].sum(1)).tolist()
-    size = chunk_rows(sum(counts), row, dtype, keep.is_cpu)
-    size += size // 4 if keep.is_cpu else 0
-    most = max(size, min(sum(counts) // 4, _MOST_BYTES // (row * dtype.itemsize)))
     if any(count > most for count in counts):
         return None
     groups: list[list[int]] = []
@@ -160,7 +160,11 @@ def _forward_backward(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
         logprobs_rows_backward(z, y, stats, g, None, None, z, temperature, ignore_index)
         return True
 
-    parts = pair_chunks(counts, head.vocab * (2 if head.capped else 1), head.dtype)
+    parts: list[Rows] | None = None
+    if not (counts.is_cuda and torch.cuda.is_current_stream_capturing()):  # when nobody can look
+        row = head.vocab * (2 if head.capped else 1)
+        sizes = chunk_sizes(int(counts.sum()), row, head.dtype, hidden.is_cpu)
+        parts = pair_chunks(counts, *sizes)
     gradients: Gradients
     if parts is not None:
         gradients = walk(head, hidden, parts, partial(kernel, first=True, last=True), wanted)

@@ -282,9 +282,9 @@ def preference_loss(
                     d_terms[side] += size_w / m[side]
                     d_ref[side] += sign * slope_l / m[side]
             else:
-                for side, (slope, part) in enumerate(((slope_w, size_w), (slope_l, size_l))):
+                for side, (slope, terms_of) in enumerate(((slope_w, size_w), (slope_l, size_l))):
                     d[side] += slope / m[side]
-                    d_terms[side] += part / m[side]
+                    d_terms[side] += terms_of / m[side]
                     d_ref[side] -= slope / m[side]
         else:
             w, g_w = weights, scale * weights * g
@@ -295,11 +295,11 @@ def preference_loss(
             w_l = scores[0][0] / m[0], scores[1][0] / m[1]
             numbers = beta, label_smoothing, gamma, delta, tau
             value, *by = values = pair_loss(name, *w_l, *numbers)
-            value_terms, *by_terms = pair_terms(name, *w_l, values, *numbers)
+            value_terms, *both_terms = pair_terms(name, *w_l, values, *numbers)
             for side in (0, 1):
                 slope = g_w * by[side] * scores[side][1] / m[side]
                 d[side] += slope
-                d_terms[side] += np.abs(g_w * by_terms[side] * scores[side][1] / m[side])
+                d_terms[side] += np.abs(g_w * both_terms[side] * scores[side][1] / m[side])
                 if name not in NO_REFERENCE:
                     d_ref[side] -= slope
             share = {"sft": 1.0, "orpo": 1.0}.get(name, sft_weight if name in NO_REFERENCE else 0)
