@@ -927,33 +927,32 @@ def raw_calls(grad=False):
         (None, case.bias, *codebook.fields(packed), 9),
     )
     y, n = case.targets, 6
-    saved = {k: torch.rand(k, n, dtype=torch.float64) + 1 for k in (2, 3)}
     g, every = torch.ones(n), (True, True, True)
 
     def t(v):
         return torch.tensor(v, dtype=torch.float64)
 
     forward, backward = RAW.linear_token_logprobs_forward, RAW.linear_token_logprobs_backward
-    yield forward.default, (x, *dense, 0.0, y, 0.9, IGNORE, True)
+    yield forward.default, (x, *dense, math.inf, y, 0.9, IGNORE, True)
     yield forward.default, (x, *coded, 3.0, y, 1.0, IGNORE, False)
     yield forward.tensor, (x, *bare, t(2.0), y, t(0.9), IGNORE, False)
-    yield backward.default, (g, g, g, saved[3], x, *dense, 0.0, y, 0.9, IGNORE, *every)
+    yield backward.default, (g, g, g, x, *dense, math.inf, y, 0.9, IGNORE, *every)
     yield backward.default, (
-        g, None, None, saved[2], x, *coded, 2.0, y, 0.9, IGNORE, True, False, False,
+        g, None, None, x, *coded, 2.0, y, 0.9, IGNORE, True, False, False,
     )  # fmt: skip
     yield backward.tensor, (
-        g, None, g, saved[2], x, *dense, t(2.0), y, t(0.9), IGNORE, False, True, True,
+        g, None, g, x, *dense, t(2.0), y, t(0.9), IGNORE, False, True, True,
     )  # fmt: skip
     ce = RAW.linear_cross_entropy_forward
-    yield ce.default, (x, *dense, 0.0, y, 0.9, 0.1, IGNORE, 0)
-    yield ce.default, (x, *coded, 0.0, y, 1.0, 0.0, IGNORE, 2)
+    yield ce.default, (x, *dense, math.inf, y, 0.9, 0.1, IGNORE, 0)
+    yield ce.default, (x, *coded, math.inf, y, 1.0, 0.0, IGNORE, 2)
     yield ce.tensor, (x, *bare, t(2.0), y, t(0.9), t(0.1), IGNORE, 1)
     both = RAW.linear_cross_entropy_forward_backward
-    yield both.default, (x, *dense, 0.0, y, 0.9, 0.1, IGNORE, 2, *every)
+    yield both.default, (x, *dense, math.inf, y, 0.9, 0.1, IGNORE, 2, *every)
     yield both.tensor, (x, *bare, t(2.0), y, t(0.9), t(0.1), IGNORE, 1, True, False, False)
     back = RAW.linear_cross_entropy_backward
     yield back.default, (g, x, *dense, 2.0, y, 0.9, 0.1, IGNORE, 0, *every)
-    yield back.tensor, (t(2.0), x, *dense, t(0.0), y, t(0.9), t(0.1), IGNORE, 2, *every)
+    yield back.tensor, (t(2.0), x, *dense, t(math.inf), y, t(0.9), t(0.1), IGNORE, 2, *every)
 
 
 @pytest.mark.parametrize("case", range(len(list(raw_calls()))))
@@ -1238,8 +1237,7 @@ def test_target_out_of_range(monkeypatch, bad, where):
     few_rows = _linear_loss.few_rows
     monkeypatch.setattr(_linear_loss, "few_rows", lambda *a: (taken.append(1), few_rows(*a))[1])
     message = rf"targets: element {where} is {bad}; allowed are 0 to 6 and ignore_index \(-100\)"
-    none = (None, None, None, None, None, None, None, 0, 0, 7, 0.0)
-    saved = torch.zeros(2, 6, dtype=torch.float64)
+    none = (None, None, None, None, None, None, None, 0, 0, 7, math.inf)
     for call in (
         *(lambda f=f: f(hidden, weight, targets) for f in BOTH),
         *(lambda f=f: f(hidden.clone().requires_grad_(), weight, targets) for f in BOTH),
@@ -1248,7 +1246,7 @@ def test_target_out_of_range(monkeypatch, bad, where):
             hidden, weight, *none, targets, 1.0, IGNORE, False
         ),
         lambda: RAW.linear_token_logprobs_backward(
-            torch.ones(6), None, None, saved, hidden, weight, *none, targets, 1.0, IGNORE, True, True,
+            torch.ones(6), None, None, hidden, weight, *none, targets, 1.0, IGNORE, True, True,
             True,
         ),
         lambda: RAW.linear_cross_entropy_forward(
@@ -1337,7 +1335,7 @@ def test_wrong_arguments_of_raw_ops():
     y, none = torch.tensor([0, 1, 2]), (None, None, None, None, None, None, 0, 0)
     forward = RAW.linear_token_logprobs_forward
 
-    def call(x=x, w=w, b=b, vocab=6, cap=0.0, y=y, t=1.0):
+    def call(x=x, w=w, b=b, vocab=6, cap=math.inf, y=y, t=1.0):
         return forward(x, w, b, *none, vocab, cap, y, t, IGNORE, False)
 
     assert call()[0].shape == (3,)
@@ -1349,6 +1347,7 @@ def test_wrong_arguments_of_raw_ops():
         ("weight: ", {"w": w.double()}),
         ("bias: ", {"b": b[:5]}),
         ("bias: ", {"b": b.double()}),
+        ("softcap: ", {"cap": 0.0}),
         ("softcap: ", {"cap": -1.0}),
         ("softcap: ", {"cap": math.nan}),
         ("temperature: ", {"t": 0.0}),
@@ -1357,12 +1356,7 @@ def test_wrong_arguments_of_raw_ops():
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             call(**args)
-    head = (x, w, b, *none, 6, 0.0, y)
-    with pytest.raises(ValueError, match="saved: shape"):
-        RAW.linear_token_logprobs_backward(
-            torch.ones(3), None, None, torch.zeros(2, 4, dtype=torch.float64), *head, 1.0, IGNORE,
-            True, True, True,
-        )  # fmt: skip
+    head = (x, w, b, *none, 6, math.inf, y)
     for args, message in (
         ((1.0, 2.0, IGNORE, 2), "label_smoothing: "),
         ((1.0, 0.0, IGNORE, 3), "reduction: "),

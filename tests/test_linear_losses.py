@@ -296,7 +296,7 @@ def use_chunks(patch, size):
         counts.append(count)
         return max(min(size, count), 1)
 
-    for module in (_linear_logprobs, _linear_preference, _linear_distill):
+    for module in (_linear_logprobs, _linear_preference):
         patch.setattr(module, "chunk_rows", rows)
     return counts
 
@@ -659,24 +659,28 @@ def test_pairs_that_are_too_long(monkeypatch, chunk):
     compare(problem)
 
 
-def test_pairs_in_chunks():
-    """Each row that counts once, both halves of a pair in the same chunk, no chunk beyond the size."""
+def test_pairs_in_chunks(monkeypatch):
+    """Each row that counts once, both halves of a pair in the same chunk, none much beyond the size."""
     g = torch.Generator().manual_seed(0)
+    chunks = _linear_preference.pair_chunks
     for pairs, tokens, size in ((1, 1, 2), (5, 4, 8), (7, 3, 9), (6, 5, 30), (3, 2, 100)):
+        use_chunks(monkeypatch, size)
         keep = torch.rand(2 * pairs, tokens, generator=g) < 0.7
         keep[0] = False
-        parts = _linear_preference.pair_chunks(keep, size, size)
+        parts = chunks(keep, 40, torch.float32)
         seen = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
         assert seen.sort()[0].tolist() == keep.reshape(-1).nonzero()[:, 0].tolist()
         chunk_of = torch.full((keep.numel(),), -1)
         for i, part in enumerate(parts):
-            assert len(part) <= size
+            assert len(part) <= size + size // 4
             chunk_of[part] = i
         for pair in range(pairs):
             both = chunk_of.view(2, pairs, tokens)[:, pair]
             assert len(set(both[both >= 0].tolist())) <= 1
-    assert _linear_preference.pair_chunks(torch.ones(4, 5, dtype=torch.bool), 9, 9) is None
-    assert _linear_preference.pair_chunks(torch.zeros(4, 5, dtype=torch.bool), 9, 9) == []
+    use_chunks(monkeypatch, 7)  # and a quarter
+    assert chunks(torch.ones(4, 5, dtype=torch.bool), 40, torch.float32) is None
+    assert chunks(torch.ones(8, 5, dtype=torch.bool), 40, torch.float32) is not None  # 10 of 40
+    assert chunks(torch.zeros(4, 5, dtype=torch.bool), 40, torch.float32) == []
 
 
 # ---- rows that do not count ------------------------------------------------------------------------
