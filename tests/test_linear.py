@@ -1384,6 +1384,8 @@ def test_wrong_numbers_while_compiling():
 # ---- random inputs -----------------------------------------------------------------------------------
 
 
+# z/T of some 20 at most: beyond, float32's own digits of z are more than the tolerance in p, and whose
+# product is nearer is luck.
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(0, 6),
@@ -1391,8 +1393,8 @@ def test_wrong_numbers_while_compiling():
     vocab=st.integers(2, 70),
     dtype=st.sampled_from(DTYPES),
     bias=st.booleans(),
-    spread=st.floats(0.01, 10.0),
-    temperature=st.floats(0.1, 10.0),
+    spread=st.floats(0.01, 3.0),
+    temperature=st.floats(0.5, 10.0),
     softcap=st.one_of(st.none(), st.floats(0.5, 50.0)),
     size=st.integers(1, 7),
     seed=st.integers(0, 2**31),
