@@ -1346,8 +1346,8 @@ def test_wrong_arguments_of_raw_ops():
         ("weight: ", {"w": w.double()}),
         ("bias: ", {"b": b[:5]}),
         ("bias: ", {"b": b.double()}),
-        ("softcap: ", {"cap": -1.0}),
         ("softcap: ", {"cap": 0.0}),
+        ("softcap: ", {"cap": -1.0}),
         ("softcap: ", {"cap": math.nan}),
         ("temperature: ", {"t": 0.0}),
         ("targets: shape", {"y": y[:2]}),
@@ -1383,6 +1383,8 @@ def test_wrong_numbers_while_compiling():
 # ---- random inputs -----------------------------------------------------------------------------------
 
 
+# z/T of some 20 at most: beyond, float32's own digits of z are more than the tolerance in p, and whose
+# product is nearer is luck.
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(0, 6),
@@ -1390,8 +1392,8 @@ def test_wrong_numbers_while_compiling():
     vocab=st.integers(2, 70),
     dtype=st.sampled_from(DTYPES),
     bias=st.booleans(),
-    spread=st.floats(0.01, 10.0),
-    temperature=st.floats(0.1, 10.0),
+    spread=st.floats(0.01, 3.0),
+    temperature=st.floats(0.5, 10.0),
     softcap=st.one_of(st.none(), st.floats(0.5, 50.0)),
     size=st.integers(1, 7),
     seed=st.integers(0, 2**31),
