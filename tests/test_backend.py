@@ -210,7 +210,7 @@ def test_auto_table_and_architectures():
     newer."""
     from test_layout import MISSING, stems
 
-    on_gpus = [stem for stem in stems() if f"csrc/ops/{stem}.cu" not in MISSING]
+    on_gpus = [stem for stem in stems() if f"kernels/{stem}.py" not in MISSING]
     assert sorted(_backend.AUTO) == sorted(on_gpus)
     built = "80-real,90a-real,100-real,120"
     for device, runs in {

@@ -660,28 +660,36 @@ def test_pairs_that_are_too_long(monkeypatch, chunk):
     compare(problem)
 
 
-def test_pairs_in_chunks(monkeypatch):
-    """Each row that counts once, both halves of a pair in the same chunk, none much beyond the size."""
+def test_pairs_in_chunks():
+    """Each row that counts once, both halves of a pair in the same chunk, no chunk beyond the size."""
     g = torch.Generator().manual_seed(0)
     chunks = _linear_preference.pair_chunks
     for pairs, tokens, size in ((1, 1, 2), (5, 4, 8), (7, 3, 9), (6, 5, 30), (3, 2, 100)):
-        use_chunks(monkeypatch, size)
         keep = torch.rand(2 * pairs, tokens, generator=g) < 0.7
         keep[0] = False
-        parts = chunks(keep, 40, torch.float32)
+        parts = chunks(keep, size, size)
         seen = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
         assert seen.sort()[0].tolist() == keep.reshape(-1).nonzero()[:, 0].tolist()
         chunk_of = torch.full((keep.numel(),), -1)
         for i, part in enumerate(parts):
-            assert len(part) <= size + size // 4
+            assert len(part) <= size
             chunk_of[part] = i
         for pair in range(pairs):
             both = chunk_of.view(2, pairs, tokens)[:, pair]
             assert len(set(both[both >= 0].tolist())) <= 1
-    use_chunks(monkeypatch, 7)  # and a quarter
-    assert chunks(torch.ones(4, 5, dtype=torch.bool), 40, torch.float32) is None
-    assert chunks(torch.ones(8, 5, dtype=torch.bool), 40, torch.float32) is not None  # 10 of 40
-    assert chunks(torch.zeros(4, 5, dtype=torch.bool), 40, torch.float32) == []
+    assert chunks(torch.ones(4, 5, dtype=torch.bool), 9, 9) is None
+    assert [len(part) for part in chunks(torch.ones(8, 5, dtype=torch.bool), 9, 10)] == [10] * 4
+    assert chunks(torch.zeros(4, 5, dtype=torch.bool), 9, 9) == []
+
+
+def test_sizes_of_chunks_of_pairs(monkeypatch):
+    """A quarter beyond other chunks on a CPU; a pair may have a quarter of all rows, up to 512 MB."""
+    use_chunks(monkeypatch, 8)
+    sizes = _linear_preference.chunk_sizes
+    assert sizes(20, 40, torch.float32, True) == (10, 10)
+    assert sizes(100, 40, torch.float32, True) == (10, 25)
+    assert sizes(100, 40, torch.float32, False) == (8, 25)
+    assert sizes(10**6, 1 << 20, torch.float32, True) == (10, 128)
 
 
 # ---- rows that do not count ------------------------------------------------------------------------
