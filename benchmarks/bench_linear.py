@@ -368,13 +368,15 @@ def run(device: str, quick: bool) -> Iterator[list[Row]]:
         return
     for of, shape in every[:4]:
         yield of(device, shape, FLOAT32)
-    for of, shape in every[:3]:
-        yield of(device, shape, BFLOAT16)
+    for of in (of_jsd, of_cross_entropy):
+        yield of(device, FEW, BFLOAT16)
+    if peers.crawls(device, BFLOAT16, SMALL.vocab):
+        for of in (of_cross_entropy, of_dpo):
+            yield of(device, SMALL, BFLOAT16)
+    else:
+        yield of_dpo(device, FULL, BFLOAT16)
+        yield of_cross_entropy(device, LARGE_VOCABULARY, BFLOAT16)
     for of, shape in every[4:]:
         yield of(device, shape, FLOAT32)
     yield of_cross_entropy(device, FEW, FLOAT32, frozen=True)
     yield of_logprobs(device, FEW, FLOAT32, backward=False)
-    yield of_cross_entropy(device, LARGE_VOCABULARY, BFLOAT16)
-    if peers.crawls(device, BFLOAT16, SMALL.vocab):
-        for of in (of_cross_entropy, of_dpo, of_jsd):
-            yield of(device, SMALL, BFLOAT16)

@@ -54,8 +54,9 @@ def _split(args: Sequence[Any]) -> tuple[Any, ...]:
     return head, actions, tokens[:5], tokens[5:7], tokens[7:20], tokens[20:]
 
 
-def _fake(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    head, actions, tokens, _, _, (_, *wanted) = _split(args)
+def _vectors(hidden: Tensor, *args: Any) -> list[Tensor]:
+    """Checked: loss, metrics; by lp and by entropy of each token. All but the gradients."""
+    head, actions, tokens, *_ = _split(args)
     check_head(hidden, head)
     dtype, count = accumulator(hidden.dtype), actions.numel()
     if count != hidden.shape[0]:
@@ -63,10 +64,13 @@ def _fake(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
             f"actions: shape {tuple(actions.shape)}; hidden has {hidden.shape[0]} rows"
         )
     check_tokens(actions.shape, dtype, hidden, *tokens, name="actions")
-    return (
-        hidden.new_empty((), dtype=dtype), hidden.new_empty((4,), dtype=dtype),
-        *gradients_fake(hidden, head[-2], wanted), hidden.new_empty((2, count), dtype=dtype),
-    )  # fmt: skip
+    return [hidden.new_empty(shape, dtype=dtype) for shape in ((), (4,), (2, count))]
+
+
+def _fake(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    loss, metrics, coefficients = _vectors(hidden, *args)
+    head, *_, (_, *wanted) = _split(args)
+    return loss, metrics, *gradients_fake(hidden, head[-2], wanted), coefficients
 
 
 def _forward_backward(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -78,7 +82,7 @@ def _forward_backward(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     head_args, actions, tokens, (temperature, entropy_coef), numbers, (ignore_index, *wanted) = (
         _split(args)
     )
-    coefficients = _fake(hidden, *args)[-1]
+    coefficients = _vectors(hidden, *args)[-1]
     head = head_of(hidden, head_args)
     check_temperature(temperature)
     require(-inf < entropy_coef < inf, "entropy_coef", entropy_coef, "finite")

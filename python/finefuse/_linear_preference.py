@@ -61,8 +61,9 @@ def _split(args: Sequence[Any]) -> tuple[Any, ...]:
     return head, targets, tail, rest[:7], rest[7:9], rest[9:19], rest[19:24], rest[24:]
 
 
-def _fake(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    head, targets, tail, inputs, *_, (_, *wanted) = _split(args)
+def _vectors(hidden: Tensor, *args: Any) -> list[Tensor]:
+    """Checked: loss, rewards of both, margins, accuracy; by lp of each token. All but the gradients."""
+    head, targets, tail, inputs, *_ = _split(args)
     check_head(hidden, head)
     if targets.ndim != 2 or targets.shape[0] % 2 or targets.numel() != hidden.shape[0]:
         raise ValueError(
@@ -73,10 +74,13 @@ def _fake(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     dtype, half = accumulator(hidden.dtype), targets.shape[0] // 2
     wide = torch.float64 if any(_is_wide(x) for x in (hidden, *inputs[:2])) else dtype
     vectors = [hidden.new_empty(shape, dtype=wide) for shape in ((), half, half, half, ())]
-    return (
-        *vectors, *gradients_fake(hidden, head[-2], wanted),
-        hidden.new_empty(targets.numel(), dtype=dtype),
-    )  # fmt: skip
+    return [*vectors, hidden.new_empty(targets.numel(), dtype=dtype)]
+
+
+def _fake(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *outputs, by_lp = _vectors(hidden, *args)
+    head, *_, (_, *wanted) = _split(args)
+    return (*outputs, *gradients_fake(hidden, head[-2], wanted), by_lp)
 
 
 def _is_wide(x: Tensor | None) -> bool:
@@ -126,7 +130,7 @@ def _forward_backward(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
         args
     )
     ignore_index, *wanted = rest
-    like, *_, by_lp = _fake(hidden, *args)
+    like, *_, by_lp = _vectors(hidden, *args)
     head = head_of(hidden, head_args)
     check_temperature(temperature)
     check_targets(targets, head.vocab, ignore_index)
