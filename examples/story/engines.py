@@ -312,16 +312,16 @@ def plain_quantize(weight: Tensor) -> Packed:
     absmax = blocks.abs().amax(dim=1)
     scaled = blocks / absmax.clamp(min=1e-30)[:, None]
     indices = torch.bucketize(scaled, (code[1:] + code[:-1]) / 2).to(torch.uint8).flatten()
+    indices = F.pad(indices[: weight.numel()], (0, weight.numel() % 2), value=7)  # 7: zero
     return Packed(indices[::2] << 4 | indices[1::2], absmax, code, tuple(weight.shape))
 
 
 def plain_dequantize(packed: Packed) -> Tensor:
-    codes = packed.codes.flatten()
+    codes, count = packed.codes.flatten(), torch.Size(packed.shape).numel()
     indices = torch.stack((codes >> 4, codes & 15), dim=1).flatten().int()
-    values = packed.code[indices][: -(-len(indices) // BLOCK) * BLOCK]
-    values = F.pad(values, (0, len(packed.absmax) * BLOCK - len(values))).view(-1, BLOCK)
-    values = (values * packed.absmax[:, None]).flatten()
-    return values[: torch.Size(packed.shape).numel()].view(packed.shape)
+    values = packed.code[indices[:count]]
+    blocks = F.pad(values, (0, -count % BLOCK)).view(-1, BLOCK) * packed.absmax.view(-1, 1)
+    return blocks.flatten()[:count].view(packed.shape)
 
 
 class DecodedLinear(torch.autograd.Function):

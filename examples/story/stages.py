@@ -113,7 +113,7 @@ def sft(story: Story) -> Result:
     pairs, steps = story.data.pairs, story.steps("sft")
     batches = [
         answers_batch([(pairs[i].prompt, pairs[i].chosen) for i in indices])
-        for indices in shuffled_batches(len(pairs), steps, 2 * story.settings.batch)
+        for indices in shuffled_batches(len(pairs), steps, story.settings.batch)
     ]
     models = story.engine_models(model, qlora=True)
     runs, tokens = train(story, "sft", models, cross_entropy, batches, 5e-3)
@@ -153,16 +153,13 @@ def preference(story: Story) -> Result:
 def preference_batches(
     story: Story, reference: Model, pairs: list[Pair], steps: int
 ) -> list[Batch]:
-    chosen = shuffled_batches(len(pairs), steps, story.settings.batch)
+    size = story.settings.batch // 2
+    chosen = shuffled_batches(len(pairs), steps, size)
     pairs = [pairs[i] for i in itertools.chain(*chosen)]
     ref = sequence_logprobs(reference, pairs)  # (2, pairs): before anything is trained
     return [
         pairs_batch(part, ref_part.flatten())
-        for part, ref_part in zip(
-            chunks(pairs, story.settings.batch),
-            ref.split(story.settings.batch, dim=1),
-            strict=True,
-        )
+        for part, ref_part in zip(chunks(pairs, size), ref.split(size, dim=1), strict=True)
     ]
 
 
@@ -179,7 +176,7 @@ def spin_batches(story: Story, model: Model) -> Iterator[Batch]:
     total = story.steps("preference")
     for number in range(ROUNDS):
         steps = total * (number + 1) // ROUNDS - total * number // ROUNDS
-        count = min(len(story.data.pairs), steps * story.settings.batch)
+        count = min(len(story.data.pairs), steps * story.settings.batch // 2)
         drawn = torch.randperm(len(story.data.pairs))[:count].tolist()
         pairs = own_answers(story, model, [story.data.pairs[i] for i in drawn]) if drawn else []
         if pairs:
@@ -193,7 +190,7 @@ class RewardModel(nn.Module):
         super().__init__()
         self.model = model
         self.score = nn.Linear(model.head.weight.shape[1], 1, bias=False)
-        nn.init.normal_(self.score.weight, std=0.02)
+        nn.init.zeros_(self.score.weight)  # all draws at first
 
     def forward(self, batch: Batch) -> Tensor:
         counts = batch.targets != IGNORE
@@ -223,7 +220,9 @@ def reward(story: Story) -> Result:
             [(pairs[i].prompt, pairs[i].chosen) for i in indices]
             + [(pairs[i].prompt, pairs[i].rejected) for i in indices]
         )
-        for indices in shuffled_batches(len(pairs), story.steps("reward"), story.settings.batch)
+        for indices in shuffled_batches(
+            len(pairs), story.steps("reward"), story.settings.batch // 2
+        )
     ]
 
     def loss_of(engine: Engine, model: RewardModel, batch: Batch) -> Tensor:
@@ -305,7 +304,7 @@ def rollout_batches(
     by_length: dict[int, list[list[int]]] = {}
     for pair in story.data.pairs:  # prompts of one length, which are sampled without padding
         by_length.setdefault(len(pair.prompt), []).append(pair.prompt)
-    lengths, count = list(by_length), max(2, story.settings.batch // 2)
+    lengths, count = list(by_length), max(2, story.settings.batch // 4)
     weights = torch.tensor([float(len(by_length[length])) for length in lengths])
     name = story.settings.policy
     for start in range(0, story.steps(stage), EPOCHS):
