@@ -46,14 +46,14 @@ except KeyboardInterrupt:
 
 # Steps of each stage, by default and with --quick.
 STEPS = {
-    "pretrain": (300, 60),
-    "sft": (80, 20),
-    "preference": (50, 16),
-    "policy": (60, 16),
-    "reward": (50, 16),
-    "rlhf": (60, 16),
-    "distill": (120, 30),
-    "prune": (50, 12),
+    "pretrain": (240, 60),
+    "sft": (80, 24),
+    "preference": (40, 16),
+    "policy": (40, 16),
+    "reward": (40, 16),
+    "rlhf": (40, 16),
+    "distill": (80, 24),
+    "prune": (40, 12),
 }
 TOLERANCE = 1e-3  # largest difference between the engines' losses, relative to a stage's largest
 

@@ -2,8 +2,11 @@
 
 Both engines have the same functions of the same arguments: hidden (batch, T, dim), the head that makes
 logits of them (weight, bias), targets (batch, T) with IGNORE where no loss is taken. In preference losses the
-first half of the batch is chosen, the second rejected. finefuse takes hidden states and never builds the
-logits.
+first half of the batch is chosen, the second rejected.
+
+finefuse has every loss in two forms. From logits with inplace=True, the gradient overwrites the logits and
+nothing else of their size is ever allocated: the faster form where every token counts. From hidden states the
+logits are never built, and prompts and padding are not multiplied: for answers.
 """
 
 from __future__ import annotations
@@ -88,7 +91,7 @@ class Finefuse:
     name = "finefuse"
 
     def cross_entropy(self, hidden, head, targets):
-        return ff.linear_cross_entropy(hidden, head.weight, targets, bias=head.bias)
+        return ff.cross_entropy(F.linear(hidden, *head), targets, inplace=True)
 
     def token_logprobs(self, hidden, head, targets):
         return ff.linear_token_logprobs(hidden, head.weight, targets, bias=head.bias)
@@ -119,15 +122,10 @@ class Finefuse:
         ).loss
 
     def distill(self, hidden, head, targets, teacher, teacher_head):
-        return ff.linear_distill_loss(
-            hidden,
-            head.weight,
-            teacher,
-            teacher_head.weight,
-            student_bias=head.bias,
-            teacher_bias=teacher_head.bias,
-            targets=targets,
-            alpha=DISTILL_ALPHA,
+        with torch.no_grad():
+            teacher = F.linear(teacher, *teacher_head)
+        return ff.distill_loss(
+            F.linear(hidden, *head), teacher, targets=targets, alpha=DISTILL_ALPHA, inplace=True
         )
 
     def quantize(self, weight):

@@ -125,23 +125,28 @@ def sft(story: Story) -> Result:
 
 
 def preference(story: Story) -> Result:
-    """The adapter goes on to prefer the chosen answers; the reference is where it started."""
+    """The adapter goes on to prefer the chosen answers; the reference is where it started.
+
+    Judged by margins over the reference, which are 0 at first: half of the pairs count as won. SPIN's are
+    over the last round's opponent.
+    """
     loss, pairs, judged = story.settings.preference, story.data.pairs, story.data.pairs_held_out
     models = story.engine_models(story.qlora("sft"), qlora=True)
     model = models[story.engines[0].name]
-    if loss == "spin":  # rejected is what the model itself answers, and that is judged, too
-        judged = own_answers(story, model, judged)
-        batches: Iterable[Batch] = spin_batches(story, model)
+    opponent: list[tuple[list[Pair], Tensor]] = []  # the last is who is judged against
+    if loss == "spin":
+        batches: Iterable[Batch] = spin_batches(story, model, opponent)
     else:
+        opponent.append((judged, sequence_logprobs(model, judged)))
         batches = preference_batches(story, model, pairs, story.steps("preference"))
-    at_first = sequence_logprobs(model, judged)
 
     def loss_of(engine: Engine, model: Model, batch: Batch) -> Tensor:
         hidden = model(batch.tokens)
         return engine.preference(hidden, model.head, batch.targets, batch.extra, loss)
 
     runs, tokens = train(story, "preference", models, loss_of, batches, 2e-3)
-    chosen, rejected = sequence_logprobs(model, judged) - at_first
+    judged, ref = opponent[-1]
+    chosen, rejected = sequence_logprobs(model, judged) - ref
     after = share_of_wins(chosen - rejected)
     notes = [saved_again(story, "preference", model)]
     if loss == "spin":
@@ -153,7 +158,7 @@ def preference(story: Story) -> Result:
 def preference_batches(
     story: Story, reference: Model, pairs: list[Pair], steps: int
 ) -> list[Batch]:
-    size = story.settings.batch // 2
+    size = story.settings.batch
     chosen = shuffled_batches(len(pairs), steps, size)
     pairs = [pairs[i] for i in itertools.chain(*chosen)]
     ref = sequence_logprobs(reference, pairs)  # (2, pairs): before anything is trained
@@ -171,16 +176,20 @@ def own_answers(story: Story, model: Model, pairs: list[Pair]) -> list[Pair]:
     ]
 
 
-def spin_batches(story: Story, model: Model) -> Iterator[Batch]:
+def spin_batches(
+    story: Story, model: Model, opponent: list[tuple[list[Pair], Tensor]]
+) -> Iterator[Batch]:
     """SPIN: each round's opponent, and reference, is the model as it is when the round begins."""
-    total = story.steps("preference")
+    total, pairs = story.steps("preference"), story.data.pairs
     for number in range(ROUNDS):
         steps = total * (number + 1) // ROUNDS - total * number // ROUNDS
-        count = min(len(story.data.pairs), steps * story.settings.batch // 2)
-        drawn = torch.randperm(len(story.data.pairs))[:count].tolist()
-        pairs = own_answers(story, model, [story.data.pairs[i] for i in drawn]) if drawn else []
-        if pairs:
-            yield from preference_batches(story, model, pairs, steps)
+        count = min(len(pairs), steps * story.settings.batch)
+        if count:
+            judged = own_answers(story, model, story.data.pairs_held_out)
+            opponent.append((judged, sequence_logprobs(model, judged)))
+            drawn = [pairs[i] for i in torch.randperm(len(pairs))[:count].tolist()]
+            drawn = own_answers(story, model, drawn)
+            yield from preference_batches(story, model, drawn, steps)
 
 
 class RewardModel(nn.Module):
@@ -404,7 +413,7 @@ TITLES = {
     "preference": "preference",
     "policy": "policy, verified",
     "reward": "reward model",
-    "rlhf": "policy, reward model",
+    "rlhf": "policy, judged",
     "distill": "distillation",
     "prune 50%": "pruned to 50%",
     "prune 2:4": "pruned to 2:4",
