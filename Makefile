@@ -1,4 +1,4 @@
-# make test    set up .venv, build, run the tests          make demo   train a tiny model, both ways
+# make test    set up .venv, build, run the tests          make demo   the whole story on a tiny model
 # make bench   measure against the peers that are there    make lint   what pre-commit runs
 # make gpu     build, test, measure on this machine's GPU  make clean
 #

@@ -1,0 +1,329 @@
+"""The demo: every stage in a run of a few steps, going on after an interruption, what a wrong input says."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", exc_type=ImportError)
+for package in ("tokenizers", "rich", "matplotlib", "safetensors"):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not here: the demo's", allow_module_level=True)
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+import finefuse as ff
+from story import data, engines, stages
+from story.model import Decoder, Head, sample
+
+pytestmark = pytest.mark.xdist_group("story")
+TEXT = " ".join(
+    f"The {colour} {animal} {verb} over {number} {thing}s, and the {thing}s were {colour}.\n"
+    for colour in ("red", "green", "blue", "grey")
+    for animal in ("fox", "dog", "cat", "hare", "crow")
+    for verb in ("jumps", "runs", "looks")
+    for number in ("two", "three", "nine")
+    for thing in ("fence", "stone", "river")
+)
+TINY = ("--quick", "--steps", "2", "--vocab", "300")
+
+
+def run(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, EXAMPLES / "finetune.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "COLUMNS": "160", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("story") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def results(folder):
+    return {
+        stage: json.loads((folder / stage / "result.json").read_text()) for stage in stages.STAGES
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(text_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished")
+    done = run(*TINY, "--text", text_file, "--compare", "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_every_stage_runs_and_both_engines_agree(finished):
+    out, printed = finished
+    for title in stages.TITLES.values():
+        assert title in printed
+    assert printed.count("equal outputs") == 5  # the quantised weights and four adapters
+    assert "Agreement" in printed
+    assert (out / "finetune.png").stat().st_size > 10_000
+    for result in results(out).values():
+        assert set(result["runs"]) == {"finefuse", "PyTorch"}
+
+
+def test_resume_loses_one_stage_and_changes_nothing(finished, text_file):
+    """Of a run that was killed in the middle of its sixth stage the five before are taken as they are."""
+    out, _ = finished
+    whole = results(out)
+    names = list(stages.STAGES)
+    for stage in names[5:]:
+        (out / stage / "result.json").unlink()
+    times = {stage: (out / stage / "result.json").stat().st_mtime_ns for stage in names[:5]}
+    done = run(*TINY, "--text", text_file, "--compare", "--out", out, "--resume")
+    assert done.returncode == 0, done.stderr
+    for stage in names[:5]:
+        assert (out / stage / "result.json").stat().st_mtime_ns == times[stage]
+    for stage, again in results(out).items():
+        assert again["after"] == pytest.approx(whole[stage]["after"], rel=1e-3), stage
+
+
+def test_interrupt_is_one_line_and_130(text_file, tmp_path):
+    arguments = ["--quick", "--steps", "1000", "--text", text_file, "--out", tmp_path]
+    with subprocess.Popen(
+        [sys.executable, EXAMPLES / "finetune.py", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while not (tmp_path / "tokenizer.json").exists() and process.poll() is None:
+            time.sleep(0.1)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.strip() == "finetune: stopped; --resume goes on after the last stage done"
+
+
+PAIR = '{"prompt": "a", "chosen": "b c", "rejected": "c b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "says"),
+    [
+        ("--text", None, "No such file"),
+        ("--text", "", "is empty"),
+        ("--text", "few words", "the text is too small"),
+        ("--text", b"\xff\xfe\xff", "not UTF-8"),
+        ("--data", None, "No such file"),
+        ("--data", "\n\n", "is empty"),
+        ("--data", PAIR, "1 pairs; at least 10"),
+        ("--data", PAIR + "{", "line 2: not JSON"),
+        ("--data", "[]", "line 1: a list; an object"),
+        ("--data", '{"prompt": "a", "chosen": "b"}', "'rejected' is missing"),
+        ("--data", '{"chosen": "b", "rejected": "c"}', "'prompt' is missing"),
+        ("--data", '{"prompt": "a", "chosen": 3, "rejected": "c"}', "'chosen' is a int"),
+        ("--data", '{"prompt": "a", "chosen": "", "rejected": "c"}', "'chosen' is empty"),
+        ("--data", '{"prompt": "a", "chosen": "\\ud800", "rejected": "c"}', "surrogate"),
+        ("--data", '{"messages": []}', "'messages' is no list of messages"),
+        ("--data", '{"messages": [{"role": "user", "content": "a"}]}', "not 'assistant'"),
+        ("--data", '{"messages": [{"role": "user"}]}', "'content of messages' is a NoneType"),
+        ("--data", '{"messages": [3]}', "a message is an object"),
+    ],
+)
+def test_wrong_file(option, content, says, tmp_path, capsys):
+    path = tmp_path / "file"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    def read():
+        text, examples = data.read_data(*((path, None) if option == "--text" else (None, path)))
+        data.prepare(text, examples, data.as_tokens(data.train_tokenizer([text], 300)))
+
+    with pytest.raises(SystemExit) as stopped:
+        read()
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.startswith("finetune: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--steps", "0"), "argument --steps: '0'; allowed"),
+        (("--preference", "none"), "argument --preference"),
+        (("--text", "/nowhere"), "--text /nowhere: No such file"),
+        (("--resume",), "holds no run to go on with"),
+        (("--model", "{tmp}"), "no config.json there"),
+    ],
+)
+def test_wrong_call(arguments, says, text_file, tmp_path):
+    """The whole command: one line, 2."""
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    done = run("--text", text_file, "--out", tmp_path / "out", *arguments)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_resume_of_another_run_is_refused(finished, text_file):
+    out, _ = finished
+    arguments = (*TINY, "--text", text_file, "--compare", "--out", out, "--preference", "ipo")
+    done = run(*arguments, "--resume")
+    assert done.returncode == 2
+    assert "was with another preference" in done.stderr
+
+
+def test_a_package_that_is_missing(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['rich'] = None")
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "finetune.py"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("finetune: cannot import rich: pip install ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_data_formats(tmp_path):
+    user, answer = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "a b c"}
+    worse = {"role": "assistant", "content": "c"}
+    rows = [
+        {"prompt": "p", "chosen": "a b", "rejected": "c"},
+        {"prompt": [user], "chosen": [answer], "rejected": [worse]},
+        {"chosen": [user, answer], "rejected": [user, worse]},
+        {"messages": [user, answer]},
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows * 3))
+    first, second, third, fourth = data.read_examples(path)[:4]
+    assert first == ("p", "a b", "c")
+    assert second == third == ("user: hi\nassistant: ", "a b c", "c")
+    assert fourth[:2] == second[:2]
+    assert sorted(fourth.rejected.split()) == ["a", "b", "c"]
+    assert fourth.rejected != "a b c"
+
+
+# ---- the engines: a loss and its gradients, the same within float32's rounding -----------------------
+
+
+def inputs():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(8, 10, 32), 0.3 * torch.randn(300, 32)
+    targets = torch.randint(300, (8, 10))
+    targets[:, :3] = targets[0, 8:] = targets[5, 6:] = data.IGNORE
+    return hidden.requires_grad_(), weight.requires_grad_(), targets
+
+
+def agree(loss_of, *tensors):
+    fused, plain = (
+        [loss := loss_of(engine), *torch.autograd.grad(loss, tensors)]
+        for engine in (engines.FINEFUSE, engines.PLAIN)
+    )
+    for ours, theirs in zip(fused, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("loss", engines.PREFERENCES)
+def test_preference_losses_agree(loss):
+    hidden, weight, targets = inputs()
+    ref = 3 * torch.randn(8) - 40
+    agree(
+        lambda engine: engine.preference(hidden, Head(weight), targets, ref, loss), hidden, weight
+    )
+
+
+@pytest.mark.parametrize("loss", engines.POLICIES)
+def test_policy_losses_agree(loss):
+    hidden, weight, targets = inputs()
+    lp = engines.PLAIN.token_logprobs(hidden, Head(weight), targets).detach()
+    old, ref = (lp + 0.2 * torch.randn_like(lp) for _ in range(2))
+    rollouts = engines.Rollouts(old, ref, torch.randn(8), 0.05)
+    agree(
+        lambda engine: engine.policy(hidden, Head(weight), targets, rollouts, loss), hidden, weight
+    )
+
+
+def test_other_losses_agree():
+    hidden, weight, targets = inputs()
+    head = Head(weight)
+    agree(lambda engine: engine.cross_entropy(hidden, head, targets), hidden, weight)
+    taught, every = 1.1 * hidden.detach(), targets.clamp(min=0)
+    teacher = Head(weight.detach())
+    agree(lambda engine: engine.distill(hidden, head, every, taught, teacher), hidden, weight)
+    rewards = torch.randn(8, requires_grad=True)
+    agree(lambda engine: engine.reward(rewards), rewards)
+
+
+def test_every_loss_of_finefuse_is_in_both_engines():
+    for table, choices in (
+        (engines.PREFERENCES, "PREFERENCE_LOSSES"),
+        (engines.POLICIES, "POLICY_LOSSES"),
+    ):
+        assert set(table) == set(getattr(ff._args, choices))
+
+
+@pytest.mark.parametrize("shape", [(96, 72), (33, 65), (1, 1)])
+def test_plain_nf4_is_finefuse_nf4(shape):
+    weight = torch.randn(shape)
+    plain, packed = engines.plain_quantize(weight), ff.quantize(weight, "nf4")
+    assert torch.equal(plain.codes.flatten(), packed.codes.flatten())
+    assert torch.equal(plain.absmax, packed.absmax.flatten())
+    assert torch.equal(engines.plain_dequantize(plain), ff.dequantize(packed))
+
+
+@pytest.mark.parametrize("pattern", ["50%", "2:4"])
+def test_masks_agree(pattern):
+    weight = torch.randn(96, 64)
+    assert torch.equal(
+        engines.PLAIN.prune_mask(weight, pattern), engines.FINEFUSE.prune_mask(weight, pattern)
+    )
+
+
+def test_sampling_with_a_cache_is_the_model():
+    """Tokens drawn one at a time have the probabilities of one pass over all."""
+    torch.manual_seed(0)
+    model = Decoder(50, 32, 2)
+    with torch.no_grad():
+        tokens = torch.randint(2, 50, (3, 12))
+        cache = model.new_cache()
+        parts = [
+            model(tokens[:, :5], cache),
+            *(model(tokens[:, i : i + 1], cache) for i in range(5, 12)),
+        ]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens))
+    drawn = sample(model, [[0, 3], [0, 4, 5], [0, 6]], 8, end=1)
+    assert [len(answer) == 8 or answer[-1] == 1 for answer in drawn] == [True] * 3
+
+
+def test_a_hugging_face_model(text_file, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = data.train_tokenizer([TEXT], 300)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|start|>", eos_token="<|end|>"
+    ).save_pretrained(tmp_path / "model")
+    config = transformers.LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    done = run(*TINY, "--text", text_file, "--model", tmp_path / "model", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "a model was given" in done.stdout
+    assert tokenizers
