@@ -539,9 +539,9 @@ def shows(variant: Variant) -> set[tuple[str, ...]]:
     return found
 
 
-def typed(variant: Variant) -> tuple[str, str]:
-    """A kernel and the type that it computes on."""
-    return variant.name, variant.choices[next(iter(variant.kernel.arg_names))]
+def typed(variant: Variant) -> tuple[str, str, bool]:
+    """A kernel, the type of its first argument, and whether it computes on float64."""
+    return variant.name, variant.choices[next(iter(variant.kernel.arg_names))], variant.wide
 
 
 def cover(candidates: list[tuple[Variant, set[Any]]]) -> Iterator[Variant]:
