@@ -1166,6 +1166,14 @@ def step(function, hidden, weight, softcap):
         return ff.linear_cross_entropy(hidden, weight, targets, softcap=softcap)
     if function == "log-probabilities":
         return ff.linear_token_logprobs(hidden, weight, targets, softcap=softcap).sum()
+    pairs, y = hidden.view(8, 64, width), targets.view(8, 64)
+    if function == "policy":
+        return ff.linear_policy_loss(pairs, weight, y, advantages=torch.ones(8), softcap=softcap).loss
+    if function == "preference":
+        return ff.linear_preference_loss(pairs, weight, y, softcap=softcap).loss
+    if function == "distill":
+        teacher = hidden.detach(), weight.detach()
+        return ff.linear_distill_loss(hidden, weight, *teacher, softcap=softcap)
     return torch.nn.functional.cross_entropy(torch.nn.functional.linear(hidden, weight), targets)
 for case in sys.argv[1:]:
     function, dtype, softcap = case.split("/")
@@ -1191,7 +1199,7 @@ def test_peak_memory():
         (function, dtype, softcap)
         for function in ("cross-entropy", "log-probabilities")
         for dtype, softcap in (("float32", 0.0), ("float32", 5.0), ("bfloat16", 0.0))
-    ]
+    ] + [(function, "float32", 0.0) for function in ("policy", "preference", "distill")]
     names = ["full/float32/0.0", *("/".join(map(str, case)) for case in cases)]
     out = subprocess.run([sys.executable, "-c", _PEAK, *names], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
@@ -1201,8 +1209,8 @@ def test_peak_memory():
     )  # what is measured is there: logits and their gradient, 40 MB
     for (function, dtype, softcap), peak in zip(cases, found, strict=True):
         size = 4 if dtype == "float32" else 2
-        row = vocab * (2 if softcap != 0.0 else 1)
-        chunk = _chunk_of(rows, row) * row * 4
+        row = vocab * (2 if softcap != 0.0 or function == "distill" else 1)
+        chunk = (128 if function == "preference" else _chunk_of(rows, row)) * row * 4  # a pair
         gradients = (rows + vocab) * width * size
         beside = 0 if dtype == "float32" else vocab * width * 4 + min(4 << 20, vocab * width * 4)
         if _matmul._onednn_is_faster():  # whose products are not added to what is there

@@ -495,7 +495,7 @@ def alone(tmp_path: Path) -> Iterator[Any]:
 def test_on_every_backend(alone, place):
     """Those that have rows of logits as the CPU's have them: the rest is plain torch."""
     if place.backend == "eager":
-        pytest.skip("refused: see test_not_eagerly")
+        pytest.skip("a group is refused there: see test_not_eagerly")
     p, on = problem(torch.float32), Rank(alone, 1, 0)
     with ff.backend("auto"):
         truth = run(p)

@@ -73,3 +73,45 @@ def test_types(monkeypatch):
         for dtype in DTYPES:
             assert _matmul.product_dtype(torch.ones(1, dtype=dtype)) is want.get(dtype, dtype)
     assert _matmul.product_dtype(torch.ones(1, dtype=torch.float16, device="meta")) is torch.float16
+
+
+SHAPES = [
+    (31, 5, 2100),
+    (32, 7, 2048),
+    (100, 33, 2049),
+    (512, 3, 2600),
+    (513, 4, 2100),
+    (40, 9, 100),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_rows(engine, dtype):
+    """On both sides of what goes piece by piece, of whole pieces and a short one; strides; a bias."""
+    for m, k, n in SHAPES:
+        dtype_of_product = _matmul.product_dtype(torch.empty(1, dtype=dtype))
+        x, w, b = (torch.randn(s).to(dtype_of_product) for s in ((m, k), (n, k), (n,)))
+        truth = x.double() @ w.double().t()
+        check("y", _matmul.few_rows(x, w), x @ w.t(), truth)
+        check("y + b", _matmul.few_rows(x, w, b), torch.addmm(b, x, w.t()), truth + b.double())
+        wide = torch.randn(m, 2 * k).to(dtype_of_product)[:, ::2].copy_(x)
+        check("x strided", _matmul.few_rows(wide, w), x @ w.t(), truth)
+        dy = torch.randn(m, n + 3).to(dtype_of_product)[:, :n]
+        check("dx", _matmul.few_rows(dy, w.t()), dy @ w, dy.double() @ w.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_add_outer(engine, monkeypatch, dtype):
+    """A sum of two terms, whole and in pieces, in float32 for 16-bit factors; what was there first is not."""
+    monkeypatch.setattr(_matmul, "_SUM_BYTES", 4000)
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    for m, k, n in ((5, 33, 70), (1, 1, 1), (64, 16, 257)):
+        total = torch.full((n, k), torch.nan, dtype=wide)
+        eager = truth = 0
+        for first in (True, False):
+            y, x = torch.randn(m, n).to(dtype), torch.randn(m, k).to(dtype)
+            _matmul.add_outer(total, y, x, first)
+            eager = eager + (y.t() @ x).to(wide)
+            truth = truth + y.double().t() @ x.double()
+        assert total.dtype is wide
+        check("sum", total, eager, truth)

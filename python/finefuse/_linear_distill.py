@@ -27,7 +27,9 @@ from ._linear_logprobs import (
     hand_out,
     keep,
     made_in_forward,
+    reduced,
     rows_of,
+    weights_of,
 )
 from ._linear_loss import Rows, part_of, put, walk
 from ._op import (
@@ -38,15 +40,12 @@ from ._op import (
     is_compiling,
     once_differentiable,
     raw_op,
-    row_gradient,
     runs_eagerly,
     same_device,
     scalar,
-    scalar_gradient,
     wants_gradient,
 )
 from .distill import counted, distill_loss, distill_rows
-from .logprobs import sequence_logprobs
 
 # ---- raw ops -----------------------------------------------------------------------------------
 
@@ -98,16 +97,7 @@ def _distill(
     if targets is not None:
         counts &= targets != ignore_index
         check_targets(targets.long().masked_fill(~counts, ignore_index), vocab, ignore_index)
-    share = torch.ones((), dtype=torch.float64, device=hidden.device)
-    if reduction == 2:
-        share = share / counts.sum().clamp(min=1)
-    if g is None:
-        upstream: Any = share.to(dtype).expand(len(hidden))
-    elif reduction == 0:
-        upstream = row_gradient("g", g, counts, dtype)
-    else:
-        upstream = (share * scalar_gradient(g, hidden, dtype).reshape(())).to(dtype)
-        upstream = upstream.expand(len(hidden))
+    share, upstream = weights_of(g, counts, dtype, reduction)
     losses = hidden.new_zeros(len(hidden), dtype=torch.float64)
     teacher_row = teacher_head.vocab * teacher_head.dtype.itemsize // head.dtype.itemsize
     (hidden, teacher), parts = rows_of(head, counts, hidden, teacher, row=teacher_row)
@@ -129,10 +119,7 @@ def _distill(
     gradients = walk(head, hidden, parts, kernel, wanted)
     if not want_loss:
         return gradients
-    if reduction == 0:
-        return losses.to(dtype), *gradients
-    # added in order, whatever the number of threads
-    return (share * sequence_logprobs(losses)).to(dtype), *gradients
+    return reduced(losses, share, reduction).to(dtype), *gradients
 
 
 def _fake(hidden: Tensor, *args: Any) -> Tensor:

@@ -87,6 +87,27 @@ def rows_of(
     return given, chunks(counted, count, size)
 
 
+def weights_of(
+    g: Tensor | None, counts: Tensor, dtype: torch.dtype, reduction: int
+) -> tuple[Tensor, Tensor]:
+    """(a row's share of the loss, float64; the upstream gradient of each row's loss) of rows that count (N,);
+    g: upstream, (N,) for "none", else one; None: 1."""
+    share = torch.ones((), dtype=torch.float64, device=counts.device)
+    if reduction == 2:
+        share = share / counts.sum().clamp(min=1)
+    if g is not None and reduction == 0:
+        by_row = row_gradient("g", g, counts, dtype)
+        assert by_row is not None
+        return share, by_row
+    upstream = share if g is None else share * scalar_gradient(g, counts, dtype).reshape(())
+    return share, upstream.to(dtype).expand(len(counts))
+
+
+def reduced(losses: Tensor, share: Tensor, reduction: int) -> Tensor:
+    """Added in order, whatever the number of threads."""
+    return losses if reduction == 0 else share * sequence_logprobs(losses)
+
+
 def gradients_fake(hidden: Tensor, vocab: Any, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
     return tuple(hidden.new_empty(shape) for shape in gradient_shapes(hidden, vocab, wanted))
 
@@ -391,19 +412,10 @@ def _cross_entropy(
     check_targets(targets, head.vocab, ignore_index)
     require(reduction in (0, 1, 2), "reduction", reduction, "0 (none), 1 (sum), 2 (mean)")
     dtype = accumulator(hidden.dtype)
-    keep = targets != ignore_index
-    share = torch.ones((), dtype=torch.float64, device=hidden.device)
-    if reduction == 2:
-        share = share / keep.sum().clamp(min=1)
-    if g is None:
-        upstream: Any = share.to(dtype).expand(len(targets))
-    elif reduction == 0:
-        upstream = row_gradient("g", g, targets, dtype)
-    else:
-        upstream = (share * scalar_gradient(g, hidden, dtype).reshape(())).to(dtype)
-        upstream = upstream.expand(len(targets))
+    counts = targets != ignore_index
+    share, upstream = weights_of(g, counts, dtype, reduction)
     losses = hidden.new_zeros(targets.shape, dtype=torch.float64)
-    (rows_hidden,), parts = rows_of(head, keep, hidden)
+    (rows_hidden,), parts = rows_of(head, counts, hidden)
 
     def kernel(z: Tensor, rows: Rows) -> bool:
         if temperature != 1.0:
@@ -421,10 +433,7 @@ def _cross_entropy(
     gradients = walk(head, rows_hidden, parts, kernel, wanted)
     if not want_loss:
         return gradients
-    if reduction == 0:
-        return losses.to(dtype), *gradients
-    # added in order, whatever the number of threads
-    return (share * sequence_logprobs(losses)).to(dtype), *gradients
+    return reduced(losses, share, reduction).to(dtype), *gradients
 
 
 def _ce_fake(hidden: Tensor, *args: Any) -> Tensor:
@@ -477,10 +486,8 @@ def hand_out(ctx: Any, g: Tensor, counted: Any, again: Any) -> list[Tensor | Non
     """The gradients that the forward made, times g; those that again(*saved) makes where it made none, and
     the second time. counted(*saved): (targets, ignore_index) of the rows that have one."""
     gradients, ctx.gradients = ctx.gradients, None
-    wanted, saved = (
-        ctx.needs_input_grad[:3],
-        ctx.saved_tensors,
-    )  # once: checkpointing allows no more
+    wanted = ctx.needs_input_grad[:3]
+    saved = ctx.saved_tensors  # once: under checkpointing there is no second time
     tensors = saved[: ctx.count]
     gradients = gradients or saved[ctx.count :]
     if not gradients:
