@@ -49,9 +49,9 @@ STEPS = {
     "pretrain": (240, 60),
     "sft": (80, 24),
     "preference": (40, 16),
-    "policy": (40, 16),
+    "policy": (40, 24),
     "reward": (40, 16),
-    "rlhf": (40, 16),
+    "rlhf": (40, 24),
     "distill": (80, 24),
     "prune": (40, 12),
 }

@@ -20,7 +20,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 import finefuse as ff
 from story import data, engines, stages
-from story.model import Decoder, Head, sample
+from story.model import Decoder, Head, load_model, sample
 
 pytestmark = pytest.mark.xdist_group("story")
 TEXT = " ".join(
@@ -61,7 +61,7 @@ def results(folder):
 @pytest.fixture(scope="module")
 def finished(text_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("finished")
-    done = run(*TINY, "--text", text_file, "--compare", "--out", out)
+    done = run(*TINY, "--text", text_file, "--compare", "--policy", "ppo", "--out", out)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
@@ -85,7 +85,8 @@ def test_resume_loses_one_stage_and_changes_nothing(finished, text_file):
     for stage in names[5:]:
         (out / stage / "result.json").unlink()
     times = {stage: (out / stage / "result.json").stat().st_mtime_ns for stage in names[:5]}
-    done = run(*TINY, "--text", text_file, "--compare", "--out", out, "--resume")
+    arguments = ("--text", text_file, "--compare", "--policy", "ppo", "--out", out)
+    done = run(*TINY, *arguments, "--resume")
     assert done.returncode == 0, done.stderr
     for stage in names[:5]:
         assert (out / stage / "result.json").stat().st_mtime_ns == times[stage]
@@ -176,6 +177,7 @@ def test_wrong_call(arguments, says, text_file, tmp_path):
 def test_resume_of_another_run_is_refused(finished, text_file):
     out, _ = finished
     arguments = (*TINY, "--text", text_file, "--compare", "--out", out, "--preference", "ipo")
+    arguments += ("--policy", "ppo")
     done = run(*arguments, "--resume")
     assert done.returncode == 2
     assert "was with another preference" in done.stderr
@@ -247,10 +249,15 @@ def test_policy_losses_agree(loss):
     hidden, weight, targets = inputs()
     lp = engines.PLAIN.token_logprobs(hidden, Head(weight), targets).detach()
     old, ref = (lp + 0.2 * torch.randn_like(lp) for _ in range(2))
-    rollouts = engines.Rollouts(old, ref, torch.randn(8), 0.05)
-    agree(
-        lambda engine: engine.policy(hidden, Head(weight), targets, rollouts, loss), hidden, weight
-    )
+    for advantages in (torch.randn(8), torch.randn(8, 10)):
+        rollouts = engines.Rollouts(old, ref, advantages, 0.05)
+        agree(
+            lambda engine, rollouts=rollouts: engine.policy(
+                hidden, Head(weight), targets, rollouts, loss
+            ),
+            hidden,
+            weight,
+        )
 
 
 def test_other_losses_agree():
@@ -262,6 +269,9 @@ def test_other_losses_agree():
     agree(lambda engine: engine.distill(hidden, head, every, taught, teacher), hidden, weight)
     rewards = torch.randn(8, requires_grad=True)
     agree(lambda engine: engine.reward(rewards), rewards)
+    values, old, returns = (torch.randn(8, 10) for _ in range(3))
+    values.requires_grad_()
+    agree(lambda engine: engine.value(values, returns, old, targets != data.IGNORE), values)
 
 
 def test_every_loss_of_finefuse_is_in_both_engines():
@@ -305,25 +315,51 @@ def test_sampling_with_a_cache_is_the_model():
     assert [len(answer) == 8 or answer[-1] == 1 for answer in drawn] == [True] * 3
 
 
+def save_hugging_face(folder, config):
+    """A model of random weights with a tokenizer, as a user has it in a folder."""
+    transformers = pytest.importorskip("transformers")
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=data.train_tokenizer([TEXT], 300),
+        bos_token="<|start|>",
+        eos_token="<|end|>",
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128}  # fmt: skip
+
+
 def test_a_hugging_face_model(text_file, tmp_path):
     transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    tokenizer = data.train_tokenizer([TEXT], 300)
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|start|>", eos_token="<|end|>"
-    ).save_pretrained(tmp_path / "model")
-    config = transformers.LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    config = transformers.LlamaConfig(**SIZES, tie_word_embeddings=True)
+    save_hugging_face(tmp_path / "model", config)
     done = run(*TINY, "--text", text_file, "--model", tmp_path / "model", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "a model was given" in done.stdout
-    assert tokenizers
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Gemma2Config", {**SIZES, "head_dim": 16, "final_logit_softcapping": 0.7}),
+        ("CohereConfig", {**SIZES, "logit_scale": 0.0625}),
+        ("GraniteConfig", {**SIZES, "logits_scaling": 8.0}),
+        ("Qwen2Config", SIZES),
+        ("GPT2Config", {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}),
+    ],
+)  # fmt: skip
+def test_logits_with_a_softcap_or_a_scale(name, options, tmp_path):
+    """The head and the hidden states make the model's own logits, so the losses are its own."""
+    transformers = pytest.importorskip("transformers")
+    save_hugging_face(tmp_path, getattr(transformers, name)(**options))
+    model = load_model(tmp_path)
+    tokens = torch.randint(2, 300, (2, 9))
+    logits = model.body(tokens[:, :-1]).logits
+    torch.testing.assert_close(model.head.logits(model(tokens[:, :-1])), logits)
+    truth = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    for engine in (engines.FINEFUSE, engines.PLAIN):
+        loss = engine.cross_entropy(model(tokens[:, :-1]), model.head, tokens[:, 1:])
+        torch.testing.assert_close(loss, truth)
+    assert len(sample(model, [[0, 3], [0, 4, 5]], 4, end=1)) == 2

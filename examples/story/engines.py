@@ -1,12 +1,12 @@
 """Plain PyTorch and finefuse side by side: all that changes in your own training.
 
 Both engines have the same functions of the same arguments: hidden (batch, T, dim), the head that makes
-logits of them (weight, bias), targets (batch, T) with IGNORE where no loss is taken. In preference losses the
-first half of the batch is chosen, the second rejected.
+logits of them (weight, bias, softcap), targets (batch, T) with IGNORE where no loss is taken. In preference
+losses the first half of the batch is chosen, the second rejected.
 
-finefuse has every loss in two forms. From logits with inplace=True, the gradient overwrites the logits and
-nothing else of their size is ever allocated: the faster form where every token counts. From hidden states the
-logits are never built, and prompts and padding are not multiplied: for answers.
+finefuse has every loss in two forms. From hidden states the logits are never built, and prompts and padding
+are not multiplied: what is used here, but for distillation, which shows the other. From logits with
+inplace=True the gradient overwrites the logits and nothing else of their size is ever allocated.
 """
 
 from __future__ import annotations
@@ -53,12 +53,15 @@ POLICIES = (
 )  # fmt: skip
 
 
+VALUE_CLIP = 0.2  # how far a value may move from the old one
+
+
 class Rollouts(NamedTuple):
     """Of sampled answers, each (batch, T)."""
 
     old_logprobs: Tensor
     ref_logprobs: Tensor
-    advantages: Tensor  # (batch,)
+    advantages: Tensor  # or (batch,): one an answer
     kl_beta: float
 
 
@@ -76,6 +79,7 @@ class Engine(Protocol):
     def policy(
         self, hidden: Tensor, head: Head, targets: Tensor, rollouts: Rollouts, loss: str
     ) -> Tensor: ...
+    def value(self, values: Tensor, returns: Tensor, old: Tensor, mask: Tensor) -> Tensor: ...
     def distill(
         self, hidden: Tensor, head: Head, targets: Tensor, teacher: Tensor, teacher_head: Head
     ) -> Tensor: ...
@@ -91,10 +95,14 @@ class Finefuse:
     name = "finefuse"
 
     def cross_entropy(self, hidden, head, targets):
-        return ff.cross_entropy(F.linear(hidden, *head), targets, inplace=True)
+        return ff.linear_cross_entropy(
+            hidden, head.weight, targets, bias=head.bias, softcap=head.softcap
+        )
 
     def token_logprobs(self, hidden, head, targets):
-        return ff.linear_token_logprobs(hidden, head.weight, targets, bias=head.bias)
+        return ff.linear_token_logprobs(
+            hidden, head.weight, targets, bias=head.bias, softcap=head.softcap
+        )
 
     def preference(self, hidden, head, targets, ref, loss):
         return ff.linear_preference_loss(
@@ -102,6 +110,7 @@ class Finefuse:
             head.weight,
             targets,
             bias=head.bias,
+            softcap=head.softcap,
             ref_logprobs=None if loss in REFERENCE_FREE else ref,
             loss=loss,
             **PREFERENCES[loss],
@@ -116,16 +125,20 @@ class Finefuse:
             head.weight,
             targets,
             bias=head.bias,
+            softcap=head.softcap,
             mask=targets != IGNORE,
             loss=loss,
             **rollouts._asdict(),
         ).loss
 
+    def value(self, values, returns, old, mask):
+        return ff.value_loss(values, returns, old, clip=VALUE_CLIP, mask=mask)
+
     def distill(self, hidden, head, targets, teacher, teacher_head):
         with torch.no_grad():
-            teacher = F.linear(teacher, *teacher_head)
+            teacher = teacher_head.logits(teacher)
         return ff.distill_loss(
-            F.linear(hidden, *head), teacher, targets=targets, alpha=DISTILL_ALPHA, inplace=True
+            head.logits(hidden), teacher, targets=targets, alpha=DISTILL_ALPHA, inplace=True
         )
 
     def quantize(self, weight):
@@ -148,10 +161,10 @@ class Plain:
     name = "PyTorch"
 
     def cross_entropy(self, hidden, head, targets):
-        return F.cross_entropy(F.linear(hidden, *head).flatten(0, 1), targets.flatten())
+        return F.cross_entropy(head.logits(hidden).flatten(0, 1), targets.flatten())
 
     def token_logprobs(self, hidden, head, targets):
-        logprobs = F.linear(hidden, *head).log_softmax(dim=-1)
+        logprobs = head.logits(hidden).log_softmax(dim=-1)
         taken = logprobs.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         return taken.masked_fill(targets == IGNORE, 0.0)
 
@@ -167,10 +180,15 @@ class Plain:
         logprobs = self.token_logprobs(hidden, head, targets)
         return plain_policy(loss, logprobs, rollouts, targets != IGNORE)
 
+    def value(self, values, returns, old, mask):
+        clipped = old + (values - old).clamp(-VALUE_CLIP, VALUE_CLIP)
+        errors = 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+        return errors[mask].mean()
+
     def distill(self, hidden, head, targets, teacher, teacher_head):
-        student = F.linear(hidden, *head).flatten(0, 1)
+        student = head.logits(hidden).flatten(0, 1)
         with torch.no_grad():
-            teacher = F.linear(teacher, *teacher_head).flatten(0, 1).log_softmax(dim=-1)
+            teacher = teacher_head.logits(teacher).flatten(0, 1).log_softmax(dim=-1)
         divergence = F.kl_div(
             student.log_softmax(dim=-1), teacher, log_target=True, reduction="batchmean"
         )
@@ -259,7 +277,8 @@ def plain_preference(loss: str, lp: Tensor, ref: Tensor, lengths: Tensor) -> Ten
 def plain_policy(loss: str, lp: Tensor, rollouts: Rollouts, mask: Tensor) -> Tensor:
     """docs/policy.md has the formulas."""
     old, ref, advantages, kl_beta = rollouts
-    advantages, lengths = advantages[:, None], mask.sum(dim=-1, keepdim=True).clamp(min=1)
+    advantages = advantages.view(len(lp), -1)  # a column, or one a token
+    lengths = mask.sum(dim=-1, keepdim=True).clamp(min=1)
     x = (lp - old).masked_fill(~mask, 0.0)
     if loss in ("gspo", "luspo"):
         x = x.sum(dim=-1, keepdim=True) / lengths

@@ -14,10 +14,15 @@ from .data import SEQUENCE, Tokens, fail
 
 
 class Head(NamedTuple):
-    """What makes logits of hidden states: hidden Wᵀ + b."""
+    """What makes logits of hidden states: z = hidden Wᵀ + b, or with a softcap c tanh(z / c)."""
 
     weight: Tensor  # (vocab, dim)
     bias: Tensor | None = None
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = F.linear(hidden, self.weight, self.bias)
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -99,7 +104,8 @@ class HuggingFace(nn.Module):
     @property
     def head(self) -> Head:
         output = self.body.get_output_embeddings()
-        return Head(output.weight, getattr(output, "bias", None))
+        softcap = getattr(self.body.config, "final_logit_softcapping", None)
+        return Head(output.weight, getattr(output, "bias", None), softcap)
 
     def new_cache(self) -> Any:
         from transformers import DynamicCache
@@ -107,15 +113,14 @@ class HuggingFace(nn.Module):
         return DynamicCache()
 
     def forward(self, tokens: Tensor, cache: Any = None) -> Tensor:
-        model = self.body.base_model
-        return model(tokens, past_key_values=cache, use_cache=cache is not None)[0]
+        model, config = self.body.base_model, self.body.config
+        hidden = model(tokens, past_key_values=cache, use_cache=cache is not None)[0]
+        # what some models multiply (Cohere) or divide (Granite) their logits by
+        scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        return hidden if scale == 1.0 else hidden * scale
 
 
 Model = Decoder | HuggingFace
-
-
-def logits_of(model: Model, hidden: Tensor) -> Tensor:
-    return F.linear(hidden, *model.head)
 
 
 def load_model(folder: Path) -> HuggingFace:
@@ -138,9 +143,11 @@ def load_model(folder: Path) -> HuggingFace:
         fail(f"--model {folder}: {limit} positions; at least {SEQUENCE} are needed")
     tokens = torch.arange(8)[None] % model.head.weight.shape[0]
     with torch.no_grad():
-        ours, its = logits_of(model, model(tokens)), body(tokens).logits
+        ours, its = model.head.logits(model(tokens)), body(tokens).logits
     if (ours - its).abs().max() > 1e-3 * its.abs().max():
-        fail(f"--model {folder}: its logits are more than its head's product (a softcap, a scale)")
+        fail(
+            f"--model {folder}: its logits are more than its head's product, a scale and a softcap"
+        )
     return model
 
 
@@ -176,7 +183,7 @@ def sample(model: Model, prompts: list[list[int]], count: int, end: int) -> list
         rows = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
         tokens, cache, ended = torch.tensor([prompts[i] for i in rows]), model.new_cache(), set()
         for _ in range(count):
-            logits = logits_of(model, model(tokens, cache)[:, -1])
+            logits = model.head.logits(model(tokens, cache)[:, -1])
             tokens = torch.multinomial(logits.softmax(dim=-1), 1)  # (rows, 1)
             for i, token in zip(rows, tokens[:, 0].tolist(), strict=True):
                 if i not in ended:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from math import nan
 from statistics import fmean
+from typing import NamedTuple
 
 import finefuse as ff
 import torch
@@ -43,6 +44,8 @@ ANSWER = 24  # tokens of a sampled answer, at most
 GROUP = 8  # answers to a prompt in policy training
 EPOCHS = 2  # steps on the same answers
 KL_BETA = 0.05  # towards the supervised model
+LAMBDA = 0.95  # of the generalised advantage estimates of ppo
+VALUE_WEIGHT = 0.1  # of the value function's loss
 ROUNDS = 3  # of SPIN
 
 
@@ -269,32 +272,62 @@ def reward_model(story: Story) -> Judge:
     return model.judge
 
 
+class Actor(nn.Module):
+    """A policy, and for ppo a value of every token, from the same hidden states."""
+
+    def __init__(self, model: Model, values: bool) -> None:
+        super().__init__()
+        self.model, self.value = model, None
+        if values:
+            self.value = nn.Linear(model.head.weight.shape[1], 1)
+            nn.init.zeros_(self.value.weight)
+
+    def values(self, hidden: Tensor) -> Tensor:
+        return self.value(hidden).squeeze(-1)
+
+
+class Experience(NamedTuple):
+    """What a step learns from."""
+
+    rollouts: Rollouts
+    old_values: Tensor | None = None  # (batch, T), of ppo alone
+    returns: Tensor | None = None
+
+
 def policy(
     judge_of: Callable[[Story], Judge], stage: str, metric: str, gain: float, story: Story
 ) -> Result:
     """Policy gradients: the model answers, answers are judged, the adapter learns which were better."""
-    judge, judged = judge_of(story), story.data.pairs_held_out
+    judge, judged, name = judge_of(story), story.data.pairs_held_out, story.settings.policy
     reference = story.qlora("sft")
-    models = story.engine_models(reference, qlora=True)
-    model = models[story.engines[0].name]
+    models = {
+        engine: Actor(model, values=name == "ppo")
+        for engine, model in story.engine_models(reference, qlora=True).items()
+    }
+    actor = models[story.engines[0].name]
 
-    def loss_of(engine: Engine, model: Model, batch: Batch) -> Tensor:
-        hidden = model(batch.tokens)
-        return engine.policy(hidden, model.head, batch.targets, batch.extra, story.settings.policy)
+    def loss_of(engine: Engine, actor: Actor, batch: Batch) -> Tensor:
+        hidden, head = actor.model(batch.tokens), actor.model.head
+        rollouts, old, returns = batch.extra
+        loss = engine.policy(hidden, head, batch.targets, rollouts, name)
+        if actor.value is None:
+            return loss
+        counts = batch.targets != IGNORE
+        return loss + VALUE_WEIGHT * engine.value(actor.values(hidden), returns, old, counts)
 
     def mean_reward() -> float:
         torch.manual_seed(0)
-        return judge(answers(story, model, [pair.prompt for pair in judged])).mean().item()
+        return judge(answers(story, actor.model, [pair.prompt for pair in judged])).mean().item()
 
     seed = torch.random.get_rng_state()
     before = mean_reward()
     torch.random.set_rng_state(seed)
-    batches = rollout_batches(story, stage, model, reference, judge)
+    batches = rollout_batches(story, stage, actor, reference, judge)
     runs, tokens = train(story, stage, models, loss_of, batches, 3e-3)
     after = mean_reward()
-    example = answers(story, model, [judged[0].prompt])[0]
+    example = answers(story, actor.model, [judged[0].prompt])[0]
     notes = [
-        saved_again(story, stage, model),
+        saved_again(story, stage, actor.model),
         f"now: {story.tokens.decode(example[0])!r} {story.tokens.decode(example[1])!r}",
     ]
     return Result(metric, before, after, True, before + gain, "tokens", tokens, runs, notes)
@@ -307,7 +340,7 @@ def answers(
 
 
 def rollout_batches(
-    story: Story, stage: str, model: Model, reference: Model, judge: Judge
+    story: Story, stage: str, actor: Actor, reference: Model, judge: Judge
 ) -> Iterator[Batch]:
     """Answers of the model as it is now (all engines learn from these), each taken for EPOCHS steps."""
     by_length: dict[int, list[list[int]]] = {}
@@ -315,25 +348,41 @@ def rollout_batches(
         by_length.setdefault(len(pair.prompt), []).append(pair.prompt)
     lengths, count = list(by_length), max(2, story.settings.batch // 4)
     weights = torch.tensor([float(len(by_length[length])) for length in lengths])
-    name = story.settings.policy
     for start in range(0, story.steps(stage), EPOCHS):
         prompts = by_length[lengths[int(torch.multinomial(weights, 1))]]
         chosen = [prompts[i] for i in torch.randint(len(prompts), (count,)).tolist()]
-        rows = answers(story, model, [prompt for prompt in chosen for _ in range(GROUP)])
+        rows = answers(story, actor.model, [prompt for prompt in chosen for _ in range(GROUP)])
+        batch = experience(story, actor, reference, answers_batch(rows), judge(rows))
+        yield from [batch] * min(EPOCHS, story.steps(stage) - start)
+
+
+@torch.no_grad()
+def experience(
+    story: Story, actor: Actor, reference: Model, batch: Batch, rewards: Tensor
+) -> Batch:
+    """The batch with what is learnt from it: advantages over the other answers to a prompt or, of ppo, of
+    each token over its value, where the reward comes with the answer's last."""
+    hidden, head, name = actor.model(batch.tokens), actor.model.head, story.settings.policy
+    old = FINEFUSE.token_logprobs(hidden, head, batch.targets)
+    ref = FINEFUSE.token_logprobs(reference(batch.tokens), reference.head, batch.targets)
+    if actor.value is None:
         advantages = ff.group_advantages(
-            judge(rows),
+            rewards,
             GROUP,
             scale="none" if name in ("dr_grpo", "rloo") else "group",
             baseline="leave_one_out" if name == "rloo" else "mean",
         )
-        batch = answers_batch(rows)
-        with torch.no_grad():
-            old, ref = (
-                FINEFUSE.token_logprobs(m(batch.tokens), m.head, batch.targets)
-                for m in (model, reference)
-            )
-        batch = batch._replace(extra=Rollouts(old, ref, advantages, KL_BETA))
-        yield from [batch] * min(EPOCHS, story.steps(stage) - start)
+        return batch._replace(extra=Experience(Rollouts(old, ref, advantages, KL_BETA)))
+    counts, values = batch.targets != IGNORE, actor.values(hidden)
+    last = counts & (counts.cumsum(dim=-1) == counts.sum(dim=-1, keepdim=True))
+    advantages, returns = ff.gae(
+        last * rewards[:, None], values, gamma=1.0, lam=LAMBDA, mask=counts
+    )
+    taken = advantages[counts]
+    advantages = (advantages - taken.mean()) / (taken.std() + 1e-6)
+    return batch._replace(
+        extra=Experience(Rollouts(old, ref, advantages, KL_BETA), values, returns)
+    )
 
 
 def distill(story: Story) -> Result:
