@@ -50,7 +50,7 @@ STEPS = {
     "sft": (80, 24),
     "preference": (40, 16),
     "policy": (40, 24),
-    "reward": (40, 16),
+    "reward": (40, 40),
     "rlhf": (40, 24),
     "distill": (80, 24),
     "prune": (40, 12),

@@ -36,27 +36,78 @@ def cuobjdump() -> str:
     return found
 
 
-def usage(path: str) -> list[tuple[str, str, int, int, int]]:
-    """(kernel, architecture, registers, shared bytes, local bytes a thread) of every kernel."""
-    printed = subprocess.run(
-        [cuobjdump(), "--dump-resource-usage", path], capture_output=True, text=True, check=True
-    ).stdout
+# Of a multiprocessor: threads, blocks, bytes of shared memory (CUDA C++ Programming Guide, compute
+# capabilities); all have 65536 registers.
+MULTIPROCESSORS = {
+    "80": (2048, 32, 164 << 10),
+    "90a": (2048, 32, 228 << 10),
+    "100": (2048, 32, 228 << 10),
+    "120": (1536, 32, 100 << 10),
+}
+
+
+def occupancy(arch: str, threads: int, registers: int, shared: int) -> float:
+    """The share of a multiprocessor's threads that blocks of so many fill.
+
+    Registers are given to a warp in steps of 256; the KiB of shared memory that a block takes beside its own
+    is in what cuobjdump counts (from sm_90 on).
+    """
+    most_threads, most_blocks, most_shared = MULTIPROCESSORS[arch]
+    warps = -(-threads // 32)
+    of_registers = 65536 // (256 * -(-32 * registers // 256)) // warps
+    blocks = min(most_blocks, most_threads // threads, of_registers)
+    if shared:
+        blocks = min(blocks, most_shared // shared)
+    return blocks * threads / most_threads
+
+
+def printed_by(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def launch_bounds(path: str) -> dict[tuple[str, str], int]:
+    """The most threads of a block by (architecture, mangled name), where a kernel declares them."""
+    found, arch, kernel, lines = (
+        {},
+        "",
+        "",
+        iter(printed_by(cuobjdump(), "-elf", path).splitlines()),
+    )
+    for line in lines:
+        if line.startswith("arch = "):
+            arch = line.removeprefix("arch = sm_")
+        elif line.startswith(".nv.info."):
+            kernel = line.removeprefix(".nv.info.").strip()
+        elif "EIATTR_MAX_THREADS" in line:
+            next(lines)  # the format
+            x, y, z = (int(n, 16) for n in re.findall(r"0x[0-9a-f]+", next(lines)))
+            found[arch, kernel] = x * y * z
+    return found
+
+
+def usage(path: str) -> list[tuple[str, str, int, int, int, str]]:
+    """(kernel, architecture, registers, shared bytes, local bytes a thread, occupancy) of every kernel."""
+    bounds = launch_bounds(path)
+    printed = printed_by(cuobjdump(), "--dump-resource-usage", path)
     names = subprocess.run(["c++filt"], input=printed, capture_output=True, text=True, check=True)
-    rows, arch, kernel = [], "", ""
-    for line in names.stdout.splitlines():
+    rows, arch, kernel, mangled = [], "", "", ""
+    for line, plain in zip(names.stdout.splitlines(), printed.splitlines(), strict=True):
         if line.startswith("arch = "):
             arch = line.removeprefix("arch = sm_")
         elif line.startswith(" Function "):
             kernel = line.removeprefix(" Function ").rstrip(":").removeprefix("void ")
-            kernel = kernel.rsplit("(", 1)[0].split("(anonymous namespace)::")[-1]
-            kernel = kernel.replace("finefuse::", "")
+            kernel = kernel.replace("(anonymous namespace)::", "").replace("finefuse::", "")
+            kernel = re.sub(r"(?<=[>\w])\(.*", "", kernel).replace("cuda::", "")
+            mangled = plain.removeprefix(" Function ").rstrip(":")
         elif line.startswith("  REG:"):
             n = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", line)}
-            rows.append((kernel, arch, n["REG"], n["SHARED"], n["STACK"] + n["LOCAL"]))
+            threads = bounds.get((arch, mangled))
+            fill = f"{occupancy(arch, threads, n['REG'], n['SHARED']):.0%}" if threads else "?"
+            rows.append((kernel, arch, n["REG"], n["SHARED"], n["STACK"] + n["LOCAL"], fill))
     return rows
 
 
-def table(rows: list[tuple[str, str, int, int, int]]) -> str:
+def table(rows: list[tuple[str, str, int, int, int, str]]) -> str:
     """A line a kernel, a column an architecture."""
     kernels: dict[str, dict[str, str]] = {}
     for kernel, arch, *numbers in sorted(rows):
@@ -76,10 +127,14 @@ def main(paths: list[str]) -> int:
     rows = [row for path in paths for row in usage(path)]
     if not any(HOT.match(row[0]) for row in rows):
         raise SystemExit(f"no hot kernel in {paths}")
-    print("Registers a thread, shared memory a block, local memory a thread (bytes).\n")
+    print(
+        "Registers a thread, shared memory a block, local memory a thread (bytes), occupancy: the share of\n"
+        "a multiprocessor's threads that are there at once in blocks of the declared size, by registers\n"
+        "and static shared memory; ?: no size is declared.\n"
+    )
     print(table(rows))
     spilled = [row for row in rows if row[4] and HOT.match(row[0])]
-    for kernel, arch, *_, local in spilled:
+    for kernel, arch, _, _, local, _ in spilled:
         print(f"{kernel} for sm_{arch} uses {local} bytes of local memory", file=sys.stderr)
     return 1 if spilled else 0
 
