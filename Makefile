@@ -1,6 +1,7 @@
 # make test    set up .venv, build, run the tests          make demo   the whole story on a tiny model
 # make bench   measure against the peers that are there    make lint   what pre-commit runs
 # make gpu     build, test, measure on this machine's GPU  make clean
+# make sanitize  the tests of its CUDA kernels under compute-sanitizer
 #
 # TORCH: what pip installs as torch, for example TORCH="torch==2.6.0". PYTHON: the interpreter.
 # FAMILY: one family (bench, gpu). All set-up is done here and only once, except for gpu, which takes
@@ -26,7 +27,7 @@ MACHINE_PATH := $(PATH)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DELETE_ON_ERROR:
-.PHONY: test demo bench lint gpu clean
+.PHONY: test demo bench lint gpu sanitize clean
 
 test: $(STAMPS)/build $(STAMPS)/test $(STAMPS)/test-torch
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
@@ -41,10 +42,12 @@ lint: $(STAMPS)/build $(STAMPS)/lint
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
 
 # No set-up here: the machine's own Python, not .venv's, with what it has.
-gpu: export PATH := $(MACHINE_PATH)
+gpu sanitize: export PATH := $(MACHINE_PATH)
 gpu: export PYTEST_FLAGS := $(PYTEST_FLAGS)
 gpu:
 	$(GPU_PYTHON) benchmarks/gpu.py $(FAMILY)
+sanitize:
+	$(GPU_PYTHON) benchmarks/gpu.py --sanitize $(FAMILY)
 
 clean:
 	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(VENV)

@@ -1,7 +1,10 @@
-"""python benchmarks/gpu.py [FAMILY]: build for this machine's NVIDIA GPU, run the tests, measure.
+"""python benchmarks/gpu.py [--sanitize] [FAMILY]: build for this machine's GPU, run the tests, measure.
 
 It uses the Python that runs it, with what that has, and leaves it as it is: finefuse goes to
 build/gpu/site. Nothing is downloaded. PYTEST_FLAGS is passed on.
+
+--sanitize runs the tests of the CUDA kernels under compute-sanitizer instead, for addresses (memcheck) and
+for races in shared memory (racecheck), without captured graphs and the largest tensors.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -21,6 +25,11 @@ PACKAGES = (
     "pip", "torch", "triton", "numpy", "ml_dtypes", "scikit-build-core", "pybind11", "pytest",
     "pytest-xdist", "hypothesis", "rich", "matplotlib",
 )  # fmt: skip
+
+
+SANITIZER = shutil.which("compute-sanitizer") or str(
+    Path(NVCC).resolve().parent / "compute-sanitizer"
+)
 
 
 def installed(package: str) -> bool:
@@ -57,19 +66,33 @@ def missing(families: list[str]) -> list[str]:
     return lines
 
 
-def run(*arguments: str, **env: str) -> None:
-    """A Python command; ends this one with its exit code if it fails."""
-    print("+ python", shlex.join(arguments), flush=True)
-    code = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env={**os.environ, **env}
-    ).returncode
+def run(*arguments: str, under: Sequence[str] = (), **env: str) -> None:
+    """A Python command, an argument of `under` if that is given; exits with its code if it fails."""
+    print("+", shlex.join([*under, "python", *arguments]), flush=True)
+    command = [*under, sys.executable, *arguments]
+    code = subprocess.run(command, cwd=ROOT, env={**os.environ, **env}).returncode
     if code:
         sys.exit(code)
 
 
+def sanitize(families: list[str], path: str) -> None:
+    """Each allocation by itself (torch's cache would hide what is beyond the end of one), in one process."""
+    tests = [
+        str(t) for f in families or ["*"] for t in sorted(ROOT.glob(f"tests/test_{f}_backends.py"))
+    ]
+    for tool in ("memcheck", "racecheck"):
+        run(
+            "-m", "pytest", "-q", "-x", *tests, "-k", "cuda and not graph and not elements and not large",
+            under=[SANITIZER, "--tool", tool, "--error-exitcode", "1"],
+            PYTHONPATH=path, PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+        )  # fmt: skip
+
+
 def main() -> None:
-    families = sys.argv[1:]
+    families = [argument for argument in sys.argv[1:] if argument != "--sanitize"]
     lacking = missing(families)
+    if "--sanitize" in sys.argv and not Path(SANITIZER).exists():
+        lacking.append(f"compute-sanitizer: on the PATH or as {SANITIZER}")
     if lacking:
         print("make gpu: what is missing", *lacking, sep="\n  ", file=sys.stderr)
         sys.exit(2)
@@ -80,6 +103,8 @@ def main() -> None:
         FINEFUSE_CUDA="ON", CUDACXX=NVCC,
     )  # fmt: skip
     path = os.pathsep.join(filter(None, (str(SITE), os.environ.get("PYTHONPATH"))))
+    if "--sanitize" in sys.argv:
+        return sanitize(families, path)
     flags = shlex.split(os.environ.get("PYTEST_FLAGS", ""))
     tests = [str(t) for f in families for t in sorted(ROOT.glob(f"tests/test_{f}*.py"))]
     run("-m", "pytest", *flags, *tests, PYTHONPATH=path)
