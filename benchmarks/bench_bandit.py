@@ -19,7 +19,7 @@ import numpy as np
 from finefuse.numpy import bandit
 from finefuse.reference import bandit as reference
 
-from .measure import Row, compare_calls
+from .measure import Row, Size, compare_calls
 
 LR = 0.1
 
@@ -82,10 +82,12 @@ def numpy_agents(probs: Any, agents: int, steps: int) -> Any:
     return rewards, rewards, np.cumsum(rewards, axis=1), logits
 
 
-def run(device: str, quick: bool) -> Iterator[list[Row]]:
+def run(device: str, size: Size) -> Iterator[list[Row]]:
+    quick = size == "quick"
     if device != "cpu":
         return
-    for arms in (10, 1000):
+    every = (10,) if size == "standard" else (10, 1000)
+    for arms in every:
         steps = (1000 if quick else 20000) if arms == 10 else 1000
         probs = np.linspace(0.1, 0.9, arms)
         runs: dict[str, Callable[[], Any]] = {
@@ -96,7 +98,8 @@ def run(device: str, quick: bool) -> Iterator[list[Row]]:
         case = f"one agent, {arms} arms, 1,000 steps"
         yield compare_calls(case, runs, device, steps // 1000, rounds=9)
     agents, threads = (200 if quick else 2000), ffn.get_num_threads()
-    for arms, steps in ((10, 100), (1000, 10)):
+    for arms in every:
+        steps = 100 if arms == 10 else 10
         probs = np.linspace(0.1, 0.9, arms)
         runs = {
             f"finefuse, {threads} threads": functools.partial(

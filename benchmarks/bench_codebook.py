@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import peers
-from .measure import Row, compare_calls, compare_outputs, forward, repeated
+from .measure import Row, Size, compare_calls, compare_outputs, forward, repeated
 from .peers import BITSANDBYTES, OURS, TORCH, TORCHAO
 
 BLOCKSIZE = 64
@@ -391,11 +391,18 @@ def no_grad(runs: dict[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Ten
     return {name: forward(run) for name, run in runs.items()}
 
 
-def run(device: str, quick: bool) -> Iterator[list[Row]]:
+def run(device: str, size: Size) -> Iterator[list[Row]]:
+    quick = size == "quick"
     warnings.filterwarnings("ignore", module="bitsandbytes|torchao")
     rows, columns = (QUICK_SIZE, QUICK_SIZE) if quick else SHAPES[device]
     weight = draw(rows, columns, device)
     yield dequantize_out(weight)
+    if size == "standard":
+        yield quantize(weight)
+        for tokens in (1, 64):
+            with threads(1):
+                yield linear(weight, tokens, torch.float32, True)
+        return
     if device == "cpu":
         yield calls()
         with threads(1):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import peers
-from .measure import Inputs, Row, compare, forward, gradient
+from .measure import Inputs, Row, Size, compare, forward, gradient
 from .peers import LIGER_TRITON, OURS, TORCH, TRL, Loss
 
 # rows, vocabulary, type
@@ -117,7 +117,8 @@ def from_logits(
     )
 
 
-def run(device: str, quick: bool) -> Iterator[list[Row]]:
+def run(device: str, size: Size) -> Iterator[list[Row]]:
+    quick = size == "quick"
     shapes = [(QUICK_ROWS if quick else rows, *rest) for rows, *rest in SHAPES[device]]
     kl, jsd = peers.forward_kl, peers.jsd
     of_kl = {
@@ -135,6 +136,12 @@ def run(device: str, quick: bool) -> Iterator[list[Row]]:
     def fused_reverse(inplace: bool = False) -> Loss:
         return ours(inplace, kind="reverse_kl")
 
+    if size == "standard":
+        for _, vocab, dtype in shapes[:2]:
+            shape = 512, vocab, dtype
+            yield from_logits("forward KL", ours, kl, of_kl, draw, device, *shape)
+            yield from_logits("JSD", fused_jsd, jsd, of_jsd, draw, device, *shape)
+        return
     for shape in shapes[:2]:
         yield from_logits("forward KL", ours, kl, of_kl, draw, device, *shape, backward=False)
     for shape in shapes:

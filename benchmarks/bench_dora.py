@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from . import peers
 from .bench_lora import ALPHA, BLOCKSIZE, QUICK_SIZE, SIZE
-from .measure import Row, compare_outputs, forward
+from .measure import Row, Size, compare_outputs, forward
 from .peers import BITSANDBYTES, OURS, PEFT, TORCH
 
 # tokens, rank, type, p of dropout, whether packed, whether with a backward
@@ -135,13 +135,17 @@ def case(
     return rows
 
 
-def run(device: str, quick: bool) -> Iterator[list[Row]]:
+def run(device: str, size: Size) -> Iterator[list[Row]]:
+    quick = size == "quick"
     warnings.filterwarnings("ignore", module="bitsandbytes|peft")
-    size = QUICK_SIZE if quick else SIZE
+    width = QUICK_SIZE if quick else SIZE
+    if size == "standard":
+        yield case(device, 256, width, 16, torch.float32, 0.0, False, True)
+        return
     for tokens, rank, dtype, p, packed, backward in CASES[device]:
-        if peers.crawls(device, dtype, size):
+        if peers.crawls(device, dtype, width):
             peers.left_out("DoRA in bfloat16", peers.CRAWLS)
             continue
         if quick:
-            tokens, rank = min(tokens, size), min(rank, 32)
-        yield case(device, tokens, size, rank, dtype, p, packed, backward)
+            tokens, rank = min(tokens, width), min(rank, 32)
+        yield case(device, tokens, width, rank, dtype, p, packed, backward)

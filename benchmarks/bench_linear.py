@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from . import peers
 from .bench_policy import old_and_ref
-from .measure import Inputs, Row, compare_products
+from .measure import Inputs, Row, Size, compare_products
 from .peers import LIGER, LIGER_TRITON, OURS, TORCH, TRL, Loss
 
 Drawn = Callable[..., Inputs]
@@ -56,6 +56,7 @@ FULL, FEW = (Shape(8, n, 2048, 32000) for n in (128, 32))
 LARGE_VOCABULARY = Shape(2, 64, 2048, 128256)
 GPU = Shape(8, 1024, 4096, 131072)
 QUICK = Shape(4, 16, 64, 500)
+STANDARD = Shape(4, 32, 1024, 32000)
 SMALL = Shape(4, 16, 256, 4096)  # where bfloat16 crawls, and of the errors
 
 
@@ -348,7 +349,8 @@ def of_kl(device: str, shape: Shape, dtype: torch.dtype) -> list[Row]:
     return of_distillation("forward KL", 0.0, ours, peers.forward_kl, device, shape, dtype)
 
 
-def run(device: str, quick: bool) -> Iterator[list[Row]]:
+def run(device: str, size: Size) -> Iterator[list[Row]]:
+    quick = size == "quick"
     if device == "cuda":
         shape = QUICK if quick else GPU
         for of in (of_cross_entropy, of_ppo, of_grpo, of_logprobs):
@@ -356,6 +358,10 @@ def run(device: str, quick: bool) -> Iterator[list[Row]]:
         yield of_cross_entropy(device, shape, BFLOAT16, frozen=True)
         return
 
+    if size == "standard":
+        for of in (of_cross_entropy, of_dpo):
+            yield of(device, STANDARD, FLOAT32)
+        return
     every = (
         (of_cross_entropy, FULL), (of_dpo, FULL), (of_jsd, FEW), (of_grpo, FEW), (of_ppo, FEW),
         (of_logprobs, FEW), (of_kl, FEW),

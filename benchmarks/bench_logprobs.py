@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import peers
-from .measure import Row, compare, compare_calls, forward, gradient, repeated
+from .measure import Row, Size, compare, compare_calls, forward, gradient, repeated
 from .peers import LIGER_TRITON, OURS, TORCH, TRL
 
 # rows, vocabulary, type
@@ -101,7 +101,11 @@ def calls(device: str) -> list[Row]:
     return compare_calls("a call on 4x32", peers.load(runs, device), device, 200, rounds=41)
 
 
-def run(device: str, quick: bool) -> Iterator[list[Row]]:
+def run(device: str, size: Size) -> Iterator[list[Row]]:
+    quick = size == "quick"
+    if size == "standard":
+        yield token_logprobs(device, *LOGPROBS[device][0])
+        return
     yield calls(device)
     for bench, cases in ((token_logprobs, LOGPROBS), (cross_entropy, CROSS_ENTROPY)):
         for rows, vocab, dtype in cases[device]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import peers
-from .measure import Row, compare_outputs, forward
+from .measure import Row, Size, compare_outputs, forward
 from .peers import BITSANDBYTES, OURS, PEFT, TORCH
 
 SIZE, QUICK_SIZE, RANK, ALPHA = 4096, 256, 16, 32
@@ -240,18 +240,23 @@ def group(device: str, tokens: int, size: int, dtype: torch.dtype) -> list[Row]:
     return rows
 
 
-def run(device: str, quick: bool) -> Iterator[list[Row]]:
+def run(device: str, size: Size) -> Iterator[list[Row]]:
+    quick = size == "quick"
     warnings.filterwarnings("ignore", module="bitsandbytes|peft")
-    size = QUICK_SIZE if quick else SIZE
+    width = QUICK_SIZE if quick else SIZE
+    if size == "standard":
+        yield layer(device, 256, width, torch.float32, True)
+        yield packed(256, width, torch.float32)
+        return
     for tokens, dtype, backward in CASES[device]:
-        if peers.crawls(device, dtype, size):
+        if peers.crawls(device, dtype, width):
             peers.left_out("LoRA in bfloat16", peers.CRAWLS)
             continue
-        yield layer(device, min(tokens, size) if quick else tokens, size, dtype, backward)
+        yield layer(device, min(tokens, width) if quick else tokens, width, dtype, backward)
     if device == "cpu":
         slow = peers.crawls("cpu", torch.bfloat16, SIZE)
         dtype = torch.float32 if slow else torch.bfloat16
-        yield packed(64 if quick else 512, size, dtype)
-        yield half(64 if quick else 512, size)
+        yield packed(64 if quick else 512, width, dtype)
+        yield half(64 if quick else 512, width)
     dtype = torch.float32 if peers.crawls(device, torch.bfloat16, SIZE) else torch.bfloat16
-    yield group(device, 64 if quick else 2048, size, dtype)
+    yield group(device, 64 if quick else 2048, width, dtype)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import peers
-from .measure import Inputs, Row, compare, compare_small, forward, gradient
+from .measure import Inputs, Row, Size, compare, compare_small, forward, gradient
 from .peers import LIGER_TRITON, OURS, TORCH, TRL, Loss
 
 # sequences, tokens, vocabulary, type
@@ -191,8 +191,8 @@ def advantages(device: str, batch: int, tokens: int) -> list[Row]:
     )
 
 
-def run(device: str, quick: bool) -> Iterator[list[Row]]:
-    few = (2, 32) if quick else None
+def run(device: str, size: Size) -> Iterator[list[Row]]:
+    few = {"quick": (2, 32), "standard": (4, 256), "full": None}[size]
     others: dict[str, tuple[str, Loss]] = {
         "TRL": (TRL, peers.ppo(peers.scores_trl)),
         "Categorical": (TORCH, peers.ppo(peers.scores_categorical)),
@@ -202,6 +202,8 @@ def run(device: str, quick: bool) -> Iterator[list[Row]]:
         yield from_logits(
             "PPO + entropy", ppo, plain, others, 2, device, *(few or shape[:2]), *shape[2:]
         )
+        if size == "standard" and shape is PPO[device][1]:
+            return
     shape = GRPO[device]
     shape = (*(few or shape[:2]), *shape[2:])
     others = {

@@ -20,7 +20,7 @@ from finefuse.reference import preference as reference
 from torch import Tensor
 
 from . import peers
-from .measure import Inputs, Row, Run, compare, compare_small, errors, forward, gradient
+from .measure import Inputs, Row, Run, Size, compare, compare_small, errors, forward, gradient
 from .peers import LIGER, OURS, TORCH, TRL
 
 # sequences, tokens, vocabulary, type
@@ -62,8 +62,14 @@ def ours_inplace(logits: Tensor, targets: Tensor, ref: Tensor) -> Tensor:
     ).loss
 
 
+STEPS = (
+    (forward, 1, False),
+    (gradient, 3, True),
+)  # passes over the logits, whether with a gradient
+
+
 def from_logits(
-    device: str, batch: int, tokens: int, vocab: int, dtype: torch.dtype
+    device: str, batch: int, tokens: int, vocab: int, dtype: torch.dtype, steps: Any = STEPS
 ) -> Iterator[list[Row]]:
     def draw(batch: int, tokens: int, leaf: bool) -> Inputs:
         logits = torch.randn(batch, tokens, vocab, dtype=dtype, device=device).mul_(3)
@@ -71,7 +77,7 @@ def from_logits(
         return logits.requires_grad_(leaf), targets, torch.randn(batch, device=device)
 
     case = f"DPO {batch}x{tokens}x{vocab} {str(dtype).removeprefix('torch.')}"
-    for step, passes, leaf in ((forward, 1, False), (gradient, 3, True)):
+    for step, passes, leaf in steps:
         runs = {
             "finefuse": (OURS, step(ours)),
             "finefuse in place": (OURS, step(ours_inplace)),
@@ -232,7 +238,12 @@ def one_loss_from_vectors(device: str, pairs: int, loss: str) -> list[Row]:
     return compare_small(case, peers.load(steps, device), inputs, by_chosen(plain), calls=50)
 
 
-def run(device: str, quick: bool) -> Iterator[list[Row]]:
+def run(device: str, size: Size) -> Iterator[list[Row]]:
+    quick = size == "quick"
+    if size == "standard":
+        for dtype in (torch.float32, torch.bfloat16):
+            yield from from_logits(device, 8, 128, 32000, dtype, STEPS[1:])
+        return
     for batch, tokens, vocab, dtype in CASES[device]:
         yield from from_logits(device, *((2, 32) if quick else (batch, tokens)), vocab, dtype)
     for pairs in (8, 64, 1024):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import peers
-from .measure import Row, interleaved, peak_extra, timer
+from .measure import Row, Size, interleaved, peak_extra, timer
 from .peers import OURS, TORCH
 
 SHAPE = (4096, 14336)
@@ -121,6 +121,10 @@ def of_type(device: str, rows: int, columns: int, dtype: torch.dtype) -> Iterato
         yield compare_masks(f"prune_ {of}, {what}", runs, weight, score, group, drop, inplace=True)
 
 
-def run(device: str, quick: bool) -> Iterator[list[Row]]:
+def run(device: str, size: Size) -> Iterator[list[Row]]:
+    quick = size == "quick"
+    if size == "standard":
+        yield from of_type(device, 2048, 4096, torch.float32)
+        return
     for dtype in DTYPES:
         yield from of_type(device, *(QUICK_SHAPE if quick else SHAPE), dtype)

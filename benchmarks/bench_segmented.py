@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import peers
-from .measure import Row, compare_outputs, forward
+from .measure import Row, Size, compare_outputs, forward
 from .peers import OURS, PEFT, TORCH
 
 SIZE, QUICK_SIZE, RANK, ALPHA, ADAPTERS = 4096, 256, 16, 32, 64
@@ -150,11 +150,15 @@ def case(
     return rows
 
 
-def run(device: str, quick: bool) -> Iterator[list[Row]]:
+def run(device: str, size: Size) -> Iterator[list[Row]]:
+    quick = size == "quick"
     warnings.filterwarnings("ignore", module="peft")
-    size = QUICK_SIZE if quick else SIZE
+    width = QUICK_SIZE if quick else SIZE
+    if size == "standard":
+        yield case(device, 256, width, torch.float32, "uniform", True)
+        return
     for tokens, dtype, kind, backward in CASES[device]:
-        if peers.crawls(device, dtype, size):
+        if peers.crawls(device, dtype, width):
             peers.left_out("many adapters in bfloat16", peers.CRAWLS)
             continue
-        yield case(device, min(tokens, size) if quick else tokens, size, dtype, kind, backward)
+        yield case(device, min(tokens, width) if quick else tokens, width, dtype, kind, backward)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from finefuse import _matmul
@@ -23,7 +23,12 @@ from torch import Tensor
 
 Inputs = tuple[Tensor, ...]
 Loss = Callable[..., Tensor]
+Size = Literal["quick", "standard", "full"]
 Run = Callable[..., Tensor]  # of the inputs, to the output or to the gradient of the first of them
+
+
+# Seconds after which no further round of a case begins, if it asks for more; the standard size lowers it.
+most_seconds = math.inf
 
 
 @dataclass
@@ -42,19 +47,20 @@ class Row:
     accumulator: int | None = None  # bytes of a float32 gradient of a 16-bit weight
     error_weight: float | None = None  # of the weight's gradient
 
-    def as_dict(self, limit: float) -> dict[str, Any]:
+    def as_dict(self, family: str, limit: float) -> dict[str, Any]:
         """Milliseconds, MB and GB/s; `limit` is the copy bandwidth in GB/s."""
         seconds = statistics.median(self.times)
         low, _, high = statistics.quantiles(self.times, n=4)
         gb_s = self.moved / seconds / 1e9 if self.moved else None
         found = {
-            "case": self.case, "name": self.name, "ms": round(1e3 * seconds, 4),
+            "family": family, "case": self.case, "name": self.name, "ms": round(1e3 * seconds, 4),
             "spread": round((high - low) / 2 / seconds, 3),  # half the range between the quartiles
             "moved_mb": round(self.moved / 1e6, 1) if self.moved else None,
             "gb_s": round(gb_s, 2) if gb_s else None,
             "of_limit": round(gb_s / limit, 3) if gb_s else None,
             "extra_mb": None if self.extra is None else round(self.extra / 1e6, 2),
             "error": self.error,
+            "times_ms": [float(f"{1e3 * t:.4g}") for t in self.times],
         }  # fmt: skip
         if self.bare is not None:
             found |= {
@@ -153,7 +159,7 @@ def interleaved(
         few.append(seconds > slow)
         if few[-1]:
             row.times.append(seconds)
-    start = time.perf_counter()
+    start, budget = time.perf_counter(), min(budget, most_seconds)
     for done in range(rounds):
         if done >= 4 and time.perf_counter() - start > budget:
             break
