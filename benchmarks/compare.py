@@ -155,7 +155,9 @@ def main(paths: list[str]) -> int:
             console.print(f"only in {name}: {line}")
     found = [(key, *one) for key in both for one in differences(before[key], after[key])]
     worse = [one for one in found if one[-1]]
-    table = Table(box=SIMPLE_HEAD, title="Moved beyond the noise, the worse first", title_justify="left")
+    table = Table(
+        box=SIMPLE_HEAD, title="Moved beyond the noise, the worse first", title_justify="left"
+    )
     for column in ("", "run", "family", "case", "row", "what"):
         table.add_column(column, overflow="fold")
     for (run, family, case), name, what, is_worse in sorted(found, key=lambda one: not one[-1]):

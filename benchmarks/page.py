@@ -16,6 +16,8 @@ from .candidates import Cells
 
 Tables = list[list[Cells]]
 
+LABELS = {"default": "default allocator", "huge": "huge pages"}
+
 # what a column of `report.columns` is sorted by
 KEYS = {
     "": "name", "ms": "ms", "±": "spread", "ratio": "ms", "MB moved": "moved_mb", "GB/s": "gb_s",
@@ -23,8 +25,8 @@ KEYS = {
     "resident MB": "resident_mb", "float32 dW MB": "accumulator_mb", "error of dW": "error_weight",
 }  # fmt: skip
 SUMMARY = (
-    "case", "family", "ours, ms", "best peer", "its ms", "times faster", "of limit", "extra MB", "its extra MB",
-    "error", "its error",
+    "case", "times faster", "our time", "best peer", "its time", "of limit", "extra MB", "its extra MB",
+    "error", "its error", "family",
 )  # fmt: skip
 TICKS = [digit * 10.0**power for power in range(-3, 6) for digit in (1, 2, 5)]
 
@@ -66,7 +68,7 @@ def summary(families: dict[str, Tables]) -> list[dict[str, Any]]:
             if not candidates.is_ours(ours):
                 continue
             best = next(iter(candidates.peers(rows)), None)
-            ratio = best["ms"] / ours["ms"] if best else None
+            ratio = round(best["ms"] / ours["ms"], 4) if best else None
             limit = candidates.of_limit(rows)
 
             def of(row: Cells | None, column: str, rows: list[Cells] = rows) -> dict[str, Any]:
@@ -77,16 +79,16 @@ def summary(families: dict[str, Tables]) -> list[dict[str, Any]]:
 
             cells = [
                 cell(ours["case"], ours["case"]),
-                cell(family, family),
+                cell(f"{ratio:.2f}" if ratio else "", ratio),
                 of(ours, "ms"),
                 of(best, ""),
                 of(best, "ms"),
-                cell(f"{ratio:.2f}" if ratio else "", ratio),
                 cell(f"{limit:.0%}" if limit else "", limit),
                 of(ours, "extra MB"),
                 of(best, "extra MB"),
                 of(ours, "error"),
                 of(best, "error"),
+                cell(family, family),
             ]
             loss = ratio is not None and ratio < 1
             found.append({"cells": cells, "ours": False, "loss": loss})
@@ -94,8 +96,8 @@ def summary(families: dict[str, Tables]) -> list[dict[str, Any]]:
 
 
 def axis(ratios: list[float]) -> tuple[list[tuple[str, float]], Any]:
-    """At most seven ticks of a logarithmic axis, each with its place in percent, and the function that places."""
-    # room of a tenth at either side; at least from a half to double, so that noise looks like noise
+    """Ticks of a logarithmic axis, with their places in percent, and the function that gives a place."""
+    # at least from a half to double, so that noise looks like noise
     low, high = math.log(min([*ratios, 0.5])), math.log(max([*ratios, 2.0]))
     margin = 0.06 * (high - low)
 
@@ -110,25 +112,25 @@ def axis(ratios: list[float]) -> tuple[list[tuple[str, float]], Any]:
 
 def plot(runs: dict[str, dict[str, Tables]], family: str) -> dict[str, Any]:
     """Dots on a logarithmic axis of times relative to the first row of each case, one for each run."""
-    cases: dict[str, dict[str, list[tuple[str, float]]]] = {}
-    for run, families in runs.items():
+    cases: dict[str, dict[str, list[float]]] = {}
+    for families in runs.values():
         for rows in families.get(family, []):
             for row in rows:
                 names = cases.setdefault(row["case"], {})
-                names.setdefault(row["name"], []).append((run, row["ms"] / rows[0]["ms"]))
-    ratios = [ratio for names in cases.values() for dots in names.values() for _, ratio in dots]
+                names.setdefault(row["name"], []).append(row["ms"] / rows[0]["ms"])
+    ratios = [ratio for names in cases.values() for found in names.values() for ratio in found]
     ticks, place = axis(ratios)
 
-    def line(name: str, dots: list[tuple[str, float]]) -> dict[str, Any]:
+    def line(name: str, found: list[float]) -> dict[str, Any]:
         return {
             "name": name,
             "ours": candidates.is_ours({"name": name}),
-            "dots": [{"run": run, "x": place(ratio)} for run, ratio in dots],
-            "text": " / ".join(f"{ratio:.2f}" if ratio < 100 else f"{ratio:.0f}" for _, ratio in dots),
+            "dots": [place(ratio) for ratio in found],
+            "text": " / ".join(f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}" for ratio in found),
         }
 
     lines = [
-        {"case": case, "lines": [line(name, dots) for name, dots in names.items()]}
+        {"case": case, "lines": [line(*one) for one in names.items()]}
         for case, names in cases.items()
     ]
     return {"ticks": ticks, "one": place(1.0), "cases": lines}
@@ -143,7 +145,9 @@ def html(result: report.Result) -> str:
         {
             "family": family,
             "plot": plot(runs, family),
-            "tables": {run: [table(rows) for rows in part.get(family, [])] for run, part in runs.items()},
+            "tables": {
+                run: [table(rows) for rows in part.get(family, [])] for run, part in runs.items()
+            },
         }
         for family in families
     ]
@@ -166,10 +170,12 @@ def html(result: report.Result) -> str:
         missing=result.get("missing", []),
         **details,
         gpu="" in runs,
-        runs={run: report.ALLOCATORS.get(run, "") for run in runs},
+        runs={run: LABELS.get(run, run) for run in runs},
         limits=limits,
         legend=report.LEGEND,
-        legend_of_products=report.LEGEND_OF_PRODUCTS if any("of_bare" in r[0] for r in every) else "",
+        legend_of_products=report.LEGEND_OF_PRODUCTS
+        if any("of_bare" in r[0] for r in every)
+        else "",
         summary_head=SUMMARY,
         summaries={run: summary(part) for run, part in runs.items()},
         sections=sections,
