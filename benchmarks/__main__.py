@@ -5,6 +5,7 @@ GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which gives every candidate huge pages; t
 after the family. On a GPU it runs once, and one set of files, named after the device, holds all families.
 
 `python -m benchmarks report` writes the tables and plots anew from the JSON.
+`python -m benchmarks compare A.json B.json` shows what moved beyond the noise.
 """
 
 from __future__ import annotations
@@ -104,7 +105,10 @@ def main() -> int:
     )
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    from . import report
+    from . import compare, report
+
+    if args.family[:1] == ["compare"]:
+        return compare.main(args.family[1:])
 
     if args.family == ["report"]:
         for path in sorted((args.results or RESULTS).glob("*.json")):
