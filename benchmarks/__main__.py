@@ -1,25 +1,39 @@
-"""python -m benchmarks [FAMILY ...] [--device cpu|cuda] [--quick]: measure, print, write the results.
+"""python -m benchmarks [--full | --quick] [FAMILY ...] [--device cpu|cuda]: measure, print, write results.
 
-On a CPU every family runs twice, in two processes: with the allocator that users have, and with
-GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which gives every candidate huge pages; the files are named
-after the family. On a GPU it runs once, and one set of files, named after the device, holds all families.
+python -m benchmarks: a few cases of every family, about ten minutes; writes benchmarks/results/cpu.json, .md,
+.svg and .html and the table in README.md. With families: these alone, on the terminal. --full: all cases of
+each family, minutes to a quarter of an hour for each, into benchmarks/results/FAMILY.*. --quick: tiny shapes,
+to see that everything runs. --results DIR: what was measured is written there.
 
-`python -m benchmarks report` writes the tables and plots anew from the JSON.
-`python -m benchmarks compare A.json B.json` shows what moved beyond the noise.
+On a CPU all is measured twice, in two processes: with the allocator that users have, and with
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which gives every candidate huge pages. On a GPU each family runs once
+and in full, and one set of files, named after the device, holds all families.
+
+python -m benchmarks report                  tables, plots and pages anew from the JSON
+python -m benchmarks compare A.json B.json   what moved beyond the noise
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import datetime
+import gc
 import importlib
+import importlib.metadata
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .measure import Size
 
 FAMILIES = (
     "bandit", "codebook", "distill", "dora", "linear", "logprobs", "lora", "policy", "preference",
@@ -29,27 +43,41 @@ RESULTS = Path(__file__).parent / "results"
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
-def measure(family: str, device: str, quick: bool, out: Path) -> None:
-    """One family in this process, with its allocator; what was measured goes to `out`."""
+# What a result says the versions of, or that it was not there.
+PACKAGES = (
+    "torch", "numpy", "triton", "peft", "trl", "liger-kernel", "bitsandbytes", "torchao", "transformers",
+)  # fmt: skip
+STANDARD_SECONDS = 1.0  # after which no further round of a case of that size begins
+
+
+def measure(families: list[str], device: str, size: Size, out: Path) -> None:
+    """Families in this process, with its allocator; what was measured goes to `out`."""
     import torch
 
-    from . import report, roofline
+    from . import measure, report, roofline
 
-    torch.manual_seed(0)
-    limits = roofline.limits(device, quick)
+    limits = roofline.limits(device, size == "quick")
     print(f"{report.machine(device)}\n{report.measured(limits)}", flush=True)
+    if size == "standard":
+        measure.most_seconds = STANDARD_SECONDS
     tables: list[Any] = []
-    for rows in importlib.import_module(f"benchmarks.bench_{family}").run(device, quick):
-        tables.append([row.as_dict(limits["bandwidth"]["copy"]) for row in rows])
-        report.show(tables[-1])
+    for number, family in enumerate(families, start=1):
+        start = time.perf_counter()
+        torch.manual_seed(0)
+        for rows in importlib.import_module(f"benchmarks.bench_{family}").run(device, size):
+            tables.append([row.as_dict(family, limits["bandwidth"]["copy"]) for row in rows])
+            report.show(tables[-1])
+        gc.collect()
+        seconds = time.perf_counter() - start
+        print(f"{family}, {number} of {len(families)}: {seconds:.0f} s\n", flush=True)
     out.write_text(json.dumps({"limits": limits, "tables": tables}))
 
 
-def in_a_process(args: argparse.Namespace, family: str, env: dict[str, str]) -> Any:
+def in_a_process(args: argparse.Namespace, families: list[str], env: dict[str, str]) -> Any:
     """What `measure` wrote; ends this process with the other's exit code if that failed."""
     with tempfile.NamedTemporaryFile() as file:
-        command = [sys.executable, "-m", "benchmarks", family, "--device", args.device]
-        command += ["--child", file.name, *(["--quick"] * args.quick)]
+        command = [sys.executable, "-m", "benchmarks", *families, "--device", args.device]
+        command += ["--child", file.name, *([] if args.size == "standard" else [f"--{args.size}"])]
         # the profiler counts memory, silently; TRL's experimental part says so at each import
         quiet = {"KINETO_LOG_LEVEL": "99", "TRL_EXPERIMENTAL_SILENCE": "1"}
         env = {**os.environ, **quiet, **env}
@@ -59,15 +87,36 @@ def in_a_process(args: argparse.Namespace, family: str, env: dict[str, str]) -> 
         return json.loads(Path(file.name).read_text())
 
 
-def on_cpu(args: argparse.Namespace, family: str) -> tuple[dict[str, Any], str]:
-    """The result of a family and the name of its files."""
+def origin(args: argparse.Namespace, start: float) -> dict[str, Any]:
+    """Where a result comes from."""
     from . import report
 
-    runs = {}
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    git = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty", "--exclude", "*"]
+    found = subprocess.run(git, capture_output=True, text=True)
+    return {
+        "machine": report.machine(args.device),
+        "size": args.size,
+        "versions": versions,
+        "missing": [package for package in PACKAGES if package not in versions],
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "commit": found.stdout.strip() or None,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def on_cpu(args: argparse.Namespace, families: list[str], title: str) -> dict[str, Any]:
+    """The result of families under both allocators."""
+    from . import report
+
+    start, runs = time.perf_counter(), {}
     for allocator, env in (("default", {}), ("huge", HUGE_PAGES)):
-        print(f"== {family}, {report.ALLOCATORS[allocator]}", flush=True)
-        runs[allocator] = in_a_process(args, family, env)
-    return {"title": family, "machine": report.machine("cpu"), "runs": runs}, family
+        print(f"== {title}, {report.ALLOCATORS[allocator]}", flush=True)
+        runs[allocator] = in_a_process(args, families, env)
+    return {"title": title, **origin(args, start), "runs": runs}
 
 
 def on_gpu(args: argparse.Namespace, family: str) -> tuple[dict[str, Any], str]:
@@ -77,18 +126,17 @@ def on_gpu(args: argparse.Namespace, family: str) -> tuple[dict[str, Any], str]:
     """
     import torch
 
-    from . import report
-
     print(f"== {family}", flush=True)
-    runs = {family: in_a_process(args, family, {})}
-    title, machine = torch.cuda.get_device_name(), report.machine("cuda")
+    start = time.perf_counter()
+    runs = {family: in_a_process(args, [family], {})}
+    title, described = torch.cuda.get_device_name(), origin(args, start)
     stem = re.sub("[^a-z0-9]+", "-", title.lower()).strip("-")
     before = args.results / f"{stem}.json"
     if before.exists():
         result = json.loads(before.read_text())
-        if result["machine"] == machine:
+        if result["machine"] == described["machine"]:
             runs = {**result["runs"], **runs}
-    return {"title": title, "machine": machine, "runs": runs}, stem
+    return {"title": title, **described, "runs": runs}, stem
 
 
 def main() -> int:
@@ -99,17 +147,16 @@ def main() -> int:
     )
     parser.add_argument("family", nargs="*", help=f"of {', '.join(FAMILIES)}; all by default")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="small shapes, to see that it runs")
-    parser.add_argument(
-        "--results", type=Path, help="where the files go: benchmarks/results; with --quick nowhere"
-    )
+    sizes = parser.add_mutually_exclusive_group()
+    for size, text in (("quick", "tiny shapes"), ("full", "all cases")):
+        sizes.add_argument(f"--{size}", dest="size", action="store_const", const=size, help=text)
+    parser.add_argument("--results", type=Path, help="where the files go (benchmarks/results)")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     from . import compare, report
 
     if args.family[:1] == ["compare"]:
         return compare.main(args.family[1:])
-
     if args.family == ["report"]:
         for path in sorted((args.results or RESULTS).glob("*.json")):
             report.write(json.loads(path.read_text()), path.with_suffix(""))
@@ -117,18 +164,28 @@ def main() -> int:
     for family in args.family:
         if family not in FAMILIES:
             parser.error(f"family {family!r}; allowed: {', '.join(FAMILIES)}")
+    args.size = args.size or ("standard" if args.device == "cpu" else "full")
     if args.child:
-        measure(args.family[0], args.device, args.quick, args.child)
+        measure(args.family, args.device, args.size, args.child)
         return 0
     if args.device == "cuda":
         import torch
 
         if not torch.cuda.is_available():
             parser.error("--device cuda: no GPU that this torch can use")
-    keep = args.results is not None or not args.quick
+    families = args.family or list(FAMILIES)
+    keep = args.results or (args.size == "full" or (args.size == "standard" and not args.family))
     args.results = args.results or RESULTS
-    for family in args.family or FAMILIES:
-        result, stem = (on_cpu if args.device == "cpu" else on_gpu)(args, family)
+    if args.device == "cpu" and args.size != "full":
+        result = on_cpu(args, families, "cpu")
+        if keep:
+            report.write(result, args.results / "cpu")
+        return 0
+    for family in families:
+        if args.device == "cpu":
+            result, stem = on_cpu(args, [family], family), family
+        else:
+            result, stem = on_gpu(args, family)
         if keep:
             report.write(result, args.results / stem)
     return 0

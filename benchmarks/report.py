@@ -1,7 +1,8 @@
 """Tables of a run: on the terminal, as JSON, as Markdown and as a plot.
 
-A result is {"title", "machine", "runs": {name: {"limits", "tables"}}}: on a CPU one family, a run for
-each allocator; on a GPU one device, a run for each family.
+A result is {"title", "machine", "runs": {name: {"limits", "tables"}}, …}: on a CPU all families or one, a run
+for each allocator; on a GPU one device, a run for each family. That of all families on a CPU, titled "cpu",
+has a page, too, and its first cases are README's table and plot.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from finefuse import _C, __version__
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+from . import candidates
 
 Result = dict[str, Any]
 Cells = dict[str, Any]  # a row, as JSON holds it
@@ -190,10 +193,123 @@ def plot(result: Result, path: Path) -> None:
         figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
 
 
+README = Path(__file__).parents[1] / "README.md"
+BEGIN = "<!-- figures: written by python -m benchmarks report -->"
+END = "<!-- end of figures -->"
+
+
+def first_cases(result: Result) -> list[dict[str, list[Cells]]]:
+    """Of each family the first case that begins with ours, by run."""
+    found: dict[str, dict[str, list[Cells]]] = {}
+    for name, part in result["runs"].items():
+        for rows in part["tables"]:
+            if candidates.is_ours(rows[0]) and candidates.peers(rows):
+                found.setdefault(rows[0]["family"], {}).setdefault(name, rows)
+    return list(found.values())
+
+
+def shown(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def figures(result: Result) -> str:
+    """The table in README.md: a line a family, losses as everything else."""
+    lines = [
+        "| the first case of each family | finefuse, ms | times faster than | with huge pages for all "
+        "| extra MB: ours, the fastest peer's | error: ours, the fastest peer's |",
+        "|---|---|---|---|---|---|",
+    ]
+    for runs in first_cases(result):
+        rows = runs["default"]
+        ours, others = rows[0], candidates.peers(rows)
+        faster = ", ".join(f"{row['name']} {row['ms'] / ours['ms']:.3g}" for row in others)
+        huge = runs["huge"]
+        best = candidates.peers(huge)[0]
+        lines.append(
+            f"| {ours['case']} | {ours['ms']:.3g} | {faster} "
+            f"| {best['name']} {best['ms'] / huge[0]['ms']:.3g} "
+            f"| {shown(ours['extra_mb'], '{:.1f}')}, {shown(others[0]['extra_mb'], '{:.1f}')} "
+            f"| {shown(ours['error'], '{:.1e}')}, {shown(others[0]['error'], '{:.1e}')} |"
+        )
+    spreads = sorted(
+        row["spread"] for part in result["runs"].values() for rows in part["tables"] for row in rows
+    )
+    return "\n".join(
+        [
+            f"{result['machine']}; {result['date']}, {result['seconds'] / 60:.0f} minutes.",
+            "",
+            *lines,
+            "",
+            "Medians of candidates that took turns; the spread of a row is "
+            f"±{spreads[len(spreads) // 2]:.0%} in the median, ±{spreads[-1]:.0%} at most. All cases and candidates: "
+            "[benchmarks/results/cpu.md](benchmarks/results/cpu.md).",
+        ]
+    )
+
+
+def write_readme(result: Result, path: Path) -> None:
+    """Put the figures between README's two marks."""
+    text = path.read_text()
+    before, mark, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (mark and end):
+        raise ValueError(f"{path}: the lines {BEGIN} and {END} are not there")
+    path.write_text(f"{before}{BEGIN}\n{figures(result)}\n{END}{after}")
+
+
+def plot_first_cases(result: Result, path: Path) -> None:
+    """How many times faster than the fastest peer, a line a family, a dot for each allocator."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = {
+        "font.size": 8,
+        "font.sans-serif": ["DejaVu Sans"],
+        "text.color": "#7a7a7a",  # the contrast is the same on white and on GitHub's dark page
+        "axes.labelcolor": "#7a7a7a",
+        "xtick.color": "#7a7a7a",
+        "ytick.labelcolor": "#7a7a7a",
+        "svg.fonttype": "none",
+        "svg.hashsalt": "finefuse",
+    }
+    every = first_cases(result)
+    with matplotlib.rc_context(style):
+        figure = Figure((8, 0.9 + 0.3 * len(every)), layout="constrained")
+        ax = figure.subplots()
+        ax.axvline(1.0, color="#9a9a9a", linewidth=1)
+        for name, colour, marker in (("default", "#3b82f6", "o"), ("huge", "#f59e0b", "D")):
+            pairs = [(rows[name][0], candidates.peers(rows[name])[0]) for rows in every]
+            ratios = [best["ms"] / ours["ms"] for ours, best in pairs]
+            ax.plot(ratios, range(len(every)), marker, color=colour, label=ALLOCATORS[name])
+            if name == "default":
+                for y, (ratio, (_, best)) in enumerate(zip(ratios, pairs, strict=True)):
+                    ax.text(ratio, y - 0.22, f"{ratio:.3g} ({best['name']})", ha="center", size=6)
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.set_yticks(range(len(every)), [rows["default"][0]["case"] for rows in every])
+        ax.set_ylim(len(every) - 0.4, -0.8)
+        ax.set_xlabel("times faster than the fastest peer; 1: as fast")
+        ax.tick_params(length=0, which="both")
+        ax.spines[:].set_visible(False)
+        ax.legend(loc="lower right", frameon=False, labelcolor="#7a7a7a")
+        figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
+
+
 def write(result: Result, path: Path) -> None:
-    """path.json, path.md and path.svg."""
+    """path.json, path.md and path.svg; of all families path.html, too, and where it is the project's own
+    result the figures in README.md."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(result))
-    plot(result, path.with_suffix(".svg"))
-    print(f"written: {path}.json, .md, .svg")
+    written = ".json, .md, .svg"
+    if result["title"] == "cpu":
+        from . import page
+
+        path.with_suffix(".html").write_text(page.html(result))
+        plot_first_cases(result, path.with_suffix(".svg"))
+        written += f"; the page: {path.with_suffix('.html').resolve()}"
+        if path == Path(__file__).parent / "results/cpu":
+            write_readme(result, README)
+    else:
+        plot(result, path.with_suffix(".svg"))
+    print(f"written: {path}{written}")
