@@ -5,12 +5,15 @@ verdict is on our time relative to a peer that took turns with us in the same ca
 fastest in A and is in B as well. Where a case has no peer, the bare product stands for it; where it has
 neither, times are not judged.
 
-Noise: half the range between the quartiles is 0.6745 standard deviations of a call, and the median of n
-calls has a standard error of 1.2533 / sqrt(n) standard deviations, if calls scatter normally. A change
-counts when the logarithm of the relative time moved by more than three such errors, those of all four
-medians combined, and by more than 5 %: memory that lies elsewhere moves a time by as much from process to
-process, which the scatter within a process does not show. Three, because a run has about a hundred rows.
-A file without the times themselves has their spread; n is then taken as 4, the fewest that are measured.
+A change counts when the logarithm of the relative time moved by more than each of these:
+- Three standard errors, of all four medians combined. Half the range between the quartiles is 0.6745
+  standard deviations of a call, and the median of n calls has a standard error of 1.2533 / sqrt(n) standard
+  deviations, if calls scatter normally. Three, because a run has about a hundred rows. A file without the
+  times themselves has their spread; n is then taken as 4, the fewest that are measured.
+- Three times the scatter of such changes over all rows of the two files: 1.4826 times the median distance
+  from their median, a standard deviation that a few real changes do not move. Where memory lies and what
+  else the machine does differs from process to process, and the calls of one process do not show it.
+- 5 %.
 
 Errors count from twice the old value on, peak extra memory from 1 MB + 1 % on.
 
@@ -88,31 +91,49 @@ def reference(before: dict[str, Cells], after: dict[str, Cells]) -> str | None:
     return None
 
 
-def judge_time(
+def ours_in_both(before: dict[str, Cells], after: dict[str, Cells]) -> list[str]:
+    return [name for name, row in before.items() if name in after and candidates.is_ours(row)]
+
+
+def moved_by(
     before: dict[str, Cells], after: dict[str, Cells], name: str, other: str
 ) -> tuple[float, float]:
-    """By how much our relative time moved, and how much may be noise: both logarithms."""
+    """By how much our relative time moved, and the standard error of that: both logarithms."""
     rows = before[name], before[other], after[name], after[other]
     ours_a, other_a, ours_b, other_b = (math.log(row["ms"]) for row in rows)
-    noise = ERRORS * math.sqrt(sum(variance(row) for row in rows))
-    return (ours_b - other_b) - (ours_a - other_a), max(noise, FLOOR)
+    return (ours_b - other_b) - (ours_a - other_a), math.sqrt(sum(variance(row) for row in rows))
 
 
-def differences(before: dict[str, Cells], after: dict[str, Cells]) -> list[tuple[str, str, bool]]:
+def scatter_of(pairs: list[tuple[dict[str, Cells], dict[str, Cells]]]) -> float:
+    """Of the changes over all our rows: robust standard deviation of their logarithms."""
+    changes = [
+        moved_by(before, after, name, other)[0]
+        for before, after in pairs
+        if (other := reference(before, after)) is not None
+        for name in ours_in_both(before, after)
+    ]
+    if not changes:
+        return 0.0
+    middle = statistics.median(changes)
+    return 1.4826 * statistics.median(abs(change - middle) for change in changes)
+
+
+def differences(
+    before: dict[str, Cells], after: dict[str, Cells], scatter: float
+) -> list[tuple[str, str, bool]]:
     """(name, what moved, whether it is worse) of our rows of a case."""
     found = []
     other = reference(before, after)
-    for name in before:
-        if name not in after or not candidates.is_ours(before[name]):
-            continue
+    for name in ours_in_both(before, after):
         a, b = before[name], after[name]
         if other is not None:
-            moved, noise = judge_time(before, after, name, other)
+            moved, error = moved_by(before, after, name, other)
+            noise = max(ERRORS * error, ERRORS * scatter, FLOOR)
             if abs(moved) > noise:
                 was, now = a["ms"] / before[other]["ms"], b["ms"] / after[other]["ms"]
                 times = f"{a['ms']:.4g} to {b['ms']:.4g} ms"
                 what = f"time, to {other}: {was:.3g} to {now:.3g}, {math.expm1(moved):+.0%} "
-                what += f"(noise {math.expm1(noise):.0%}); {times}"
+                what += f"(noise {math.expm1(math.copysign(noise, moved)):+.0%}); {times}"
                 found.append((name, what, moved > 0))
         for key, title in (("error", "error"), ("error_weight", "error of dW")):
             was, now = a.get(key), b.get(key)
@@ -153,7 +174,8 @@ def main(paths: list[str]) -> int:
     for name, lines in (("A", only_in(before, after)), ("B", only_in(after, before))):
         for line in lines:
             console.print(f"only in {name}: {line}")
-    found = [(key, *one) for key in both for one in differences(before[key], after[key])]
+    scatter = scatter_of([(before[key], after[key]) for key in both])
+    found = [(key, *one) for key in both for one in differences(before[key], after[key], scatter)]
     worse = [one for one in found if one[-1]]
     table = Table(
         box=SIMPLE_HEAD, title="Moved beyond the noise, the worse first", title_justify="left"
@@ -167,6 +189,7 @@ def main(paths: list[str]) -> int:
     unjudged = sum(reference(before[key], after[key]) is None for key in both)
     console.print(
         f"{len(both)} cases in both: {len(worse)} changes for the worse, {len(found) - len(worse)} for the "
-        f"better; {unjudged} without a peer, of which times are not judged."
+        f"better; {unjudged} without a peer, of which times are not judged. "
+        f"Relative times scatter by {math.expm1(scatter):.0%} from A to B."
     )
     return 1 if worse else 0

@@ -25,7 +25,7 @@ KEYS = {
     "resident MB": "resident_mb", "float32 dW MB": "accumulator_mb", "error of dW": "error_weight",
 }  # fmt: skip
 SUMMARY = (
-    "case", "times faster", "our time", "best peer", "its time", "of limit", "extra MB", "its extra MB",
+    "case", "times faster", "our ms", "best peer", "its ms", "of limit", "extra MB", "its extra MB",
     "error", "its error", "family",
 )  # fmt: skip
 TICKS = [digit * 10.0**power for power in range(-3, 6) for digit in (1, 2, 5)]
@@ -159,7 +159,7 @@ def html(result: report.Result) -> str:
         lstrip_blocks=True,
     )
     limits = {
-        report.ALLOCATORS.get(name, name): report.measured(part["limits"])
+        LABELS.get(name, name): report.measured(part["limits"])
         for name, part in result["runs"].items()
     }
     details = {key: result.get(key) for key in ("date", "commit", "seconds", "size")}

@@ -316,6 +316,28 @@ def test_noise_grows_with_the_scatter_and_shrinks_with_the_rounds(tmp_path, caps
     assert run_compare(tmp_path, a, b, capsys)[0] == 1
 
 
+def many(factors):
+    """A result of as many cases, in which our times are multiplied."""
+    found = result()
+    found["runs"] = {"default": {**found["runs"]["default"], "tables": [
+        [row("f", f"case {i}", "finefuse", 10.0 * factor), row("f", f"case {i}", "eager", 30.0)]
+        for i, factor in enumerate(factors)
+    ]}}  # fmt: skip
+    return found
+
+
+def test_one_case_is_judged_by_the_scatter_of_all(tmp_path, capsys):
+    before, step = many([1.0] * 9), (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15)
+    code, out, _ = run_compare(tmp_path, before, many([*step, 1.3]), capsys)
+    assert code == 0
+    # the middle one of the distances from 1 is that of 0.9, and 0.9 ** -1.4826 = 1.169
+    assert "scatter by 17%" in out
+    assert run_compare(tmp_path, before, many([*step, 2.0]), capsys)[0] == 1
+    assert run_compare(tmp_path, before, many([1.0] * 8 + [1.3]), capsys)[0] == 1
+    # all of them slower is no scatter
+    assert "9 changes for the worse" in run_compare(tmp_path, before, many([1.3] * 9), capsys)[1]
+
+
 def test_files_without_times_are_judged_by_their_spread(tmp_path, capsys):
     def old(found, spread):
         for part in found["runs"].values():
