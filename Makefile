@@ -1,7 +1,7 @@
 # make test    set up .venv, build, run the tests          make demo   the whole story on a tiny model
 # make bench   measure against the peers that are there    make lint   what pre-commit runs
-# make gpu     build, test, measure on this machine's GPU  make clean
-# make sanitize  the tests of its CUDA kernels under compute-sanitizer
+# make docs    static pages of docs/ into out/docs         make clean
+# make gpu     build, test, measure on this machine's GPU  make sanitize   its kernels' tests under compute-sanitizer
 #
 # TORCH: what pip installs as torch, for example TORCH="torch==2.6.0". PYTHON: the interpreter.
 # FAMILY: one family (bench, gpu). All set-up is done here and only once, except for gpu, which takes
@@ -27,7 +27,7 @@ MACHINE_PATH := $(PATH)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DELETE_ON_ERROR:
-.PHONY: test demo bench lint gpu sanitize clean
+.PHONY: test demo bench docs lint gpu sanitize clean
 
 test: $(STAMPS)/build $(STAMPS)/test $(STAMPS)/test-torch
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
@@ -37,6 +37,9 @@ demo: $(STAMPS)/build $(STAMPS)/demo
 
 bench: $(STAMPS)/build $(STAMPS)/bench
 	$(BIN)/python -m benchmarks $(FAMILY) $(ARGS)
+
+docs: $(STAMPS)/build $(STAMPS)/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -d out/doctrees -c docs . out/docs
 
 lint: $(STAMPS)/build $(STAMPS)/lint
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
@@ -64,6 +67,6 @@ $(STAMPS)/build: $(READY) $(SOURCES)
 	$(PIP) install -q --no-build-isolation --no-deps -e .
 	touch $@
 
-$(STAMPS)/test $(STAMPS)/test-torch $(STAMPS)/demo $(STAMPS)/bench $(STAMPS)/lint: $(READY) pyproject.toml
+$(STAMPS)/test $(STAMPS)/test-torch $(STAMPS)/demo $(STAMPS)/bench $(STAMPS)/docs $(STAMPS)/lint: $(READY) pyproject.toml
 	$(PIP) install -q --group $(@F)
 	touch $@

@@ -241,8 +241,8 @@ def figures(result: Result) -> str:
             *lines,
             "",
             "Medians of candidates that took turns; the spread of a row is "
-            f"±{spreads[len(spreads) // 2]:.0%} in the median, ±{spreads[-1]:.0%} at most. All cases and candidates: "
-            "[benchmarks/results/cpu.md](benchmarks/results/cpu.md).",
+            f"±{spreads[len(spreads) // 2]:.0%} in the median, ±{spreads[-1]:.0%} at most. "
+            "All cases and candidates: [benchmarks/results/cpu.md](benchmarks/results/cpu.md).",
         ]
     )
 

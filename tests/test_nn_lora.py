@@ -7,10 +7,8 @@ import gc
 import io
 import json
 import pickle
-import re
 import sys
 import weakref
-from pathlib import Path
 
 import pytest
 
@@ -675,15 +673,6 @@ def test_wrong_arguments_of_the_layer():
         make.from_linear(packed, 1, 1, quantize="nf4")
     with pytest.raises(ValueError, match="x: shape"):
         layer(numbers(3, 5))
-
-
-def test_the_documentation_runs():
-    text = (Path(__file__).parent.parent / "docs/lora.md").read_text()
-    names = {}
-    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert len(blocks) == 6
-    for block in blocks:
-        exec(block, names)
 
 
 # ---- two processes ---------------------------------------------------------------------------------

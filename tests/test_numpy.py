@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -867,11 +866,3 @@ def test_random(rows, vocab, dtype, spread, temperature, masked, seed):
     for name, a, e, t in zip(("lp", "entropy", "lse"), values, eager, truth, strict=True):
         check(name, a, e, t)
     check("gradient", dz, eager_dz, want)
-
-
-def test_readme_example():
-    text = (Path(__file__).parent.parent / "README.md").read_text()
-    (example,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "ffn" in b]
-    scope: dict[str, object] = {}
-    exec(example, scope)
-    assert scope["gradient"].shape == scope["logits"].shape

@@ -4,10 +4,8 @@ products against float64."""
 from __future__ import annotations
 
 import dataclasses
-import re
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -559,12 +557,3 @@ def test_random(shape, name, dtype, blocksize, double_quant, spread, level, seed
         assert same(ffn.dequantize(q), truth_of(q, q.dtype))
     finally:
         _C._set_isa(before)
-
-
-@pytest.mark.parametrize("door", ["import finefuse as ff", "import finefuse.numpy as ffn"])
-def test_documentation_example(door):
-    if door == "import finefuse as ff":
-        pytest.importorskip("torch", reason="the example is of the torch functions")
-    text = (Path(__file__).parent.parent / "docs/codebook.md").read_text()
-    (example,) = (b for b in re.findall("```python\n(.*?)```", text, re.S) if door in b)
-    exec(example, {})
