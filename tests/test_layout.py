@@ -21,6 +21,7 @@ FOLDERS = (
     "tests/test_{}.py",
     "benchmarks/bench_{}.py",
     "docs/{}.md",
+    "docs/pictures/{}.svg",
 )
 # What a stem does not have, and why. Each line is deleted by the change that adds the file.
 MISSING: dict[str, str] = {
