@@ -56,7 +56,7 @@ FULL, FEW = (Shape(8, n, 2048, 32000) for n in (128, 32))
 LARGE_VOCABULARY = Shape(2, 64, 2048, 128256)
 GPU = Shape(8, 1024, 4096, 131072)
 QUICK = Shape(4, 16, 64, 500)
-STANDARD = Shape(4, 32, 1024, 32000)
+STANDARD = Shape(4, 16, 1024, 32000)
 SMALL = Shape(4, 16, 256, 4096)  # where bfloat16 crawls, and of the errors
 
 

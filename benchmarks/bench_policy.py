@@ -192,7 +192,7 @@ def advantages(device: str, batch: int, tokens: int) -> list[Row]:
 
 
 def run(device: str, size: Size) -> Iterator[list[Row]]:
-    few = {"quick": (2, 32), "standard": (4, 256), "full": None}[size]
+    few = {"quick": (2, 32), "standard": (2, 256), "full": None}[size]
     others: dict[str, tuple[str, Loss]] = {
         "TRL": (TRL, peers.ppo(peers.scores_trl)),
         "Categorical": (TORCH, peers.ppo(peers.scores_categorical)),

@@ -242,7 +242,7 @@ def run(device: str, size: Size) -> Iterator[list[Row]]:
     quick = size == "quick"
     if size == "standard":
         for dtype in (torch.float32, torch.bfloat16):
-            yield from from_logits(device, 8, 128, 32000, dtype, STEPS[1:])
+            yield from from_logits(device, 8, 64, 32000, dtype, STEPS[1:])
         return
     for batch, tokens, vocab, dtype in CASES[device]:
         yield from from_logits(device, *((2, 32) if quick else (batch, tokens)), vocab, dtype)

@@ -199,13 +199,13 @@ END = "<!-- end of figures -->"
 
 
 def first_cases(result: Result) -> list[dict[str, list[Cells]]]:
-    """Of each family the first case that begins with ours, by run."""
+    """Of each family the first case that begins with ours and has a peer, by run."""
     found: dict[str, dict[str, list[Cells]]] = {}
     for name, part in result["runs"].items():
         for rows in part["tables"]:
             if candidates.is_ours(rows[0]) and candidates.peers(rows):
                 found.setdefault(rows[0]["family"], {}).setdefault(name, rows)
-    return list(found.values())
+    return [runs for runs in found.values() if set(runs) == set(result["runs"])]
 
 
 def shown(value: float | None, form: str) -> str:
@@ -286,6 +286,7 @@ def plot_first_cases(result: Result, path: Path) -> None:
                     ax.text(ratio, y - 0.22, f"{ratio:.3g} ({best['name']})", ha="center", size=6)
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("")
         ax.set_yticks(range(len(every)), [rows["default"][0]["case"] for rows in every])
         ax.set_ylim(len(every) - 0.4, -0.8)
         ax.set_xlabel("times faster than the fastest peer; 1: as fast")
