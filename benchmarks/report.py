@@ -208,8 +208,10 @@ def first_cases(result: Result) -> list[dict[str, list[Cells]]]:
     return [runs for runs in found.values() if set(runs) == set(result["runs"])]
 
 
-def shown(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
+def both(ours: float | None, other: float | None, form: str) -> str:
+    """Ours and another's; nothing where both have none."""
+    shown = ["none" if value is None else form.format(value) for value in (ours, other)]
+    return "" if ours is None and other is None else ", ".join(shown)
 
 
 def figures(result: Result) -> str:
@@ -228,8 +230,8 @@ def figures(result: Result) -> str:
         lines.append(
             f"| {ours['case']} | {ours['ms']:.3g} | {faster} "
             f"| {best['name']} {best['ms'] / huge[0]['ms']:.3g} "
-            f"| {shown(ours['extra_mb'], '{:.1f}')}, {shown(others[0]['extra_mb'], '{:.1f}')} "
-            f"| {shown(ours['error'], '{:.1e}')}, {shown(others[0]['error'], '{:.1e}')} |"
+            f"| {both(ours['extra_mb'], others[0]['extra_mb'], '{:.1f}')} "
+            f"| {both(ours['error'], others[0]['error'], '{:.1e}')} |"
         )
     spreads = sorted(
         row["spread"] for part in result["runs"].values() for rows in part["tables"] for row in rows

@@ -280,7 +280,8 @@ class Actor(nn.Module):
         self.model, self.value = model, None
         if values:
             self.value = nn.Linear(model.head.weight.shape[1], 1)
-            nn.init.zeros_(self.value.weight)
+            for parameter in self.value.parameters():  # the same start for every engine
+                nn.init.zeros_(parameter)
 
     def values(self, hidden: Tensor) -> Tensor:
         return self.value(hidden).squeeze(-1)
