@@ -78,11 +78,15 @@ def run(*arguments: str, under: Sequence[str] = (), **env: str) -> None:
 def sanitize(families: list[str], path: str) -> None:
     """Each allocation by itself (torch's cache would hide what is beyond the end of one), in one process."""
     tests = [
-        str(t) for f in families or ["*"] for t in sorted(ROOT.glob(f"tests/test_{f}_backends.py"))
+        str(test)
+        for family in families or ["*"]
+        for kind in ("backends", "cuda")
+        for test in sorted(ROOT.glob(f"tests/test_{family}_{kind}.py"))
     ]
     for tool in ("memcheck", "racecheck"):
         run(
-            "-m", "pytest", "-q", "-x", *tests, "-k", "cuda and not graph and not elements and not large",
+            "-m", "pytest", "-q", "-x", *tests,
+            "-k", "cuda and not cuda_graph and not elements and not large",
             under=[SANITIZER, "--tool", tool, "--error-exitcode", "1"],
             PYTHONPATH=path, PYTORCH_NO_CUDA_MEMORY_CACHING="1",
         )  # fmt: skip

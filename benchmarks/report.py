@@ -29,6 +29,16 @@ Result = dict[str, Any]
 Cells = dict[str, Any]  # a row, as JSON holds it
 
 ALLOCATORS = {"default": "the default allocator", "huge": "huge pages for all (GLIBC_TUNABLES)"}
+TEXT, BLUE, GREY = "#7a7a7a", "#3b82f6", "#9a9a9a"  # alike on white and on GitHub's dark page
+STYLE = {
+    "font.sans-serif": ["DejaVu Sans"],
+    "text.color": TEXT,
+    "axes.labelcolor": TEXT,
+    "xtick.color": TEXT,
+    "ytick.labelcolor": TEXT,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "finefuse",
+}
 COLUMNS = ("", "ms", "±", "ratio", "MB moved", "GB/s", "of limit", "extra MB", "error")
 # of losses on top of a linear layer
 COLUMNS_OF_PRODUCTS = (
@@ -150,15 +160,6 @@ def plot(result: Result, path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    style = {
-        "font.size": 7,
-        "font.sans-serif": ["DejaVu Sans"],
-        "text.color": "#7a7a7a",  # the contrast is the same on white and on GitHub's dark page
-        "ytick.labelcolor": "#7a7a7a",
-        "svg.fonttype": "none",
-        "svg.hashsalt": "finefuse",
-    }
-    blue, grey = "#3b82f6", "#9a9a9a"
     panels = {
         ALLOCATORS.get(name, name): [
             rows for rows in part["tables"] if rows[0]["gb_s"] or "of_bare" in rows[0]
@@ -166,7 +167,7 @@ def plot(result: Result, path: Path) -> None:
         for name, part in result["runs"].items()
     }
     lines = max(sum(len(rows) + 2 for rows in tables) for tables in panels.values())
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context({**STYLE, "font.size": 7}):
         figure = Figure((4.2 * len(panels), 0.6 + 0.14 * lines), layout="constrained")
         head = f"{result['title']}: times relative to the first of each case (shorter is faster)"
         where = textwrap.fill(result["machine"], 60 * len(panels))
@@ -179,7 +180,7 @@ def plot(result: Result, path: Path) -> None:
                 ax.text(0, y - 1, rows[0]["case"], va="center", weight="bold")
                 for row in rows:
                     ratio = row["ms"] / rows[0]["ms"]
-                    colour = blue if row["name"].startswith("finefuse") else grey
+                    colour = BLUE if candidates.is_ours(row) else GREY
                     ax.hlines(y, 0, ratio, color=colour, linewidth=6)
                     label = f"{row['ms']:.3g} ms" if row is rows[0] else f"{ratio:.1f}"
                     ax.text(ratio, y, " " + label, va="center")
@@ -264,22 +265,12 @@ def plot_first_cases(result: Result, path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    style = {
-        "font.size": 8,
-        "font.sans-serif": ["DejaVu Sans"],
-        "text.color": "#7a7a7a",  # the contrast is the same on white and on GitHub's dark page
-        "axes.labelcolor": "#7a7a7a",
-        "xtick.color": "#7a7a7a",
-        "ytick.labelcolor": "#7a7a7a",
-        "svg.fonttype": "none",
-        "svg.hashsalt": "finefuse",
-    }
     every = first_cases(result)
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context({**STYLE, "font.size": 8}):
         figure = Figure((8, 0.9 + 0.3 * len(every)), layout="constrained")
         ax = figure.subplots()
-        ax.axvline(1.0, color="#9a9a9a", linewidth=1)
-        for name, colour, marker in (("default", "#3b82f6", "o"), ("huge", "#f59e0b", "D")):
+        ax.axvline(1.0, color=GREY, linewidth=1)
+        for name, colour, marker in (("default", BLUE, "o"), ("huge", "#f59e0b", "D")):
             pairs = [(rows[name][0], candidates.peers(rows[name])[0]) for rows in every]
             ratios = [best["ms"] / ours["ms"] for ours, best in pairs]
             ax.plot(ratios, range(len(every)), marker, color=colour, label=ALLOCATORS[name])
@@ -294,7 +285,7 @@ def plot_first_cases(result: Result, path: Path) -> None:
         ax.set_xlabel("times faster than the fastest peer; 1: as fast")
         ax.tick_params(length=0, which="both")
         ax.spines[:].set_visible(False)
-        ax.legend(loc="lower right", frameon=False, labelcolor="#7a7a7a")
+        ax.legend(loc="lower right", frameon=False, labelcolor=TEXT)
         figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
 
 

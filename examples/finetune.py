@@ -51,7 +51,7 @@ STEPS = {
     "preference": (40, 16),
     "policy": (40, 24),
     "reward": (40, 40),
-    "rlhf": (40, 24),
+    "rlhf": (40, 16),
     "distill": (80, 24),
     "prune": (40, 12),
 }

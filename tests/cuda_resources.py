@@ -42,22 +42,22 @@ MULTIPROCESSORS = {
     "80": (2048, 32, 164 << 10),
     "90a": (2048, 32, 228 << 10),
     "100": (2048, 32, 228 << 10),
-    "120": (1536, 32, 100 << 10),
+    "120": (1536, 24, 100 << 10),
 }
 
 
 def occupancy(arch: str, threads: int, registers: int, shared: int) -> float:
     """The share of a multiprocessor's threads that blocks of so many fill.
 
-    Registers are given to a warp in steps of 256; the KiB of shared memory that a block takes beside its own
-    is in what cuobjdump counts (from sm_90 on).
+    A quarter of the registers belongs to each of four schedulers, which give a warp steps of 256. A block
+    takes a KiB of shared memory beside its own, which cuobjdump counts from sm_90 on.
     """
     most_threads, most_blocks, most_shared = MULTIPROCESSORS[arch]
     warps = -(-threads // 32)
-    of_registers = 65536 // (256 * -(-32 * registers // 256)) // warps
+    of_registers = 4 * (16384 // (256 * -(-32 * registers // 256))) // warps
     blocks = min(most_blocks, most_threads // threads, of_registers)
-    if shared:
-        blocks = min(blocks, most_shared // shared)
+    shared += 1024 if arch == "80" else 0
+    blocks = min(blocks, most_shared // max(shared, 1024))
     return blocks * threads / most_threads
 
 

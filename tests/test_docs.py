@@ -38,7 +38,8 @@ TOLERANCE = 2  # units of the last digit that is shown: other versions have othe
 class Example(NamedTuple):
     line: int
     source: str
-    printed: str | None  # the text block that follows at once
+    printed: str | None  # the block that follows at once
+    prints: bool  # that block is of language text: it is what is printed, and no diagram
 
 
 def name(page: Path) -> str:
@@ -55,7 +56,8 @@ def examples(page: Path, numpy: bool) -> list[Example]:
                 after and after[1] in ("", "text") and not text[block.end() : after.start()].strip()
             )
             line = text[: block.start()].count("\n") + 1
-            found.append(Example(line, block[2], after[2] if follows else None))
+            printed, prints = (after[2], after[1] == "text") if follows else (None, False)
+            found.append(Example(line, block[2], printed, prints))
     return found
 
 
@@ -95,7 +97,10 @@ def as_tensors(arrays: dict[str, Any]) -> dict[str, Any]:
         tensors[key].requires_grad_()
     if "teacher_weight" in tensors:  # what the page calls `model`: one of transformers' causal ones
         embedding, head = torch.nn.Embedding(32, 16), torch.nn.Linear(16, 32, bias=False)
-        body = lambda ids: SimpleNamespace(last_hidden_state=embedding(ids))  # noqa: E731
+
+        def body(ids: Any) -> SimpleNamespace:
+            return SimpleNamespace(last_hidden_state=embedding(ids))
+
         tensors["model"] = SimpleNamespace(model=body, lm_head=head)
     return tensors
 
@@ -104,7 +109,7 @@ def as_tensors(arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(page: Path, found: list[Example], scope: dict[str, Any]) -> dict[str, Any]:
-    for line, source, printed in found:
+    for line, source, printed, prints in found:
         for package in re.findall(r"^\s*(?:import|from) (\w+)", source, re.M):
             if find_spec(package) is None:
                 pytest.skip(f"{package}, which line {line} imports, is not installed")
@@ -114,7 +119,7 @@ def run(page: Path, found: list[Example], scope: dict[str, Any]) -> dict[str, An
         with contextlib.redirect_stdout(out), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="bitsandbytes")
             exec(code, scope)
-        if printed is not None and out.getvalue():
+        if printed is not None and (prints or out.getvalue()):
             assert_printed(out.getvalue(), printed)
     return scope
 

@@ -239,9 +239,10 @@ def agree(loss_of, *tensors):
 def test_preference_losses_agree(loss):
     hidden, weight, targets = inputs()
     ref = 3 * torch.randn(8) - 40
-    agree(
-        lambda engine: engine.preference(hidden, Head(weight), targets, ref, loss), hidden, weight
-    )
+    for head in (Head(weight), Head(weight, None, 4.0)):
+        agree(
+            lambda engine, h=head: engine.preference(hidden, h, targets, ref, loss), hidden, weight
+        )
 
 
 @pytest.mark.parametrize("loss", engines.POLICIES)
@@ -262,11 +263,15 @@ def test_policy_losses_agree(loss):
 
 def test_other_losses_agree():
     hidden, weight, targets = inputs()
-    head = Head(weight)
-    agree(lambda engine: engine.cross_entropy(hidden, head, targets), hidden, weight)
     taught, every = 1.1 * hidden.detach(), targets.clamp(min=0)
-    teacher = Head(weight.detach())
-    agree(lambda engine: engine.distill(hidden, head, every, taught, teacher), hidden, weight)
+    for rest in ((), (torch.randn(300), 1.5)):  # a bias and a softcap
+        head, teacher = Head(weight, *rest), Head(weight.detach(), *rest)
+        agree(lambda engine, h=head: engine.cross_entropy(hidden, h, targets), hidden, weight)
+        agree(
+            lambda engine, h=head, t=teacher: engine.distill(hidden, h, every, taught, t),
+            hidden,
+            weight,
+        )
     rewards = torch.randn(8, requires_grad=True)
     agree(lambda engine: engine.reward(rewards), rewards)
     values, old, returns = (torch.randn(8, 10) for _ in range(3))

@@ -42,7 +42,7 @@ PREFERENCES: dict[str, dict[str, float]] = {
     "spin": {},
     "cpo": {"sft_weight": 1.0},
     "simpo": {"beta": 2.0, "sft_weight": 0.0},
-    "slic": {"beta": 1.0, "sft_weight": 0.0},
+    "slic": {"beta": 40.0, "sft_weight": 0.0},  # more nats than true answers are ahead at first
     "orpo": {},
     "kto": {},
     "apo_zero_unpaired": {},

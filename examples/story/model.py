@@ -115,8 +115,9 @@ class HuggingFace(nn.Module):
     def forward(self, tokens: Tensor, cache: Any = None) -> Tensor:
         model, config = self.body.base_model, self.body.config
         hidden = model(tokens, past_key_values=cache, use_cache=cache is not None)[0]
-        # what some models multiply (Cohere) or divide (Granite) their logits by
-        scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        # what some models multiply (Cohere) or divide (Granite) their logits by; MPT's is None
+        times, over = (getattr(config, name, None) for name in ("logit_scale", "logits_scaling"))
+        scale = (times or 1.0) / (over or 1.0)
         return hidden if scale == 1.0 else hidden * scale
 
 
