@@ -29,7 +29,9 @@ from typing import Any
 import torch
 import triton
 from cuda_resources import cuobjdump
-from finefuse._args import DISTILL_KINDS, DTYPES, KL, REDUCTIONS, SURROGATES
+from finefuse._args import DTYPES, REDUCTIONS
+from finefuse._args.distill import DISTILL_KINDS
+from finefuse._args.policy import KL, SURROGATES
 from finefuse.kernels import (
     codebook,
     distill,

@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
-from finefuse._args import DISTILL_KINDS
+from finefuse._args.distill import DISTILL_KINDS
 from finefuse.eager import distill as eager_distill
 from finefuse.reference import distill as reference
 from hypothesis import assume, given, settings

@@ -76,11 +76,24 @@ BELOW = {
     },
     "logprobs": set(),
     "lora": {".codebook", ".dora", "._low_rank"},
-    "policy": {".logprobs"},
-    "preference": {".logprobs"},
+    "policy": {".logprobs", "._advantages"},
+    "preference": {".logprobs", "._preference_pairs"},
     "prune": {".codebook"},
     "segmented": {".codebook", "._low_rank"},
 }  # the stems that a stem may build on
+
+
+# The front of each is its stem: what it is made of, a file each, on _args and _op alone.
+BEHIND = {"_advantages": "policy", "_preference_pairs": "preference"}
+
+# The stems whose checks of arguments a stem shares, in _args/, beside its own and those of all.
+ARGS = {"dora": "lora", "segmented": "lora", "_low_rank": "lora"}
+
+
+def args_of(stem: str, package: str) -> set[str]:
+    """Where a stem's checks of arguments are."""
+    stem = stem.removeprefix("_linear_")
+    return {package, f"{package}.{ARGS.get(stem, stem)}"}
 
 
 # The stems whose kernels a stem's kernels are made of, in csrc/ops, kernels/ and reference/.
@@ -105,7 +118,7 @@ LINEAR = {
     # and the fused kernel's size of its scratch, when it is launched
     "_linear_logprobs": {"._linear_head", "._linear_parallel", ".logprobs", ".kernels.linear"},
     "_linear_policy": {*_HEAD, ".logprobs", ".policy"},
-    "_linear_preference": {*_HEAD, ".logprobs", ".preference"},
+    "_linear_preference": {*_HEAD, ".logprobs", ".preference", "._preference_pairs"},
     "_linear_distill": {*_HEAD, ".logprobs", ".distill"},
 }
 
@@ -131,8 +144,11 @@ def test_imports_run_downhill():
         assert imports(path) <= plain | below, path
     for stem in stems():
         for folder, allowed in (
-            ("python/finefuse", {".", "._args", "._op", ".eager", *SHARED}),
-            ("python/finefuse/numpy", {"..", ".._args", ".._codebooks", "._array"}),
+            ("python/finefuse", {".", *args_of(stem, "._args"), "._op", ".eager", *SHARED}),
+            (
+                "python/finefuse/numpy",
+                {"..", *args_of(stem, ".._args"), ".._codebooks", "._array"},
+            ),
         ):
             path = f"{folder}/{stem}.py"
             if path not in MISSING:
@@ -141,7 +157,14 @@ def test_imports_run_downhill():
     for name, below in LINEAR.items():
         path = ROOT / f"python/finefuse/{name}.py"
         local = {i for i in imports(path) if i.startswith(".")}
-        assert local <= below | {".", "._args", "._op", ".eager", *SHARED}, name
+        assert local <= below | {".", *args_of(name, "._args"), "._op", ".eager", *SHARED}, name
+    for name, stem in BEHIND.items():
+        local = {i for i in imports(ROOT / f"python/finefuse/{name}.py") if i.startswith(".")}
+        assert local <= {".", *args_of(stem, "._args"), "._op", ".eager"}, name
+    for path in (ROOT / "python/finefuse/_args").glob(
+        "*.py"
+    ):  # a family's checks are on those of all
+        assert {i for i in imports(path) if i.startswith(".")} <= {"."}, path
     assert {p.stem for p in (ROOT / "python/finefuse").glob("_linear_*.py")} == {
         "_linear_loss", *LINEAR,
     }  # fmt: skip
@@ -175,11 +198,15 @@ def test_imports_run_downhill():
 
 def test_no_torch_below_the_numpy_functions():
     folder = ROOT / "python/finefuse"
-    for path in (folder / "_args.py", folder / "_codebooks.py", *(folder / "numpy").glob("*.py")):
+    for path in (
+        folder / "_codebooks.py",
+        *(folder / "_args").glob("*.py"),
+        *(folder / "numpy").glob("*.py"),
+    ):
         assert not any(i.split(".")[0] == "torch" for i in imports(path)), path
     for path in (folder / "numpy").glob("*.py"):  # nor by way of the torch functions
         above = {i for i in imports(path) if i.startswith("..")}
-        assert above <= {"..", ".._args", ".._codebooks"}, path
+        assert above <= {"..", *args_of(path.stem, ".._args"), ".._codebooks"}, path
         assert set(re.findall(r"^from \.\. import (.*)", path.read_text(), re.M)) <= {"_C", "_args"}
 
 

@@ -21,7 +21,9 @@ import test_distill
 import test_policy
 import test_preference
 from finefuse import _linear_distill, _linear_logprobs, _linear_loss, _linear_preference, codebook
-from finefuse._args import DISTILL_KINDS, POLICY_LOSSES, PREFERENCE_LOSSES
+from finefuse._args.distill import DISTILL_KINDS
+from finefuse._args.policy import POLICY_LOSSES
+from finefuse._args.preference import PREFERENCE_LOSSES
 from finefuse.reference import linear as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st

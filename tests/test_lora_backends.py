@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch", reason="the Triton kernels take torch tenso
 import finefuse as ff
 from conftest import GPU, _is_compiled, unavailable
 from finefuse import _low_rank
-from finefuse._args import dropout_numbers
+from finefuse._args.lora import dropout_numbers
 from finefuse._backend import FLAGS
 from finefuse.reference import lora as reference
 from test_logprobs_backends import between_guards

@@ -5,7 +5,7 @@ from __future__ import annotations
 import finefuse.numpy as ffn
 import numpy as np
 import pytest
-from finefuse._args import DISTILL_KINDS
+from finefuse._args.distill import DISTILL_KINDS
 from finefuse.reference import distill as reference
 from test_numpy import (
     DTYPES,

@@ -8,7 +8,7 @@ import math
 import finefuse.numpy as ffn
 import numpy as np
 import pytest
-from finefuse._args import POLICY_LOSSES as LOSSES
+from finefuse._args.policy import POLICY_LOSSES as LOSSES
 from finefuse.reference import logprobs as reference
 from finefuse.reference import policy as reference_policy
 from test_numpy import (

@@ -13,8 +13,8 @@ import threading
 import finefuse.numpy as ffn
 import numpy as np
 import pytest
-from finefuse._args import DIVERGENCES
-from finefuse._args import PREFERENCE_LOSSES as LOSSES
+from finefuse._args.preference import DIVERGENCES
+from finefuse._args.preference import PREFERENCE_LOSSES as LOSSES
 from finefuse.reference import logprobs as reference_logprobs
 from finefuse.reference import preference as reference
 from hypothesis import given, settings
@@ -802,7 +802,7 @@ import sys
 sys.modules["torch"] = None  # an import of it would raise
 import numpy as np
 import finefuse.numpy as ffn
-from finefuse._args import PREFERENCE_LOSSES
+from finefuse._args.preference import PREFERENCE_LOSSES
 x = -np.ones(3)
 for loss in PREFERENCE_LOSSES:
     ffn.preference_loss(x, x, loss=loss, label_smoothing=0.1, normalize_lengths=False, return_grad=True)

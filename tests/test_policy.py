@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
-from finefuse._args import POLICY_LOSSES as LOSSES
+from finefuse._args.policy import POLICY_LOSSES as LOSSES
 from finefuse.reference import logprobs as reference_logprobs
 from finefuse.reference import policy as reference
 from guards import between_guards

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
 from conftest import GPU
-from finefuse._args import POLICY_LOSSES as LOSSES
+from finefuse._args.policy import POLICY_LOSSES as LOSSES
 from finefuse.reference import policy as reference
 from test_policy import (
     IGNORE,

@@ -10,8 +10,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
-from finefuse._args import DIVERGENCES
-from finefuse._args import PREFERENCE_LOSSES as LOSSES
+from finefuse._args.preference import DIVERGENCES
+from finefuse._args.preference import PREFERENCE_LOSSES as LOSSES
 from finefuse.reference import logprobs as reference_logprobs
 from finefuse.reference import preference as reference
 from hypothesis import given, settings

@@ -15,8 +15,8 @@ torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
 from conftest import GPU
-from finefuse._args import DIVERGENCES
-from finefuse._args import PREFERENCE_LOSSES as LOSSES
+from finefuse._args.preference import DIVERGENCES
+from finefuse._args.preference import PREFERENCE_LOSSES as LOSSES
 from finefuse.reference import preference as reference
 from test_preference import (
     DIVERGING,

@@ -18,7 +18,8 @@ torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
 from conftest import GPU
-from finefuse._args import DTYPES, PRUNE_SCOPES, prune_workspace
+from finefuse._args import DTYPES
+from finefuse._args.prune import PRUNE_SCOPES, prune_workspace
 from finefuse._backend import FLAGS
 from finefuse.reference import codebook as codebooks
 from finefuse.reference import prune as reference

@@ -9,16 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._args import (
-    DISTILL_KINDS,
-    REDUCTIONS,
-    check_distill_numbers,
-    check_index,
-    check_vocab_size,
-    choice,
-    distill_vocab,
-    require,
-)
+from ._args import REDUCTIONS, check_index, choice, require
+from ._args.distill import DISTILL_KINDS, check_distill_numbers, check_vocab_size, distill_vocab
 from ._linear_head import HEAD, HEAD_ARGUMENTS, call_of, check_head, check_targets, head_of
 from ._linear_logprobs import (
     GRADIENTS,
@@ -38,6 +30,7 @@ from ._op import (
     composite,
     index_tensor,
     is_compiling,
+    mask_tensor,
     once_differentiable,
     raw_op,
     runs_eagerly,
@@ -265,10 +258,7 @@ def linear_distill_loss(
     check_index("ignore_index", ignore_index)
     if targets is not None:
         targets = index_tensor("targets", targets, student_hidden)
-    if mask is not None:
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"mask: a tensor, not {type(mask).__name__}")
-        mask = mask if mask.dtype is torch.bool else mask != 0
+    mask = mask_tensor(mask)
     if not is_compiling():
         check_distill_numbers(*numbers, targets is not None)
     if teacher.vocab != student.vocab:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._args import IMPORTANCE, POLICY_REDUCTIONS, check_index, check_temperature, require
+from ._args import check_index, check_temperature, require
+from ._args.policy import IMPORTANCE, POLICY_REDUCTIONS
 from ._linear_head import HEAD, HEAD_ARGUMENTS, call_of, check_head, check_targets, head_of
 from ._linear_logprobs import (
     BACKWARD,

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._args import PREFERENCE_NUMBERS, check_halves, check_index, check_temperature
+from ._args import check_index, check_temperature
+from ._args.preference import INPUT_NAMES, PREFERENCE_NUMBERS, check_halves
 from ._linear_head import HEAD, HEAD_ARGUMENTS, call_of, check_head, check_targets, head_of
 from ._linear_logprobs import (
     BACKWARD,
@@ -36,20 +37,12 @@ from ._op import (
     scalar,
     wants_gradient,
 )
+from ._preference_pairs import preference_pairs
 from .logprobs import logprobs_rows, logprobs_rows_backward, sequence_logprobs
-from .preference import (
-    PreferenceOutput,
-    preference_of_rows,
-    preference_pairs,
-    times_tail,
-)
+from .preference import PreferenceOutput, preference_of_rows, times_tail
 
 # ---- raw op ------------------------------------------------------------------------------------
 
-# Of preference_loss, after its log-probabilities.
-_INPUTS = (
-    "ref_chosen", "ref_rejected", "chosen_lengths", "rejected_lengths", "pair_weights", "chosen_nll", "kl",
-)  # fmt: skip
 _CODES = "int[] losses, bool[] by_length, int divergence, bool nll_by_length, int reduction"
 # A chunk of whole pairs may be a quarter of all rows, up to these bytes of logits.
 _MOST_BYTES = 512 << 20
@@ -183,7 +176,7 @@ def _forward_backward(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 _FORWARD_BACKWARD = raw_op(
     f"linear_preference_forward_backward(Tensor hidden, {HEAD}, Tensor targets, Tensor? tail, "
-    + ", ".join(f"Tensor? {name}" for name in _INPUTS)
+    + ", ".join(f"Tensor? {name}" for name in INPUT_NAMES[2:])
     + ", Tensor? loss_weights, float temperature, "
     + ", ".join(f"float {name}" for name in PREFERENCE_NUMBERS)
     + f", {_CODES}, int ignore_index, {WANTED}) -> "

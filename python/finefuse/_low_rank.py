@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _backend, _matmul
-from ._args import check_dropout, check_lora_shapes, dropout_numbers
+from ._args.lora import check_dropout, check_lora_shapes, dropout_numbers
 from ._codebook_tensor import CodebookTensor, check_fields, fields
 from ._op import DTYPES, accumulator, float_tensor, kernel, same_device, scalar
 from .codebook import dequantize, packed_product

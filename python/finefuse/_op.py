@@ -40,6 +40,7 @@ import functools
 import numbers
 import re
 from collections.abc import Callable
+from math import isfinite
 from typing import Any
 
 import torch
@@ -314,6 +315,19 @@ def index_tensor(name: str, value: Any, logits: Tensor) -> Tensor:
     raise TypeError(f"{name}: dtype {dtype}; allowed: int64, int32, int16, int8, uint8")
 
 
+def mask_tensor(mask: Any) -> Tensor | None:
+    """As bool, of a mask that is bool or a number that is not 0 where something counts."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: a tensor, not {type(mask).__name__}")
+    return mask if mask.dtype is torch.bool else mask != 0
+
+
+def contiguous(*tensors: Tensor | None) -> list[Any]:
+    return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
+
+
 def float_tensor(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: a tensor, not {type(value).__name__}")
@@ -378,7 +392,15 @@ def check_rows(logits: Tensor, targets: Tensor, name: str = "targets") -> None:
     check_row_shapes(logits.shape, targets.shape, name)
 
 
-# ---- gradients of the logits --------------------------------------------------------------------
+# ---- gradients ----------------------------------------------------------------------------------
+
+
+def scaled(gradient: Tensor, mask: Tensor | None, g: Tensor) -> Tensor:
+    """A gradient times a scalar from above; what is masked out stays 0, where 0·inf is not."""
+    gradient = gradient * g
+    if mask is not None and (is_compiling() or not (g.is_cpu and isfinite(g.item()))):
+        gradient.masked_fill_(~mask, 0)
+    return gradient
 
 
 SPENT = "inplace=True: the logits were consumed by the first backward"

@@ -8,17 +8,14 @@ import torch
 from torch import Tensor
 
 from . import _backend
-from ._args import (
+from ._args import REDUCTIONS, check_index, choice, require
+from ._args.distill import (
     DISTILL_KINDS,
-    REDUCTIONS,
     check_distill_numbers,
-    check_index,
     check_vocab_size,
-    choice,
     distill_kind,
     distill_numbers,
     distill_vocab,
-    require,
 )
 from ._op import (
     INDEX_DTYPES,
@@ -26,6 +23,7 @@ from ._op import (
     accumulator,
     composite,
     consumed,
+    contiguous,
     float_rows,
     float_tensor,
     gradient_buffer,
@@ -33,6 +31,7 @@ from ._op import (
     index_tensor,
     is_compiling,
     kernel,
+    mask_tensor,
     once_differentiable,
     raw_op,
     row_gradient,
@@ -116,8 +115,7 @@ def distill_rows(
         )
     if reduction:
         scratch = student.new_empty((count + 1,), dtype=torch.float64)
-    counts = [None if t is None else t.contiguous() for t in (indices, mask, targets)]
-    indices, mask, targets = counts
+    indices, mask, targets = contiguous(indices, mask, targets)
     _DISTILL(
         rows, (*layout[:2], vocab, *layout[3:]), layout[2], out_rows, out_layout,
         teacher_rows, teacher_layout, indices, indices is not None and indices.dtype is torch.int32,
@@ -316,11 +314,7 @@ def distill_loss(
         teacher_indices = index_tensor("teacher_indices", teacher_indices, student_logits)
     if targets is not None:
         targets = index_tensor("targets", targets, student_logits)
-    if mask is not None:
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"mask: a tensor, not {type(mask).__name__}")
-        if mask.dtype is not torch.bool:
-            mask = mask != 0
+    mask = mask_tensor(mask)
     vocab = _check(student_logits, teacher_logits, teacher_indices, mask, targets, vocab_size)
     if not is_compiling():
         check_distill_numbers(*numbers, targets is not None)

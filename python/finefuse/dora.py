@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import _backend, _matmul
-from ._args import check_dropout
+from ._args.lora import check_dropout
 from ._codebook_tensor import CodebookTensor, fields
 from ._low_rank import (
     LIBRARY_RANK,

@@ -33,6 +33,7 @@ from ._op import (
     is_compiling,
     kernel,
     logit_rows,
+    mask_tensor,
     once_differentiable,
     raw_op,
     row_gradient,
@@ -664,14 +665,13 @@ def sequence_logprobs(
     token_lp = float_tensor("token_lp", token_lp)
     if token_lp.dtype in (torch.bfloat16, torch.float16):
         token_lp = token_lp.float()
-    for name, value in (("mask", mask), ("cu_seqlens", cu_seqlens)):
-        if value is not None and not isinstance(value, Tensor):
-            raise TypeError(f"{name}: a tensor, not {type(value).__name__}")
-        same_device(name, value, "token_lp", token_lp)
+    mask = mask_tensor(mask)
+    same_device("mask", mask, "token_lp", token_lp)
+    if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens: a tensor, not {type(cu_seqlens).__name__}")
+    same_device("cu_seqlens", cu_seqlens, "token_lp", token_lp)
     if mask is not None and cu_seqlens is not None:
         raise ValueError("mask and cu_seqlens: give one of the two")
-    if mask is not None and mask.dtype is not torch.bool:
-        mask = mask != 0
     if runs_eagerly("logprobs", token_lp):
         _segments(token_lp.shape, mask, cu_seqlens)
         if token_lp.is_cpu and cu_seqlens is not None and not is_compiling():

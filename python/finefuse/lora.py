@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import _backend, _matmul
-from ._args import check_dropout
+from ._args.lora import check_dropout
 from ._codebook_tensor import CodebookTensor
 from ._low_rank import (
     NEEDS_A,

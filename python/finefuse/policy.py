@@ -1,35 +1,30 @@
-"""Policy-gradient losses (PPO, GRPO and their family), value loss, advantages."""
+"""Policy-gradient losses (PPO, GRPO and their family); the value loss and advantages are in _advantages."""
 
 from __future__ import annotations
 
-from math import inf, isfinite
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _backend
-from ._args import (
-    ADVANTAGE_SCALES,
-    BASELINES,
+from ._advantages import WIDE, gae, group_advantages, mask_of, value_loss
+from ._args import check_index, check_temperature, require, segments
+from ._args.policy import (
     IMPORTANCE,
     KL,
     POLICY_REDUCTIONS,
+    ROW_SUMS,
+    SEQUENCE_SUMS,
     SURROGATES,
+    TOKEN_NAMES,
     advantages_by_token,
-    check_discounts,
-    check_gae,
-    check_group_size,
-    check_index,
     check_policy_numbers,
-    check_temperature,
-    choice,
     policy_codes,
     policy_importance,
     policy_numbers,
     policy_reduction,
-    require,
-    segments,
 )
 from ._op import (
     INDEX_DTYPES,
@@ -38,6 +33,7 @@ from ._op import (
     check_rows,
     composite,
     consumed,
+    contiguous,
     float_tensor,
     gradient_buffer,
     gradient_in_forward,
@@ -51,11 +47,21 @@ from ._op import (
     same_device,
     scalar,
     scalar_gradient,
+    scaled,
     wants_gradient,
     write_back,
 )
 from .eager import policy as _eager
 from .logprobs import SCALE, check_offsets, sequence_logprobs, token_logprobs
+
+__all__ = [
+    "PolicyOutput",
+    "gae",
+    "group_advantages",
+    "policy_loss",
+    "policy_loss_from_logits",
+    "value_loss",
+]
 
 
 class PolicyOutput(NamedTuple):
@@ -75,14 +81,8 @@ class PolicyOutput(NamedTuple):
 
 _POLICY = kernel("policy", "policy")
 _POLICY_LOGITS = kernel("policy", "policy_logits")
-_VALUE_LOSS = kernel("policy", "value_loss")
-_GROUP_ADVANTAGES = kernel("policy", "group_advantages")
-_GAE = kernel("policy", "gae")
 
-# csrc/ops/policy.h
-_SEQUENCE_SUMS, _ROW_SUMS, _VALUE_BLOCK = 5, 4, 4096
 _NONE = POLICY_REDUCTIONS["none"]
-_WIDE = (torch.float32, torch.float64)
 
 
 # ---- arguments that all forms of the loss share ------------------------------------------------
@@ -96,7 +96,6 @@ FLOATS = (
     "float tau_neg, float divisor"
 )
 CODES = "int surrogate, int importance, int kl, bool kl_times_ratio, int reduction"
-_NAMES = ("old_logprobs", "ref_logprobs", "weights", "advantages")
 
 
 def check_tokens(
@@ -115,7 +114,7 @@ def check_tokens(
     sequences, length = segments(
         shape, None, None if cu_seqlens is None else cu_seqlens.shape, name
     )
-    for given, vector in zip(_NAMES, (*vectors, advantages), strict=True):
+    for given, vector in zip(TOKEN_NAMES, (*vectors, advantages), strict=True):
         if vector is None:
             continue
         if vector.dtype is not dtype:
@@ -146,17 +145,13 @@ def _options(floats: Any, codes: Any, has_ref: bool) -> tuple[Any, ...]:
     return (surrogate, importance, kl, kl_times_ratio, reduction, *floats)
 
 
-def _contiguous(*tensors: Tensor | None) -> Any:
-    return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
-
-
 def _token_vectors(
     shape: torch.Size, dtype: torch.dtype, like: Tensor, name_of_like: str, values: tuple[Any, ...],
     packed: bool,
 ) -> list[Tensor | None]:  # fmt: skip
     """old_logprobs, ref_logprobs, weights and advantages as the raw ops take them."""
     vectors: list[Tensor | None] = []
-    for name, value in zip(_NAMES, values, strict=True):
+    for name, value in zip(TOKEN_NAMES, values, strict=True):
         if value is None and name != "advantages":
             vectors.append(None)
             continue
@@ -172,17 +167,6 @@ def _token_vectors(
 
 def _optional(name: str, value: Any) -> Any:
     return None if value is None else scalar(name, value)
-
-
-def _check_mask(mask: Any, shape: torch.Size, like: Tensor, name: str) -> Tensor | None:
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask: a tensor, not {type(mask).__name__}")
-    if mask.shape != shape:
-        raise ValueError(f"mask: shape {tuple(mask.shape)}; allowed: {tuple(shape)}")
-    same_device("mask", mask, name, like)
-    return mask if mask.dtype is torch.bool else mask != 0
 
 
 def _check_cu_seqlens(cu_seqlens: Any, like: Tensor) -> Tensor | None:
@@ -203,7 +187,7 @@ def policy_tokens(
     want_loss: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     floats, codes = numbers[:8], numbers[8:]
-    if logprobs.dtype not in _WIDE:
+    if logprobs.dtype not in WIDE:
         raise TypeError(f"logprobs: dtype {logprobs.dtype}; allowed: float32, float64")
     shape, dtype = logprobs.shape, logprobs.dtype
     sequences, length, by_token = check_tokens(shape, dtype, logprobs, *tokens)
@@ -211,15 +195,15 @@ def policy_tokens(
     if mask is not None and (mask.shape != shape or mask.dtype is not torch.bool):
         raise ValueError(f"mask: {tuple(mask.shape)} {mask.dtype}; allowed: {tuple(shape)} bool")
     same_device("mask", mask, "logprobs", logprobs)
-    old, ref, weights, advantages, offsets = _contiguous(*tokens)
+    old, ref, weights, advantages, offsets = contiguous(*tokens)
     count = torch.Size(sequences).numel()
     out = metrics = None
     if want_loss:
         out = logprobs.new_empty(shape if codes[-1] == _NONE else ())
         metrics = logprobs.new_empty((3,))
     gradient = torch.empty_like(logprobs, memory_format=torch.contiguous_format)
-    scratch = logprobs.new_empty((count * _SEQUENCE_SUMS,), dtype=torch.float64)
-    logprobs, mask, upstream = _contiguous(logprobs, mask, upstream)
+    scratch = logprobs.new_empty((count * SEQUENCE_SUMS,), dtype=torch.float64)
+    logprobs, mask, upstream = contiguous(logprobs, mask, upstream)
     _POLICY(
         logprobs, dtype is torch.float64, mask, offsets,
         offsets is not None and offsets.dtype is torch.int32, count, length, logprobs.numel(), old, ref,
@@ -266,14 +250,6 @@ _BACKWARD = raw_op(
 )
 
 
-def _scaled(gradient: Tensor, mask: Tensor | None, g: Tensor) -> Tensor:
-    """The gradient times a scalar from above; what is masked out stays 0, where 0·inf is not."""
-    gradient = gradient * g
-    if mask is not None and (is_compiling() or not (g.is_cpu and isfinite(g.item()))):
-        gradient.masked_fill_(~mask, 0)
-    return gradient
-
-
 class _Policy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logprobs: Tensor, mask: Tensor | None, *rest: Any) -> Any:
@@ -298,7 +274,7 @@ class _Policy(torch.autograd.Function):
         if ctx.by_token:
             return _BACKWARD(g, *ctx.saved_tensors, *ctx.numbers), *nothing
         gradient, mask, _ = ctx.saved_tensors
-        return _scaled(gradient, mask, g), *nothing
+        return scaled(gradient, mask, g), *nothing
 
 
 def policy_loss(
@@ -390,7 +366,7 @@ def policy_loss(
     if logprobs.dtype is not dtype:
         logprobs = logprobs.to(dtype)
     shape, packed = logprobs.shape, cu_seqlens is not None
-    mask = _check_mask(mask, shape, logprobs, "logprobs")
+    mask = mask_of(mask, "logprobs", logprobs, shape)
     cu_seqlens = _check_cu_seqlens(cu_seqlens, logprobs)
     tokens = _token_vectors(
         shape,
@@ -449,7 +425,7 @@ def _policy_logits(
     require(-inf < entropy_coef < inf, "entropy_coef", entropy_coef, "finite")
     require(codes[1] == IMPORTANCE["token"], "importance", codes[1], "0 (token): one pass")
     require(codes[-1] != _NONE, "reduction", codes[-1], "1 to 5: one pass")
-    old, ref, weights, advantages, offsets = _contiguous(*tokens)
+    old, ref, weights, advantages, offsets = contiguous(*tokens)
     count = torch.Size(sequences).numel()
     loss = metrics = None
     if want_loss:
@@ -457,7 +433,7 @@ def _policy_logits(
             advantages.new_empty(()),
             advantages.new_empty((4,)),
         )
-    scratch = actions.new_empty((count + _ROW_SUMS * actions.numel(),), dtype=torch.float64)
+    scratch = actions.new_empty((count + ROW_SUMS * actions.numel(),), dtype=torch.float64)
     actions = actions.contiguous()
     _POLICY_LOGITS(
         rows, layout, out_rows, out_layout, actions, actions.dtype is torch.int32, ignore_index,
@@ -659,7 +635,7 @@ def policy_of_rows(
     statistics(actions, temperature) gives log-probabilities and entropies.
     """
     shape, packed, dtype = actions.shape, cu_seqlens is not None, accumulator(rows.dtype)
-    mask = _check_mask(mask, shape, rows, name)
+    mask = mask_of(mask, name, rows, shape)
     if mask is not None:
         if actions.dtype is torch.int32 and not -(2**31) <= ignore_index < 2**31:
             actions = actions.long()
@@ -710,259 +686,6 @@ def mean_entropy(entropy: Tensor, keep: Tensor) -> Tensor:
     return sequence_logprobs(entropy.reshape(-1)) / keep.sum().clamp(min=1)
 
 
-# ---- value loss, advantages --------------------------------------------------------------------
-
-
-def _check_values(values: Tensor, returns: Tensor, old_values: Any, mask: Any) -> None:
-    if values.dtype not in _WIDE:
-        raise TypeError(f"values: dtype {values.dtype}; allowed: float32, float64")
-    for name, x in (("returns", returns), ("old_values", old_values), ("mask", mask)):
-        if x is None:
-            continue
-        wanted = torch.bool if name == "mask" else values.dtype
-        if x.shape != values.shape or x.dtype is not wanted:
-            raise ValueError(
-                f"{name}: {tuple(x.shape)} {x.dtype}; allowed: {tuple(values.shape)} {wanted}"
-            )
-        same_device(name, x, "values", values)
-
-
-def _value_forward(
-    values: Tensor, returns: Tensor, old_values: Tensor | None, mask: Tensor | None, clip: float
-) -> tuple[Tensor, Tensor]:
-    _check_values(values, returns, old_values, mask)
-    require(clip >= 0.0, "clip", clip, "0 and above, or None")
-    out, total = values.new_empty(()), values.numel()
-    gradient = torch.empty_like(values, memory_format=torch.contiguous_format)
-    blocks = (total + _VALUE_BLOCK - 1) // _VALUE_BLOCK
-    scratch = values.new_empty((2 * blocks,), dtype=torch.float64)
-    given = _contiguous(values, returns, old_values, mask)
-    _VALUE_LOSS(
-        given[0], values.dtype is torch.float64, total, *given[1:], clip, out, gradient, scratch
-    )
-    return out, gradient
-
-
-def _value_fake(values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    _check_values(values, *rest[:3])
-    return values.new_empty(()), values.new_empty(values.shape)
-
-
-_VALUE_FORWARD = raw_op(
-    "value_loss_forward(Tensor values, Tensor returns, Tensor? old_values, Tensor? mask, float clip)"
-    " -> (Tensor, Tensor)",
-    run=_value_forward,
-    fake=_value_fake,
-)
-
-
-class _ValueLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, *rest: Any) -> Tensor:
-        out, gradient = _VALUE_FORWARD(values, *rest)
-        ctx.save_for_backward(gradient, rest[2], values)
-        ctx.backend = _backend.chosen
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Any:
-        gradient, mask, _ = ctx.saved_tensors
-        return _scaled(gradient, mask, g), None, None, None, None
-
-
-def value_loss(
-    values: Tensor,
-    returns: Tensor,
-    old_values: Tensor | None = None,
-    *,
-    clip: float | Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """The value function's loss in PPO, its mean over the tokens that count.
-
-        ½·max((v - R)², (clip(v, v_old - c, v_old + c) - R)²)       without `clip`: ½·(v - R)²
-
-    Args:
-        values: v, any shape and float type, computed in float64. The only argument that gets a gradient.
-        returns: R, in the shape of values. old_values: v_old, the same; needed by `clip`.
-        clip: c ≥ 0, a number or a 0-d tensor. None: not clipped.
-        mask: in the shape of values, bool or a number that is not 0 where a token counts. The others are
-            not read and pass exactly 0 back.
-
-    Returns:
-        A scalar, float32 (float64 for float64 values); 0 where no token counts.
-
-    Raises:
-        TypeError, ValueError: naming the argument.
-
-    Source: the PPO reference implementation; arXiv:2006.05990 has both forms.
-    """
-    values = float_tensor("values", values)
-    if clip is not None and old_values is None:
-        raise ValueError("clip: it needs old_values")
-    dtype = accumulator(values.dtype)
-    mask = _check_mask(mask, values.shape, values, "values")
-    given: Any = [values.to(dtype)]
-    for name, x in (("returns", returns), ("old_values", None if clip is None else old_values)):
-        if x is not None or name == "returns":
-            x = float_tensor(name, x).detach().to(dtype)
-            same_device(name, x, "values", values)
-        given.append(x)
-    given.append(mask)
-    limit = scalar("clip", inf if clip is None else clip)
-    _check_values(*given)
-    if runs_eagerly("policy", values):
-        if not is_compiling():
-            require(limit >= 0.0, "clip", limit, "0 and above, or None")
-        return _eager.value_loss(limit, *given)
-    if wants_gradient(values):
-        return _ValueLoss.apply(*given, limit)
-    return _VALUE_FORWARD(*given, limit)[0]
-
-
-def _advantages_forward(rewards: Tensor, group_size: int, scale: int, baseline: int) -> Tensor:
-    if rewards.dtype not in _WIDE:
-        raise TypeError(f"rewards: dtype {rewards.dtype}; allowed: float32, float64")
-    check_group_size(rewards.numel(), group_size)
-    require(scale in ADVANTAGE_SCALES.values(), "scale", scale, "0 to 2")
-    require(baseline in BASELINES.values(), "baseline", baseline, "0, 1")
-    out = torch.empty_like(rewards, memory_format=torch.contiguous_format)
-    _GROUP_ADVANTAGES(
-        rewards.contiguous(), rewards.dtype is torch.float64, rewards.numel() // group_size, group_size,
-        scale, baseline == BASELINES["leave_one_out"], out,
-    )  # fmt: skip
-    return out
-
-
-_ADVANTAGES_FORWARD = raw_op(
-    "group_advantages_forward(Tensor rewards, int group_size, int scale, int baseline) -> Tensor",
-    run=_advantages_forward,
-    fake=lambda rewards, *rest: rewards.new_empty(rewards.shape),
-)
-
-
-def _real(name: str, value: Any) -> Tensor:
-    """float32 or float64; integers and bool, as of rewards that are right or wrong, too."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: a tensor, not {type(value).__name__}")
-    if value.is_complex():
-        raise TypeError(f"{name}: dtype {value.dtype}; allowed: float, integer or bool")
-    value = value.detach()
-    return value if value.dtype in _WIDE else value.float()
-
-
-def group_advantages(
-    rewards: Tensor, group_size: int, *, scale: str = "group", baseline: str = "mean"
-) -> Tensor:
-    """Advantages of completions relative to the others of the same prompt: GRPO, RLOO.
-
-        A = (r - mean of the group) / (standard deviation + 1e-4)
-
-    Args:
-        rewards: groups of `group_size` in a row, any shape; a reward that is NaN is left out and gets 0.
-        group_size: completions a prompt.
-        scale: "group" (by the standard deviation of the group, one degree of freedom removed; 0 for a
-            single reward), "batch" (by that of all rewards) or "none" (Dr. GRPO: not divided).
-        baseline: "mean" of the group, or "leave_one_out": the mean of the others (RLOO); a group of one
-            gets 0.
-
-    Returns:
-        In the shape of rewards, float32 (float64 for float64); no gradient.
-
-    Raises:
-        TypeError, ValueError: naming the argument.
-
-    Source: arXiv:2402.03300 section 4.1; arXiv:2402.14740 eq. 7; arXiv:2503.20783.
-    """
-    rewards = _real("rewards", rewards)
-    check_group_size(rewards.numel(), group_size)
-    codes = choice("scale", scale, ADVANTAGE_SCALES), choice("baseline", baseline, BASELINES)
-    if runs_eagerly("policy", rewards):
-        return _eager.group_advantages(rewards, group_size, scale, baseline)
-    return _ADVANTAGES_FORWARD(rewards, group_size, *codes)
-
-
-def _check_gae(rewards: Tensor, values: Tensor, mask: Tensor | None) -> bool:
-    if rewards.dtype not in _WIDE or values.dtype is not rewards.dtype:
-        raise TypeError(
-            f"rewards, values: {rewards.dtype}, {values.dtype}; allowed: both float32 or float64"
-        )
-    same_device("values", values, "rewards", rewards)
-    if mask is not None:
-        if mask.dtype is not torch.bool:
-            raise TypeError(f"mask: dtype {mask.dtype}; allowed: bool")
-        same_device("mask", mask, "rewards", rewards)
-    return check_gae(rewards.shape, values.shape, None if mask is None else mask.shape)
-
-
-def _gae_forward(
-    rewards: Tensor, values: Tensor, mask: Tensor | None, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
-    bootstrap = _check_gae(rewards, values, mask)
-    check_discounts(gamma, lam)
-    given = _contiguous(rewards, values, mask)
-    advantages, returns = torch.empty_like(given[0]), torch.empty_like(given[0])
-    _GAE(
-        given[0], rewards.dtype is torch.float64, rewards.shape[:-1].numel(), rewards.shape[-1],
-        given[1], bootstrap, given[2], gamma, lam, advantages, returns,
-    )  # fmt: skip
-    return advantages, returns
-
-
-def _gae_fake(rewards: Tensor, values: Tensor, mask: Tensor | None, *rest: Any) -> Any:
-    _check_gae(rewards, values, mask)
-    return rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
-
-
-_GAE_FORWARD = raw_op(
-    "gae_forward(Tensor rewards, Tensor values, Tensor? mask, float gamma, float lam) -> "
-    "(Tensor, Tensor)",
-    run=_gae_forward,
-    fake=_gae_fake,
-)
-
-
-def gae(
-    rewards: Tensor,
-    values: Tensor,
-    *,
-    gamma: float | Tensor,
-    lam: float | Tensor,
-    mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimates and returns.
-
-        δ_t = r_t + γ·v_{t+1} - v_t,    A_t = δ_t + γλ·A_{t+1},    return_t = A_t + v_t
-
-    Args:
-        rewards: (…, T). values: (…, T), with v after the end 0, or (…, T + 1), which has it.
-        gamma, lam: γ and λ in [0, 1], numbers or 0-d tensors.
-        mask: (…, T), bool or a number that is not 0 where a token counts. The others are left out, as if
-            their neighbours stood side by side: not read, and 0 in both results.
-
-    Returns:
-        (advantages, returns), (…, T), float32 (float64 where one of the two inputs is); no gradient.
-
-    Raises:
-        TypeError, ValueError: naming the argument.
-
-    Source: arXiv:1506.02438 eq. 16.
-    """
-    rewards, values = _real("rewards", rewards), _real("values", values)
-    if rewards.dtype is not values.dtype:
-        rewards, values = rewards.double(), values.double()
-    mask = _check_mask(mask, rewards.shape, rewards, "rewards")
-    _check_gae(rewards, values, mask)
-    numbers = scalar("gamma", gamma), scalar("lam", lam)
-    if runs_eagerly("policy", rewards):
-        if not is_compiling():
-            check_discounts(*numbers)
-        return _eager.gae(rewards, values, mask, *numbers)
-    advantages, returns = _GAE_FORWARD(rewards, values, mask, *numbers)
-    return advantages, returns
-
-
 # ---- torch.ops.finefuse ------------------------------------------------------------------------
 
 _OPTIONS = (
@@ -982,19 +705,4 @@ composite(
     + _OPTIONS.format(logits="float entropy_coef=0.0, float temperature=1.0, ")
     + ", int ignore_index=-100) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     policy_loss_from_logits,
-)
-composite(
-    "value_loss(Tensor values, Tensor returns, Tensor? old_values=None, *, float? clip=None, "
-    "Tensor? mask=None) -> Tensor",
-    value_loss,
-)
-composite(
-    "group_advantages(Tensor rewards, int group_size, *, str scale='group', str baseline='mean') -> "
-    "Tensor",
-    group_advantages,
-)
-composite(
-    "gae(Tensor rewards, Tensor values, *, float gamma, float lam, Tensor? mask=None) -> "
-    "(Tensor, Tensor)",
-    gae,
 )

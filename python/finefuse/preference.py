@@ -9,23 +9,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _backend
-from ._args import (
-    PREFERENCE_LOSSES,
-    PREFERENCE_NUMBERS,
-    REDUCTIONS,
+from ._args import REDUCTIONS, choice, require
+from ._args.preference import (
+    INPUT_NAMES,
+    KTO,
+    NUMBER_NAMES,
     REWARD,
+    SORTING,
     PreferenceInputs,
     PreferenceOptions,
     PreferenceTerms,
     check_halves,
+    check_loss_weights,
     check_reference,
-    choice,
     preference_binding,
     preference_lengths,
     preference_shapes,
     preference_terms,
-    require,
 )
 from ._op import (
     DTYPES,
@@ -34,14 +34,12 @@ from ._op import (
     float_tensor,
     index_tensor,
     is_compiling,
-    kernel,
-    once_differentiable,
-    raw_op,
     runs_eagerly,
     same_device,
     scalar,
     wants_gradient,
 )
+from ._preference_pairs import FORWARD, NONE, Preference, check_inputs
 from .eager import preference as _eager
 from .logprobs import sequence_logprobs, token_logprobs
 
@@ -62,214 +60,6 @@ class PreferenceOutput(NamedTuple):
     rewards of the right sign, ()."""
 
 
-_PREFERENCE = kernel("preference", "preference")
-
-
-# ---- raw ops -----------------------------------------------------------------------------------
-
-_INPUT_NAMES = (
-    "chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_lengths", "rejected_lengths",
-    "pair_weights", "chosen_nll", "kl", "aot_order", "aot_unpaired_order",
-)  # fmt: skip
-_INPUTS = len(_INPUT_NAMES)
-_LIKE = (0, 0, 0, 1, 0, 1)  # whose shape the first have
-_UNPAIRED = {named.code for named in PREFERENCE_LOSSES.values() if named.unpaired}
-_ORDERS = tuple(PREFERENCE_LOSSES[name].code for name in ("aot", "aot_unpaired"))
-_KTO = PREFERENCE_LOSSES["kto"].code
-_NONE = REDUCTIONS["none"]
-
-
-def _check(inputs: Sequence[Tensor | None]) -> None:
-    """Raise what is wrong with types, devices and the shapes of single inputs, if anything is."""
-    chosen, rejected = inputs[0], inputs[1]
-    if chosen is None or rejected is None:
-        raise TypeError(f"{'chosen' if chosen is None else 'rejected'}: a tensor, not None")
-    dtype = chosen.dtype
-    if dtype is not torch.float32 and dtype is not torch.float64:
-        raise TypeError(f"chosen: dtype {dtype}; allowed: float32, float64")
-    on_cpu = chosen.is_cpu
-    for i in range(1, 9):
-        value = inputs[i]
-        if value is None:
-            continue
-        if value.dtype is not dtype:
-            raise TypeError(f"{_INPUT_NAMES[i]}: dtype {value.dtype}; chosen has {dtype}")
-        if 1 < i < 6:
-            like = rejected if _LIKE[i] else chosen
-            if value.shape != like.shape:
-                raise ValueError(
-                    f"{_INPUT_NAMES[i]}: shape {tuple(value.shape)}; {_INPUT_NAMES[_LIKE[i]]} has "
-                    f"{tuple(like.shape)}"
-                )
-        if not (on_cpu and value.is_cpu):
-            same_device(_INPUT_NAMES[i], value, "chosen", chosen)
-    nll = inputs[7]
-    if nll is not None and nll.numel() != 1:
-        raise ValueError(f"chosen_nll: shape {tuple(nll.shape)}; allowed: one element")
-    for name, order in zip(_INPUT_NAMES[9:], inputs[9:], strict=True):
-        if order is None:
-            continue
-        if order.dtype is not torch.int64 or order.shape != (2, chosen.numel()):
-            raise ValueError(
-                f"{name}: {tuple(order.shape)} {order.dtype}; allowed: (2, {chosen.numel()}) int64"
-            )
-        same_device(name, order, "chosen", chosen)
-
-
-def _sizes(inputs: Sequence[Any], want_ref: bool) -> list[int]:
-    """Of the gradients by chosen, by rejected, by their reference and by chosen_nll, in one array."""
-    sizes = [inputs[0].numel(), inputs[1].numel()]
-    if want_ref:
-        sizes += sizes
-    if inputs[7] is not None:
-        sizes.append(1)
-    return sizes
-
-
-@lru_cache(maxsize=64)
-def _bound(
-    loss_weights: Any,
-    has_lengths: tuple[bool, bool],
-    has_nll: bool,
-    codes: tuple[int, ...],
-    *rest: Any,
-) -> tuple[Any, bool]:
-    """(options as the kernels take them, whether each loss is of pairs and has its tensors)."""
-    by_length, divergence, nll_by_length, reduction, *numbers = rest
-    options = PreferenceOptions._make(
-        (codes, by_length, loss_weights, *numbers, divergence, nll_by_length, reduction)
-    )
-    simple = not any(code in codes for code in (*_UNPAIRED, *_ORDERS))
-    return preference_binding(options, has_lengths, has_nll), simple
-
-
-def preference_pairs(upstream: Tensor | None, args: Any, want_loss: bool) -> tuple[Any, ...]:
-    """out, chosen_rewards, rejected_rewards, margins, accuracy, gradients (see _sizes)."""
-    inputs, loss_weights = args[:_INPUTS], args[_INPUTS]
-    codes, by_length, divergence, nll_by_length, reduction, want_ref = args[-6:]
-    _check(inputs)
-    chosen, rejected, _, _, n_w, n_l, weights, nll, kl, *orders = inputs
-    options, simple = _bound(
-        None if loss_weights is None else tuple(loss_weights.tolist()),
-        (n_w is not None, n_l is not None), nll is not None, tuple(codes), tuple(by_length), divergence,
-        nll_by_length, reduction, *args[_INPUTS + 1 : -6],
-    )  # fmt: skip
-    shape = margins_shape = chosen.shape
-    if not simple or weights is not None or rejected.shape != shape:
-        given = None if weights is None else weights.shape
-        shape, margins_shape = preference_shapes(codes, reduction, shape, rejected.shape, given)
-        for code, name, order in zip(_ORDERS, _INPUT_NAMES[9:], orders, strict=True):
-            if order is None and code in codes:
-                raise TypeError(f"{name}: a tensor, not None")
-    contiguous = [t if t is None or t.is_contiguous() else t.contiguous() for t in inputs]
-    count, other = chosen.numel(), rejected.numel()
-    pairs = count + other
-    gradient = chosen.new_empty(pairs * (2 if want_ref else 1) + (nll is not None))
-    out = chosen_rewards = rejected_rewards = margins = accuracy = None
-    if want_loss:
-        accuracy = chosen.new_empty(())  # empty_like is the cheaper of the two
-        out = torch.empty_like(accuracy) if reduction else chosen.new_empty(shape)
-        chosen_rewards = torch.empty_like(contiguous[0])
-        rejected_rewards = torch.empty_like(contiguous[1])
-        margins = torch.empty_like(contiguous[0] if margins_shape == chosen.shape else accuracy)
-    _PREFERENCE(
-        *contiguous[:9], 0 if kl is None else kl.numel(), *contiguous[9:],
-        chosen.dtype is torch.float64, count, other, options, upstream, out, chosen_rewards,
-        rejected_rewards, margins, accuracy, gradient, gradient[pairs:] if want_ref else None,
-        None if nll is None else gradient[-1:],
-    )  # fmt: skip
-    return out, chosen_rewards, rejected_rewards, margins, accuracy, gradient
-
-
-def _forward(*args: Any) -> tuple[Tensor, ...]:
-    return preference_pairs(None, args, True)
-
-
-def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
-    inputs, codes, reduction, want_ref = args[:_INPUTS], args[-6], args[-2], args[-1]
-    _check(inputs)
-    chosen, rejected, weights = inputs[0], inputs[1], inputs[6]
-    shapes = preference_shapes(
-        codes, reduction, chosen.shape, rejected.shape, None if weights is None else weights.shape
-    )
-    return (
-        chosen.new_empty(shapes.out), chosen.new_empty(chosen.shape),
-        chosen.new_empty(rejected.shape), chosen.new_empty(shapes.margins), chosen.new_empty(()),
-        chosen.new_empty(sum(_sizes(inputs, want_ref))),
-    )  # fmt: skip
-
-
-def _backward(g: Tensor, *args: Any) -> Tensor:
-    chosen, rejected = args[0], args[1]
-    shapes = preference_shapes(args[-6], 0, chosen.shape, rejected.shape, None)
-    if g.shape != shapes.out or g.dtype is not chosen.dtype:
-        raise ValueError(f"g: {tuple(g.shape)} {g.dtype}; allowed: {shapes.out} {chosen.dtype}")
-    same_device("g", g, "chosen", chosen)
-    require(args[-2] == _NONE, "reduction", args[-2], "0 (none)")
-    return preference_pairs(g if g.is_contiguous() else g.contiguous(), args, False)[-1]
-
-
-_ARGUMENTS = (
-    "Tensor chosen, Tensor rejected, "
-    + ", ".join(f"Tensor? {name}" for name in _INPUT_NAMES[2:])
-    + ", Tensor? loss_weights, "
-    + ", ".join(f"float {name}" for name in PREFERENCE_NUMBERS)
-    + ", int[] codes, bool[] by_length, int divergence, bool nll_by_length, int reduction, "
-    "bool want_ref"
-)
-_FORWARD = raw_op(
-    f"preference_forward({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    run=_forward,
-    fake=_forward_fake,
-)
-# For reduction="none", whose upstream gradient has a number an element: some losses couple the pairs.
-_BACKWARD = raw_op(
-    f"preference_backward(Tensor g, {_ARGUMENTS}) -> Tensor",
-    run=_backward,
-    fake=lambda g, *args: args[0].new_empty(sum(_sizes(args, args[-1]))),
-)
-
-
-_PLACES, _PLACES_WITH_REF = (0, 1, 7), (0, 1, 2, 3, 7)  # of the inputs with a gradient
-
-
-class _Preference(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        inputs, ctx.rest = args[:_INPUTS], args[_INPUTS]  # in one: each argument costs
-        *outputs, gradient = _FORWARD(*inputs, *ctx.rest)
-        ctx.sizes = _sizes(inputs, ctx.rest[-1])
-        if ctx.rest[-2] == _NONE:
-            ctx.save_for_backward(*inputs)
-        else:
-            ctx.save_for_backward(*inputs[: 4 if ctx.rest[-1] else 2], inputs[7], gradient)
-        ctx.backend = _backend.chosen
-        ctx.mark_non_differentiable(*outputs[1:])
-        ctx.set_materialize_grads(False)
-        return tuple(outputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor | None, *metrics: Any) -> Any:
-        grads: list[Any] = [None] * (_INPUTS + 1)
-        if g is None:
-            return tuple(grads)
-        saved, needed = ctx.saved_tensors, ctx.needs_input_grad
-        places = _PLACES_WITH_REF if ctx.rest[-1] else _PLACES
-        if ctx.rest[-2] == _NONE:
-            gradient = _BACKWARD(g, *saved, *ctx.rest)
-            saved = [saved[i] for i in places]
-        else:
-            gradient = saved[-1] * g
-        parts = gradient.split_with_sizes(
-            ctx.sizes
-        )  # without one for chosen_nll where that is None
-        for i, like, part in zip(places, saved, parts, strict=False):
-            if needed[i]:
-                grads[i] = part if part.shape == like.shape else part.view(like.shape)
-        return tuple(grads)
-
-
 # ---- from sequence log-probabilities -----------------------------------------------------------
 
 _cached_terms = lru_cache(maxsize=64)(preference_terms)
@@ -278,8 +68,8 @@ _cached_terms = lru_cache(maxsize=64)(preference_terms)
 def _terms(
     loss: Any, normalize_lengths: bool | None, f_divergence: Any, reduction: Any
 ) -> PreferenceTerms:
-    if not isinstance(loss, str):
-        loss = tuple(loss) if isinstance(loss, (list, tuple)) else loss
+    if isinstance(loss, list):  # to be looked up
+        loss = tuple(loss)
     if is_compiling():
         return preference_terms(loss, normalize_lengths, f_divergence, reduction)
     try:
@@ -288,25 +78,17 @@ def _terms(
         return preference_terms(loss, normalize_lengths, f_divergence, reduction)
 
 
-_NUMBER_NAMES = (
-    *PREFERENCE_NUMBERS[:6], "desirable_weight", "undesirable_weight", "alpha", "center_coef",
-)  # fmt: skip
-
-
 def _numbers(values: tuple[Any, ...]) -> Sequence[Any]:
     if not is_compiling() and {*map(type, values)} == {float}:
         return values
-    return [scalar(name, value) for name, value in zip(_NUMBER_NAMES, values, strict=True)]
+    return [scalar(name, value) for name, value in zip(NUMBER_NAMES, values, strict=True)]
 
 
 def _loss_weights(weights: Any, count: int) -> Tensor | None:
     """One a loss, float64 on the CPU."""
     if weights is None:
         return None
-    if not isinstance(weights, (list, tuple)):
-        raise TypeError(f"loss_weights: a list of numbers, not {type(weights).__name__}")
-    if len(weights) != count:
-        raise ValueError(f"loss_weights: {len(weights)} numbers; allowed: {count}, one a loss")
+    check_loss_weights(weights, count)
     numbers = [scalar("loss_weights", weight) for weight in weights]
     if is_compiling():
         return torch.stack([number.cpu() for number in numbers])
@@ -324,10 +106,10 @@ def _vectors(*values: Any) -> list[Any]:
             continue
         as_they_are = False
         if not isinstance(value, Tensor):
-            raise TypeError(f"{_INPUT_NAMES[i]}: a tensor, not {type(value).__name__}")
+            raise TypeError(f"{INPUT_NAMES[i]}: a tensor, not {type(value).__name__}")
         # lengths may be integers
         if value.dtype not in DTYPES and (i not in (4, 5) or value.is_complex()):
-            float_tensor(_INPUT_NAMES[i], value)
+            float_tensor(INPUT_NAMES[i], value)
         if i < 4 and value.dtype is torch.float64:
             dtype = torch.float64
     if as_they_are:
@@ -344,7 +126,7 @@ def _per_token(lp: Tensor, lengths: Tensor | None) -> Tensor:
 def _orders(terms: PreferenceTerms, v: Sequence[Any]) -> list[Tensor | None]:
     """What sorts the differences of aot and of aot_unpaired: see csrc/ops/preference.h."""
     orders: list[Tensor | None] = [None, None]
-    for i, code in enumerate(_ORDERS):
+    for i, code in enumerate(SORTING):
         if code not in terms.codes:
             continue
         by_length = terms.by_length[terms.codes.index(code)]
@@ -361,7 +143,7 @@ def _orders(terms: PreferenceTerms, v: Sequence[Any]) -> list[Tensor | None]:
 
 def _check_eager(inputs: Any, options: PreferenceOptions) -> None:
     """What the raw op checks, and on the CPU the lengths, which kernels check there too."""
-    _check(inputs)
+    check_inputs(inputs)
     weights = inputs[6]
     preference_shapes(
         options.codes, options.reduction, inputs[0].shape, inputs[1].shape,
@@ -375,7 +157,7 @@ def _check_eager(inputs: Any, options: PreferenceOptions) -> None:
         (inputs[4] is not None, inputs[5] is not None),
         inputs[7] is not None,
     )
-    for name, lengths in zip(_INPUT_NAMES[4:6], inputs[4:6], strict=True):
+    for name, lengths in zip(INPUT_NAMES[4:6], inputs[4:6], strict=True):
         if lengths is not None and lengths.is_cpu and not (lengths >= 0).all():
             i = int((~(lengths >= 0)).flatten().nonzero()[0])
             value = lengths.flatten()[i].item()
@@ -393,8 +175,8 @@ def _apply(inputs: Sequence[Any], loss_weights: Any, numbers: Any, codes: Any) -
     want_ref = wants_gradient(*inputs[2:4])
     rest = (loss_weights, *numbers, *codes, want_ref)
     if want_ref or wants_gradient(inputs[0], inputs[1], inputs[7]):
-        return PreferenceOutput._make(_Preference.apply(*inputs, rest))
-    return PreferenceOutput._make(_FORWARD(*inputs, *rest)[:5])
+        return PreferenceOutput._make(Preference.apply(*inputs, rest))
+    return PreferenceOutput._make(FORWARD(*inputs, *rest)[:5])
 
 
 def preference_loss(
@@ -530,7 +312,7 @@ def prepared(
     if inputs[6] is not None and inputs[6].requires_grad:
         inputs[6] = inputs[6].detach()
     if kl is not None:
-        inputs[8] = inputs[8].detach().reshape(-1) if _KTO in terms.codes else None
+        inputs[8] = inputs[8].detach().reshape(-1) if KTO in terms.codes else None
     aot: Any = (None, None)
     if sorts(terms.codes):
         aot = _orders(terms, inputs)
@@ -548,7 +330,7 @@ def prepared(
 
 def sorts(codes: Sequence[int]) -> bool:
     """Whether a loss is among them whose gradient of a pair depends on the order of all of them."""
-    return _ORDERS[0] in codes or _ORDERS[1] in codes
+    return SORTING[0] in codes or SORTING[1] in codes
 
 
 def reward_loss(
@@ -902,7 +684,7 @@ def preference_of_rows(
         chosen_lengths, rejected_lengths = keep.sum(-1).chunk(2)
     one_pass = (
         one_pass
-        if not (sorts(terms.codes) or terms.reduction == _NONE)
+        if not (sorts(terms.codes) or terms.reduction == NONE)
         and not wants_gradient(chosen_nll, ref_logprobs)
         and not (ld_alpha is not None and needs_nll)
         else None

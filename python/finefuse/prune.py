@@ -8,14 +8,8 @@ import torch
 from torch import Tensor
 
 from . import _backend
-from ._args import (
-    check_activation_norm,
-    overlaps,
-    prune_groups,
-    prune_scope,
-    prune_workspace,
-    require,
-)
+from ._args import overlaps, require
+from ._args.prune import check_activation_norm, prune_groups, prune_scope, prune_workspace
 from ._codebooks import BITS, packed_bytes
 from ._op import (
     DTYPES,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import _C, _backend, _matmul
-from ._args import check_dropout, check_segmented_shapes
+from ._args.lora import check_dropout, check_segmented_shapes
 from ._codebook_tensor import CodebookTensor
 from ._low_rank import (
     NEEDS_A,

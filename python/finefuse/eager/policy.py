@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._args import IMPORTANCE, KL, POLICY_REDUCTIONS, SURROGATES
+from .._args.policy import IMPORTANCE, KL, POLICY_REDUCTIONS, SURROGATES
 from . import widest
 
 _FARTHEST = 60.0  # beyond e^±60 a ratio is clamped

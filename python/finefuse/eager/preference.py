@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .._args import PREFERENCE_LOSSES, REWARD, PreferenceInputs, PreferenceOptions
+from .._args.preference import PREFERENCE_LOSSES, REWARD, PreferenceInputs, PreferenceOptions
 from . import widest
 
 _NAMES = {loss.code: name for name, loss in PREFERENCE_LOSSES.items() if name != "spin"}

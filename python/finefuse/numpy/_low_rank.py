@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import _C
-from .._args import check_dropout, dropout_numbers
+from .._args.lora import check_dropout, dropout_numbers
 from ._array import (
     DTYPES,
     FLOAT32,

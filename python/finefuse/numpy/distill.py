@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 
 from .. import _C
-from .._args import (
+from .._args import REDUCTIONS, choice
+from .._args.distill import (
     DISTILL_KINDS,
-    REDUCTIONS,
     check_distill_numbers,
     check_vocab_size,
-    choice,
     distill_kind,
     distill_numbers,
     distill_vocab,

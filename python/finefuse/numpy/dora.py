@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .. import _C
-from .._args import check_lora_shapes
+from .._args.lora import check_lora_shapes
 from ._array import (
     DTYPES,
     FLOAT32,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .._args import check_lora_shapes
+from .._args.lora import check_lora_shapes
 from ._array import Array, scalar
 from ._low_rank import base_product, call_of, cast, onto, shrink
 from .codebook import CodebookArray

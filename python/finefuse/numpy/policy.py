@@ -8,22 +8,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import _C
-from .._args import (
+from .._args import check_temperature, choice, require, segments
+from .._args.policy import (
     ADVANTAGE_SCALES,
     BASELINES,
+    ROW_SUMS,
+    SEQUENCE_SUMS,
+    TOKEN_NAMES,
+    VALUE_BLOCK,
     advantages_by_token,
     check_discounts,
     check_gae,
     check_group_size,
     check_policy_numbers,
-    check_temperature,
-    choice,
     policy_codes,
     policy_importance,
     policy_numbers,
     policy_reduction,
-    require,
-    segments,
 )
 from ._array import (
     ACCUMULATOR,
@@ -60,11 +61,6 @@ class PolicyOutput(NamedTuple):
     """The mean entropy of the tokens, a scalar; None from log-probabilities."""
 
 
-# csrc/ops/policy.h
-_SEQUENCE_SUMS, _ROW_SUMS, _VALUE_BLOCK = 5, 4, 4096
-_NAMES = ("old_logprobs", "ref_logprobs", "weights", "advantages")
-
-
 class _Tokens(NamedTuple):
     """What the kernels take of the tokens beside their log-probabilities."""
 
@@ -77,7 +73,7 @@ class _Tokens(NamedTuple):
 def _tokens(
     shape: tuple[int, ...], dtype: np.dtype[Any], name: str, cu_seqlens: Any, *values: Any
 ) -> _Tokens:
-    """`name` is what the caller gave in that shape; the values are those of _NAMES."""
+    """`name` is what the caller gave in that shape; the values are those of TOKEN_NAMES."""
     int32, packed = False, None
     if cu_seqlens is not None:
         cu_seqlens = index_array("cu_seqlens", cu_seqlens)
@@ -90,7 +86,7 @@ def _tokens(
         packed = count
     vectors: list[Array | None] = []
     by_token = False
-    for what, value in zip(_NAMES, values, strict=True):
+    for what, value in zip(TOKEN_NAMES, values, strict=True):
         if value is None and what != "advantages":
             vectors.append(None)
             continue
@@ -133,7 +129,7 @@ def _policy(
     dtype, shape = logprobs.dtype, logprobs.shape
     loss, metrics = np.empty(shape if how == "none" else (), dtype), np.empty(3, dtype)
     gradient = np.empty(shape, dtype)
-    scratch = np.empty(tokens.sequences[2] * _SEQUENCE_SUMS, FLOAT64)
+    scratch = np.empty(tokens.sequences[2] * SEQUENCE_SUMS, FLOAT64)
     _C.policy(
         logprobs, dtype == FLOAT64, mask, *tokens.sequences, logprobs.size, *tokens.vectors, options,
         None, loss, metrics, gradient, scratch, get_num_threads(),
@@ -333,7 +329,7 @@ def policy_loss_from_logits(
         raise ValueError("grad_out: of use only with return_grad=True")
     if return_grad and whose == "token" and how != "none":
         value, metrics = np.empty((), dtype), np.empty(4, dtype)
-        scratch = np.empty(tokens.sequences[2] + _ROW_SUMS * y.size, FLOAT64)
+        scratch = np.empty(tokens.sequences[2] + ROW_SUMS * y.size, FLOAT64)
         _C.policy_logits(
             rows, layout, out, out_layout, y, int32, ignore_index, temperature, entropy_coef,
             *tokens.sequences, *tokens.vectors, options, None, value, metrics, scratch, threads,
@@ -429,7 +425,7 @@ def value_loss(
     limit = scalar("clip", inf if clip is None else clip)
     require(limit >= 0.0, "clip", limit, "0 and above, or None")
     loss, gradient = np.empty((), dtype), np.empty(shape, dtype) if return_grad else None
-    blocks = (values.size + _VALUE_BLOCK - 1) // _VALUE_BLOCK
+    blocks = (values.size + VALUE_BLOCK - 1) // VALUE_BLOCK
     _C.value_loss(
         given[0], dtype is FLOAT64, values.size, *given[1:], mask, limit, loss, gradient,
         np.empty(2 * blocks, FLOAT64), get_num_threads(),

@@ -8,22 +8,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import _C
-from .._args import (
-    PREFERENCE_LOSSES,
-    PREFERENCE_NUMBERS,
-    REDUCTIONS,
+from .._args import REDUCTIONS, choice, require
+from .._args.preference import (
+    INPUT_NAMES,
+    KTO,
+    NUMBER_NAMES,
     REWARD,
-    PreferenceInputs,
+    SHAPED_LIKE,
+    SORTING,
     PreferenceOptions,
     PreferenceTerms,
     check_halves,
+    check_loss_weights,
     check_reference,
-    choice,
     preference_binding,
     preference_lengths,
     preference_shapes,
     preference_terms,
-    require,
 )
 from ._array import (
     ACCUMULATOR,
@@ -60,15 +61,6 @@ class PreferenceOutput(NamedTuple):
     rewards of the right sign, a scalar."""
 
 
-_NAMES = (*PreferenceInputs._fields[:6], "pair_weights", "chosen_nll", "kl")
-_LIKE = (0, 0, 0, 1, 0, 1)  # whose shape the first have
-_NUMBER_NAMES = (
-    *PREFERENCE_NUMBERS[:6], "desirable_weight", "undesirable_weight", "alpha", "center_coef",
-)  # fmt: skip
-_ORDERS = tuple(PREFERENCE_LOSSES[name].code for name in ("aot", "aot_unpaired"))
-_KTO = PREFERENCE_LOSSES["kto"].code
-
-
 # ---- from sequence log-probabilities -----------------------------------------------------------
 
 
@@ -76,16 +68,16 @@ def _vectors(*values: Any) -> list[Any]:
     """The first 9 inputs in the widest type of the log-probabilities, at least float32."""
     vectors: list[Any] = []
     dtype: np.dtype[Any] = FLOAT32
-    for i, (name, value) in enumerate(zip(_NAMES, values, strict=True)):
+    for i, (name, value) in enumerate(zip(INPUT_NAMES, values, strict=True)):
         if value is not None or i < 2:
             value = (number_array if i in (4, 5) else float_array)(name, value)
             if i < 4 and value.dtype == FLOAT64:
                 dtype = FLOAT64
             if 1 < i < 6:
-                like = _LIKE[i]
+                like = SHAPED_LIKE[i]
                 if value.shape != vectors[like].shape:
                     raise ValueError(
-                        f"{name}: shape {value.shape}; {_NAMES[like]} has {vectors[like].shape}"
+                        f"{name}: shape {value.shape}; {INPUT_NAMES[like]} has {vectors[like].shape}"
                     )
             if i == 7 and value.size != 1:
                 raise ValueError(f"{name}: shape {value.shape}; allowed: one element")
@@ -104,7 +96,7 @@ def _per_token(lp: Any, lengths: Any) -> Any:
 def _orders(losses: Any, by_length: Any, v: Sequence[Any]) -> list[Array | None]:
     """What sorts the differences of aot and of aot_unpaired: see csrc/ops/preference.h."""
     orders: list[Array | None] = [None, None]
-    for i, code in enumerate(_ORDERS):
+    for i, code in enumerate(SORTING):
         if code not in losses:
             continue
         n = v[4:6] if by_length[losses.index(code)] else (None, None)
@@ -120,18 +112,8 @@ def _loss_weights(weights: Any, count: int) -> tuple[float, ...] | None:
     """One a loss."""
     if weights is None:
         return None
-    if not isinstance(weights, (list, tuple)):
-        raise TypeError(f"loss_weights: a list of numbers, not {type(weights).__name__}")
-    if len(weights) != count:
-        raise ValueError(f"loss_weights: {len(weights)} numbers; allowed: {count}, one a loss")
+    check_loss_weights(weights, count)
     return tuple(scalar("loss_weights", weight) for weight in weights)
-
-
-def _terms(
-    loss: Any, normalize_lengths: bool | None, f_divergence: Any, reduction: Any
-) -> PreferenceTerms:
-    names = tuple(loss) if isinstance(loss, (list, tuple)) else loss
-    return preference_terms(names, normalize_lengths, f_divergence, reduction)
 
 
 class _Result(NamedTuple):
@@ -146,7 +128,7 @@ def _run(v: Sequence[Any], codes: Any, loss_weights: Any, numbers: Sequence[Any]
     """`v` is of _vectors; codes: the losses, by_length, divergence, nll_by_length, reduction."""
     losses, by_length, divergence, nll_by_length, how = codes
     floats: list[Any] = [
-        scalar(name, value) for name, value in zip(_NUMBER_NAMES, numbers, strict=True)
+        scalar(name, value) for name, value in zip(NUMBER_NAMES, numbers, strict=True)
     ]
     options = preference_binding(
         PreferenceOptions._make(
@@ -187,7 +169,7 @@ def _preference(
         chosen_nll if terms.nll else None, kl,
     )  # fmt: skip
     if kl is not None:
-        v[8] = v[8].reshape(-1) if _KTO in terms.codes else None
+        v[8] = v[8].reshape(-1) if KTO in terms.codes else None
     codes = (
         terms.codes, terms.by_length, terms.divergence, terms.nll_by_length, terms.reduction
     )  # fmt: skip
@@ -298,7 +280,7 @@ def preference_loss(
         TypeError, ValueError: naming the argument.
     """
     output, gradient, _ = _preference(
-        _terms(loss, normalize_lengths, f_divergence, reduction), chosen, rejected, ref_chosen,
+        preference_terms(loss, normalize_lengths, f_divergence, reduction), chosen, rejected, ref_chosen,
         ref_rejected, chosen_lengths, rejected_lengths, pair_weights, chosen_nll, kl, loss_weights,
         (
             beta, label_smoothing, gamma, sft_weight, delta, tau, desirable_weight,
@@ -616,7 +598,7 @@ def preference_loss_from_logits(
         None if ref_logits is None else ref_logits.shape,
     )
     ignore_index = integer("ignore_index", ignore_index)
-    terms = _terms(loss, normalize_lengths, f_divergence, reduction)
+    terms = preference_terms(loss, normalize_lengths, f_divergence, reduction)
     if ld_alpha is not None:
         ld_alpha = scalar("ld_alpha", ld_alpha)
         require(0.0 <= ld_alpha <= 1.0, "ld_alpha", ld_alpha, "0 to 1, or None")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .. import _C
-from .._args import check_activation_norm, prune_groups, prune_scope
+from .._args.prune import check_activation_norm, prune_groups, prune_scope
 from .._codebooks import BITS
 from ._array import (
     DTYPES,

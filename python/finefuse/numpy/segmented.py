@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .. import _C
-from .._args import check_segmented_shapes
+from .._args.lora import check_segmented_shapes
 from ._array import DTYPES, Array, contiguous, float_array, get_num_threads, index_array, is_int32
 from ._low_rank import NO_DROPOUT, accumulator, base_product, call_of, cast
 from .codebook import CodebookArray
