@@ -9,6 +9,7 @@ namespaces a page and examples that skip without torch would take as many lines 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import re
 import warnings
@@ -216,3 +217,27 @@ def test_every_public_name_is_documented():
     returned = {"PolicyOutput", "PreferenceOutput", "AgentRuns", "ModuleToSave"}
     for short in {full.rpartition(".")[2] for full in public()} - returned:
         assert re.search(rf"\b{short}\b", written), f"{short} is on no page"
+
+
+def formulas(function: Any) -> list[str]:
+    """The indented lines of a docstring, above its arguments."""
+    text = (inspect.getdoc(function) or "").partition("\nArgs:")[0]
+    return [line for line in text.splitlines() if line.startswith("    ")]
+
+
+# Functions whose gradients the two doors return in different ways.
+OWN_FORMULAS = {"codebook_linear", "cross_entropy", "token_logprobs"}
+
+
+@pytest.mark.skipif(torch is None, reason="half of what is compared are the torch functions")
+def test_both_doors_have_the_same_formulas():
+    doors = [
+        {name: f for name, f in vars(door).items() if inspect.isfunction(f) and name[0] != "_"}
+        for door in (finefuse, finefuse.numpy)
+    ]
+    both = doors[0].keys() & doors[1].keys()
+    assert len(both) >= 20
+    assert both >= OWN_FORMULAS
+    assert sum(len(formulas(doors[0][name])) for name in both) >= 50
+    different = {name for name in both if formulas(doors[0][name]) != formulas(doors[1][name])}
+    assert different == OWN_FORMULAS

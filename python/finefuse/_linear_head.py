@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._args import require
+from ._args import check_index, require
 from ._codebook_tensor import CodebookTensor, check_fields, fields
 from ._linear_loss import Head, dense_panels
 from ._low_rank import NO_FIELDS
 from ._matmul import product_dtype
-from ._op import DTYPES, float_tensor, is_compiling, same_device, scalar
+from ._op import DTYPES, float_tensor, index_tensor, is_compiling, same_device, scalar
 from .codebook import decoded_rows, dequantize, first_rows
 
 # Of a raw op, after hidden (N, H): a weight (V, H), dense or packed; a softcap of infinity is none.
@@ -107,6 +107,17 @@ class HeadCall(NamedTuple):
         if hidden.dtype is not self.hidden.dtype:
             raise TypeError(f"{name}: dtype {hidden.dtype}; hidden has {self.hidden.dtype}")
         return self._replace(hidden=hidden.reshape(-1, width))
+
+    def indices(self, name: str, value: Any, ignore_index: int) -> Tensor:
+        """Targets or actions, one for each of the hidden states, in their shape."""
+        value = index_tensor(name, value, self.hidden)
+        if value.shape != self.shape:
+            raise ValueError(
+                f"{name}: shape {tuple(value.shape)}; hidden is {(*self.shape, self.hidden.shape[1])}: "
+                f"allowed: {tuple(self.shape)}"
+            )
+        check_index("ignore_index", ignore_index)
+        return value
 
     def logits(self, keep: Tensor | None) -> Tensor:
         """In full: for the backend "eager". What stands in rows that do not count (…) reaches no gradient."""

@@ -12,7 +12,6 @@ from torch import Tensor
 from . import _backend, _linear_parallel
 from ._args import (
     REDUCTIONS,
-    check_index,
     check_label_smoothing,
     check_temperature,
     choice,
@@ -45,7 +44,6 @@ from ._op import (
     accumulator,
     composite,
     gradient_in_forward,
-    index_tensor,
     is_compiling,
     once_differentiable,
     raw_op,
@@ -384,13 +382,7 @@ def _checked(
     rows: int | None = None,
 ) -> tuple[HeadCall, Tensor, Any]:  # fmt: skip
     call = call_of(hidden, weight, bias, softcap, rows=rows)
-    targets = index_tensor("targets", targets, hidden)
-    if targets.shape != call.shape:
-        raise ValueError(
-            f"targets: shape {tuple(targets.shape)}; hidden is {tuple(hidden.shape)}: allowed: "
-            f"{tuple(call.shape)}"
-        )
-    check_index("ignore_index", ignore_index)
+    targets = call.indices("targets", targets, ignore_index)
     temperature = scalar("temperature", temperature)
     if not is_compiling():
         check_temperature(temperature)

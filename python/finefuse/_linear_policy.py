@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._args import check_index, check_temperature, require
+from ._args import check_temperature, require
 from ._args.policy import IMPORTANCE, POLICY_REDUCTIONS
 from ._linear_head import HEAD, HEAD_ARGUMENTS, call_of, check_head, check_targets, head_of
 from ._linear_logprobs import (
@@ -27,7 +27,6 @@ from ._linear_loss import Rows, part_of, put, walk
 from ._op import (
     accumulator,
     composite,
-    index_tensor,
     is_compiling,
     once_differentiable,
     raw_op,
@@ -225,13 +224,7 @@ def linear_policy_loss(
         TypeError, ValueError: naming the argument; an action outside [0, V) included.
     """
     call = call_of(hidden, weight, bias, softcap)
-    actions = index_tensor("actions", actions, hidden)
-    if actions.shape != call.shape:
-        raise ValueError(
-            f"actions: shape {tuple(actions.shape)}; hidden is {tuple(hidden.shape)}: allowed: "
-            f"{tuple(call.shape)}"
-        )
-    check_index("ignore_index", ignore_index)
+    actions = call.indices("actions", actions, ignore_index)
 
     def one_pass(actions: Tensor, numbers: tuple[Any, ...], *tokens: Any) -> tuple[Tensor, Tensor]:
         return _Policy.apply(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._args import check_index, check_temperature
+from ._args import check_temperature
 from ._args.preference import INPUT_NAMES, PREFERENCE_NUMBERS, check_halves
 from ._linear_head import HEAD, HEAD_ARGUMENTS, call_of, check_head, check_targets, head_of
 from ._linear_logprobs import (
@@ -28,7 +28,6 @@ from ._op import (
     accumulator,
     composite,
     float_tensor,
-    index_tensor,
     is_compiling,
     once_differentiable,
     raw_op,
@@ -286,17 +285,11 @@ def linear_preference_loss(
         TypeError, ValueError: naming the argument; a target outside [0, V) included.
     """
     call = call_of(hidden, weight, bias, softcap)
-    targets = index_tensor("targets", targets, hidden)
     if pairs != "halves":
         check_halves(pairs, (0, 0, 0), None, None)
     if len(call.shape) != 2 or call.shape[0] % 2:
         raise ValueError(f"hidden: shape {tuple(hidden.shape)}; allowed: (2·pairs, T, H)")
-    if targets.shape != call.shape:
-        raise ValueError(
-            f"targets: shape {tuple(targets.shape)}; hidden is {tuple(hidden.shape)}: allowed: "
-            f"{tuple(call.shape)}"
-        )
-    check_index("ignore_index", ignore_index)
+    targets = call.indices("targets", targets, ignore_index)
     temperature = scalar("temperature", temperature)
     if not is_compiling():
         check_temperature(temperature)

@@ -239,13 +239,17 @@ def _layout(logits: Array, rows: int) -> Layout | None:
 
 
 def gradient_rows(
-    logits: Array, rows: Array, layout: Layout, grad_out: Any
-) -> tuple[Array, Array, Layout]:
-    """(the gradient as it is returned, what the kernel writes it to, its layout).
+    logits: Array, rows: Array, layout: Layout, return_grad: bool, grad_out: Any
+) -> tuple[Any, Any, Layout]:
+    """(the gradient as it is returned, what the kernel writes it to, its layout); None twice without one.
 
     `rows` are the logits as the kernel reads them, a copy perhaps. The two arrays differ where the
     kernel cannot write to `grad_out` as it lies: the caller then copies.
     """
+    if not return_grad:
+        if grad_out is not None:
+            raise ValueError("grad_out: of use only with return_grad=True")
+        return None, None, layout
     count, vocab = layout[1], layout[2]
     fresh: Layout = (layout[0], count, vocab, count, 0, vocab)
     if grad_out is None:
@@ -267,6 +271,18 @@ def gradient_rows(
 def _address(value: Array) -> int:
     address: int = value.__array_interface__["data"][0]
     return address
+
+
+def product_gradient(upstream: Any, shape: tuple[int, ...], return_grad: bool) -> Any:
+    """The upstream gradient of a product; None, where there is none, stands for ones."""
+    if upstream is None:
+        return None
+    if not return_grad:
+        raise ValueError("upstream: of use only with return_grad=True")
+    upstream = float_array("upstream", upstream)
+    if upstream.shape != shape:
+        raise ValueError(f"upstream: shape {upstream.shape}; allowed: {shape}")
+    return upstream
 
 
 def row_gradient(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

@@ -18,6 +18,7 @@ from ._array import (
     float_array,
     get_num_threads,
     integer,
+    product_gradient,
     scalar,
 )
 from .codebook import CodebookArray, packed_product
@@ -64,12 +65,7 @@ def call_of(
         if bias.shape != (rows,):
             raise ValueError(f"bias: shape {bias.shape}; allowed: ({rows},)")
     shape = (*x.shape[:-1], rows)
-    if upstream is not None:
-        if not return_grad:
-            raise ValueError("upstream: of use only with return_grad=True")
-        upstream = float_array("upstream", upstream)
-        if upstream.shape != shape:
-            raise ValueError(f"upstream: shape {upstream.shape}; allowed: {shape}")
+    upstream = product_gradient(upstream, shape, return_grad)
     p = scalar("dropout", dropout)
     check_dropout(p)
     drops: Any = NO_DROPOUT

@@ -41,6 +41,7 @@ from ._array import (
     float_array,
     float_dtype,
     get_num_threads,
+    product_gradient,
 )
 
 
@@ -380,12 +381,7 @@ def codebook_linear(
             raise ValueError(f"bias: shape {bias.shape}; allowed: ({rows},)")
         bias = _cast(bias, x.dtype)
     shape = (*x.shape[:-1], rows)
-    if upstream is not None:
-        if not return_grad:
-            raise ValueError("upstream: of use only with return_grad=True")
-        upstream = float_array("upstream", upstream)
-        if upstream.shape != shape:
-            raise ValueError(f"upstream: shape {upstream.shape}; allowed: {shape}")
+    upstream = product_gradient(upstream, shape, return_grad)
     check_fields(_fields(q), rows * columns, _check_array)
     y = packed_product(x, q, bias, False)
     if not return_grad:

@@ -119,12 +119,7 @@ def distill_loss(
     count = int(np.prod(leading))
     rows, layout = float_rows(student, count)
     teacher_rows, teacher_layout = float_rows(teacher, count)
-    gradient: Array | None = None
-    out, out_layout = gradient, layout
-    if return_grad:
-        gradient, out, out_layout = gradient_rows(student, rows, layout, grad_out)
-    elif grad_out is not None:
-        raise ValueError("grad_out: of use only with return_grad=True")
+    gradient, out, out_layout = gradient_rows(student, rows, layout, return_grad, grad_out)
     loss = _empty(() if reduce else leading, ACCUMULATOR[layout[0]])
     scratch = _empty(count + 1, FLOAT64) if reduce else None
     code = distill_kind(code, beta)

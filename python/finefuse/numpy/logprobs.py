@@ -79,10 +79,10 @@ def token_logprobs(
         entropy, lse = _empty(shape, dtype), _empty(shape, dtype)
     if return_grad:
         g, h, l = _upstream(upstream, stats, shape, dtype)
-        gradient, out, out_layout = gradient_rows(logits, rows, layout, grad_out)
         saved = _empty((3 if stats else 2, *shape), FLOAT64)
-    elif upstream is not None or grad_out is not None:
-        raise ValueError("upstream and grad_out: of use only with return_grad=True")
+    elif upstream is not None:
+        raise ValueError("upstream: of use only with return_grad=True")
+    gradient, out, out_layout = gradient_rows(logits, rows, layout, return_grad, grad_out)
     _C.token_logprobs(
         rows, layout, y, int32, ignore_index, temperature, lp, entropy, lse, saved, threads
     )
@@ -159,12 +159,7 @@ def cross_entropy(
         check_label_smoothing(label_smoothing)
     if type(ignore_index) is not int or ignore_index != -100:
         ignore_index = integer("ignore_index", ignore_index)
-    gradient: Array | None = None
-    out, out_layout = gradient, layout
-    if return_grad:
-        gradient, out, out_layout = gradient_rows(logits, rows, layout, grad_out)
-    elif grad_out is not None:
-        raise ValueError("grad_out: of use only with return_grad=True")
+    gradient, out, out_layout = gradient_rows(logits, rows, layout, return_grad, grad_out)
     loss = _empty(() if code else y.shape, ACCUMULATOR[layout[0]])
     scratch = _empty(layout[1] + 1, FLOAT64) if code else None
     _C.cross_entropy(

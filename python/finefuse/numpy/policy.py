@@ -323,10 +323,7 @@ def policy_loss_from_logits(
     entropy_coef = scalar("entropy_coef", entropy_coef)
     require(-inf < entropy_coef < inf, "entropy_coef", entropy_coef, "finite")
     saved = None
-    if return_grad:
-        gradient, out, out_layout = gradient_rows(logits, rows, layout, grad_out)
-    elif grad_out is not None:
-        raise ValueError("grad_out: of use only with return_grad=True")
+    gradient, out, out_layout = gradient_rows(logits, rows, layout, return_grad, grad_out)
     if return_grad and whose == "token" and how != "none":
         value, metrics = np.empty((), dtype), np.empty(4, dtype)
         scratch = np.empty(tokens.sequences[2] + ROW_SUMS * y.size, FLOAT64)

@@ -604,10 +604,8 @@ def preference_loss_from_logits(
         require(0.0 <= ld_alpha <= 1.0, "ld_alpha", ld_alpha, "0 to 1, or None")
     saved = None
     if return_grad:
-        gradient, out, out_layout = gradient_rows(logits, rows, layout, grad_out)
         saved = np.empty((2, *y.shape), FLOAT64)
-    elif grad_out is not None:
-        raise ValueError("grad_out: of use only with return_grad=True")
+    gradient, out, out_layout = gradient_rows(logits, rows, layout, return_grad, grad_out)
     half, dtype, threads = y.shape[0] // 2, ACCUMULATOR[layout[0]], get_num_threads()
     lp = np.empty(y.shape, dtype)
     _C.token_logprobs(rows, layout, y, int32, ignore_index, 1.0, lp, None, None, saved, threads)
