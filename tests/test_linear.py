@@ -813,7 +813,7 @@ def test_threads(monkeypatch, dtype):
         torch.set_num_threads(threads)
         compare_stats(case, only=False)
         compare_cross_entropy(case, label_smoothing=0.1)
-    for name in ("few_rows", "add_outer"):
+    for name in ("linear", "add_outer"):
         monkeypatch.setattr(_linear_loss, name, on_one_thread(getattr(_linear_loss, name)))
     results = []
     for threads in (1, 2, 5):
@@ -1242,8 +1242,8 @@ def test_target_out_of_range(monkeypatch, bad, where):
     targets = torch.zeros(6, dtype=torch.long)
     targets[where] = bad
     taken = []
-    few_rows = _linear_loss.few_rows
-    monkeypatch.setattr(_linear_loss, "few_rows", lambda *a: (taken.append(1), few_rows(*a))[1])
+    linear = _linear_loss.linear
+    monkeypatch.setattr(_linear_loss, "linear", lambda *a: (taken.append(1), linear(*a))[1])
     message = rf"targets: element {where} is {bad}; allowed are 0 to 6 and ignore_index \(-100\)"
     none = (None, None, None, None, None, None, None, 0, 0, 7, math.inf)
     for call in (

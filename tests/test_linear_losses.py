@@ -848,7 +848,7 @@ def test_size_of_chunks(chunk, size, dtype):
 def test_threads(monkeypatch, chunk, name):
     """Products on one thread, all else on any number: the same bits."""
     chunk(30)
-    for product in ("few_rows", "add_outer"):
+    for product in ("linear", "add_outer"):
         monkeypatch.setattr(_linear_loss, product, on_one_thread(getattr(_linear_loss, product)))
     size = {"pairs": 6, "tokens": 9} if "preference" in name else {"shape": (6, 13)}
     problem = PROBLEMS[name](vocab=300, **size)

@@ -75,29 +75,45 @@ def test_types(monkeypatch):
     assert _matmul.product_dtype(torch.ones(1, dtype=torch.float16, device="meta")) is torch.float16
 
 
-SHAPES = [
-    (31, 5, 2100),
-    (32, 7, 2048),
-    (100, 33, 2049),
-    (512, 3, 2600),
-    (513, 4, 2100),
-    (40, 9, 100),
-]
+@pytest.mark.parametrize("m", [31, 32, 191, 192, 384, 385])
+def test_which_products_are_turned(engine, monkeypatch, m):
+    """On a CPU float32 and float64, of 32 rows (192 where the weight lies column by column) to 384."""
+    taken = []
+    turned = _matmul._turned
+    monkeypatch.setattr(_matmul, "_turned", lambda *a: taken.append(1) or turned(*a))
+    for dtype in DTYPES:
+        for n in (2047, 2048):
+            for weight in (torch.randn(n, 3), torch.randn(3, n).t()):
+                taken.clear()
+                x = torch.randn(m, 3).to(dtype)
+                _matmul.linear(x, weight.to(dtype))
+                least = 32 if weight.stride(1) == 1 else 192
+                wide = _matmul.product_dtype(x)
+                want = least <= m <= 384 and n == 2048 and wide is not torch.bfloat16
+                want &= not (_matmul._onednn_is_faster() and wide is torch.float32)
+                assert bool(taken) == want, (dtype, n, weight.stride())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_few_rows(engine, dtype):
-    """On both sides of what goes piece by piece, of whole pieces and a short one; strides; a bias."""
-    for m, k, n in SHAPES:
-        dtype_of_product = _matmul.product_dtype(torch.empty(1, dtype=dtype))
-        x, w, b = (torch.randn(s).to(dtype_of_product) for s in ((m, k), (n, k), (n,)))
+def test_turned(engine, dtype):
+    """One piece, whole pieces and a short one; strides; a bias; onto what is there."""
+    for m, k, n in ((32, 7, 2048), (32, 256, 2049), (200, 3, 4096), (384, 3, 9001)):
+        x, w, b = (torch.randn(s).to(dtype) for s in ((m, k), (n, k), (n,)))
         truth = x.double() @ w.double().t()
-        check("y", _matmul.few_rows(x, w), x @ w.t(), truth)
-        check("y + b", _matmul.few_rows(x, w, b), torch.addmm(b, x, w.t()), truth + b.double())
-        wide = torch.randn(m, 2 * k).to(dtype_of_product)[:, ::2].copy_(x)
-        check("x strided", _matmul.few_rows(wide, w), x @ w.t(), truth)
-        dy = torch.randn(m, n + 3).to(dtype_of_product)[:, :n]
-        check("dx", _matmul.few_rows(dy, w.t()), dy @ w, dy.double() @ w.double())
+        check("y", _matmul.linear(x, w), x @ w.t(), truth)
+        check("y + b", _matmul.linear(x, w, b), torch.addmm(b, x, w.t()), truth + b.double())
+        wide = torch.randn(m, 2 * k).to(dtype)[:, ::2].copy_(x)
+        check("x strided", _matmul.linear(wide, w), x @ w.t(), truth)
+        dy = torch.randn(m, k + 3).to(dtype)[:, :k]
+        v = torch.randn(k, n).to(dtype)
+        check("dx", _matmul.linear(dy, v.t()), dy @ v, dy.double() @ v.double())
+        y = torch.randn(m, n).to(_matmul.product_dtype(x))
+        want, eager = y.double() + truth, y.to(dtype) + x @ w.t()
+        onto = _matmul.linear_onto(y, x, w)
+        assert onto.dtype is y.dtype
+        check("onto", onto.to(dtype), eager, want)
+        if y.is_cpu and not _matmul._onednn_is_faster():
+            assert onto.data_ptr() == y.data_ptr()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

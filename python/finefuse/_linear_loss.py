@@ -1,6 +1,6 @@
 """The chunk driver of the losses from hidden states: logits exist for some rows at a time.
 
-    for some rows:    z = x Wᵀ + b        2·M·H·V     few_rows, panel by panel where W is packed or narrow
+    for some rows:    z = x Wᵀ + b        2·M·H·V     `linear`, panel by panel where W is packed or narrow
                       the row kernel      reads z, writes dz over it
                       dx = dz W           2·M·H·V
                       dW += dzᵀ x         2·M·H·V     a sum in float32 or wider
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _C
-from ._matmul import add_outer, few_rows, widened
+from ._matmul import add_outer, linear, widened
 
 Rows = slice | Tensor  # of the batch: a slice, or indices
 RowKernel = Callable[[Tensor, Rows], bool]
@@ -44,7 +44,7 @@ class Head(NamedTuple):
         """(m, V) of x (m, H) of the products' type, before the softcap."""
         z: Tensor | None = None
         for first, last, part in self.panels():
-            y = few_rows(x, part, None if self.bias is None else self.bias[first:last])
+            y = linear(x, part, None if self.bias is None else self.bias[first:last])
             if last - first == self.vocab:
                 z = y
                 continue  # to the end: the panels' memory is given back
@@ -67,7 +67,7 @@ class Head(NamedTuple):
         """dz W (m, H)."""
         dx: Tensor | None = None
         for first, last, part in self.panels():
-            product = few_rows(dz[:, first:last], part.t())
+            product = linear(dz[:, first:last], part.t())
             if last - first < self.vocab and product.dtype is not torch.float64:
                 product = product.float()  # rounded once, however many panels there are
             dx = product if dx is None else dx.add_(product)

@@ -6,7 +6,7 @@ A fixed table, from what the CPU is and never from a timing, so that results do 
 |---|---|
 | float32 on AMD with AVX-512 | oneDNN: MKL, torch's own choice, keeps off AVX-512 there; 2.4× |
 | float32 elsewhere (AMD with AVX2: 0.9 to 1.1×), float64, and any type on a GPU | torch |
-| of these a few hundred rows on a CPU, times many (`few_rows`) | torch, turned, in pieces: 1.3 to 1.6× |
+| of these 32 to 384 rows on a CPU, times 2048 or more | torch, turned (`_turned`): 1.2 to 1.3× |
 | bfloat16 where oneDNN has a product for it | torch, which calls that |
 | bfloat16 elsewhere, float16 | as float32: torch's own product, but for one row, takes 5 times as long |
 """
@@ -67,6 +67,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     b = None if bias is None else bias.to(dtype)
     if _takes_onednn(a, w):
         y = torch.ops.mkldnn._linear_pointwise(a, w, b, "none", [], "")
+    elif _turns(a, w):
+        y = a.new_empty((len(a), len(w)))
+        for columns, product in _turned(a, w, b):
+            y[:, columns] = product
     else:
         y = torch.mm(a, w.t()) if b is None else torch.addmm(b, a, w.t())
     return y.to(x.dtype)
@@ -134,7 +138,44 @@ def linear_onto(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     a, w = x.to(y.dtype), weight.to(y.dtype)
     if _takes_onednn(a, w):
         return torch.ops.mkldnn._linear_pointwise.binary(a, y, w, None, "add")
+    if _turns(a, w):
+        for columns, product in _turned(a, w):
+            y[:, columns] += product
+        return y
     return y.addmm_(a, w.t())
+
+
+# Rows of x for which a product is turned, the fewest where the weight lies column by column (that of a
+# dx), and rows of the weight.
+_FEW, _FEW_STRIDED, _MANY = (32, 384), 192, 2048
+
+
+def _turns(x: Tensor, weight: Tensor) -> bool:
+    """Whether MKL is faster at weight · xᵀ than at x · weightᵀ, by more than turning it back costs."""
+    fewest, most = _FEW if weight.stride(1) == 1 else (_FEW_STRIDED, _FEW[1])
+    return (
+        x.is_cpu
+        and fewest <= len(x) <= most
+        and len(weight) >= _MANY
+        and x.dtype in (torch.float32, torch.float64)
+        and not _takes_onednn(x, weight)
+    )
+
+
+def _turned(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """(columns of the product, these columns (M, R)) of x · weightᵀ + bias, taken as weight · xᵀ.
+
+    All at once where that is an eighth of the weight's memory, else four times: each product waits for the
+    slowest of its threads, and in pieces of 20 ms a busy machine loses half of its time.
+    """
+    rows = len(weight)
+    step = rows if 8 * len(x) <= weight.shape[1] else max(-(-rows // 4), _MANY)
+    for first in range(0, rows, step):
+        columns = slice(first, first + step)
+        part = None if bias is None else bias[columns]
+        yield columns, _turned_product(x, weight[columns], part).t()
 
 
 def columns_into(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -161,33 +202,8 @@ def _turned_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     return torch.addmm(column, weight, x.t())
 
 
-# Rows of x, and of a piece of the matrix, for which `few_rows` goes piece by piece.
-_FEW, _PIECE = (32, 512), 512
 # Of a sum of outer products: rows of a piece, where the engine cannot add to what is there.
 _SUM_BYTES = 8 << 20
-
-
-def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (M, K) · weight (N, K)ᵀ + bias (N,), of the type `product_dtype(x)`, for some hundred rows of x."""
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            return few_rows(x, weight, bias)
-    if _takes_onednn(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    wide = x.dtype in (torch.float32, torch.float64)
-    if (
-        x.is_cpu
-        and wide
-        and _FEW[0] <= len(x) <= _FEW[1]
-        and len(weight) >= 4 * _PIECE
-        and weight.stride(1) == 1
-    ):
-        y = x.new_empty((len(x), len(weight)))
-        for n in range(0, len(weight), _PIECE):
-            of = slice(n, n + _PIECE)
-            y[:, of] = _turned_product(x, weight[of], None if bias is None else bias[of]).t()
-        return y
-    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
 @functools.cache
