@@ -14,6 +14,7 @@ FOLDERS = (
     "csrc/ops/{}.h",
     "csrc/ops/{}.cpp",
     "csrc/ops/{}.cu",
+    "csrc/bindings/{}.h",
     "kernels/{}.py",
     "python/finefuse/{}.py",
     "python/finefuse/reference/{}.py",
@@ -29,7 +30,9 @@ MISSING: dict[str, str] = {
     "csrc/ops/linear.cpp": "as the header",
     "csrc/ops/linear.cu": "as the header",
     "python/finefuse/numpy/linear.py": "NumPy has no products to put a chunk of logits between",
+    "csrc/bindings/linear.h": "as the header",
     "csrc/ops/bandit.cu": "a simulator: CPU only",
+    "csrc/bindings/bandit.h": "a simulator: bound in module.cpp alone",
     "kernels/bandit.py": "a simulator: CPU only",
 }
 
