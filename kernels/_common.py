@@ -32,6 +32,12 @@ REDUCE_SUM = tl.constexpr(1)
 REDUCE_MEAN = tl.constexpr(2)
 
 
+def with_presence(tensors, stand_in):
+    """What may be absent, each with whether it is there (1, 0): `stand_in` in its place is never followed, so
+    that one kernel serves whatever is there."""
+    return [x for t in tensors for x in (stand_in if t is None else t, int(t is not None))]
+
+
 def launch(kernel, programs, *args, num_warps, fuse=True, num_stages=3, **constants):
     """Run `programs` programs of a kernel on torch's current stream.
 

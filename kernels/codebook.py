@@ -1,4 +1,4 @@
-"""Codebook quantisation in Triton: what csrc/bindings/ops.h has on GPUs. SPEC section 1, bit for bit.
+"""Codebook quantisation in Triton: what csrc/bindings/codebook.h has on GPUs. SPEC section 1, bit for bit.
 
     kernel                       reads + writes an element (16 bits, NF4)   bound by
     quantize                     2 + 0.56                                   comparisons, 15 an element
@@ -14,7 +14,7 @@ element. The table is looked up in memory: it stays in L1.
 Where bits are promised no a·b + c is fused (`fuse=False`) and divisions are div_rn; products in
 codebook_linear are summed in float32, in an order that depends on the shape alone.
 
-The host functions have the names, arguments and meaning of csrc/bindings/ops.h; `place` is (stream, flags).
+The host functions have names, arguments and meaning of csrc/bindings/codebook.h; `place` is (stream, flags).
 They allocate nothing and wait for nothing.
 """
 

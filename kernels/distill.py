@@ -1,4 +1,4 @@
-"""Distillation from logits in Triton: what csrc/bindings/ops.h has on GPUs.
+"""Distillation from logits in Triton: what csrc/bindings/distill.h has on GPUs.
 
     kernel           reads + writes a column           bound by
     distill          sizeof(T) + sizeof(teacher's)     memory; each of the two or three passes reads both
@@ -12,7 +12,7 @@ for the forward KL, whose gradient does not need them), the gradient. Elements a
 float32 (float64 for a float64 student); lanes are added up, and all that a row has only one of is computed,
 in float64, in a fixed order, without atomics. The mixture of jsd is formed relative to the larger of p and q.
 
-The host functions have the names, arguments and meaning of csrc/bindings/ops.h; `place` is (stream, flags).
+The host functions have names, arguments and meaning of csrc/bindings/distill.h; `place` is (stream, flags).
 They allocate nothing and wait for nothing. A target out of range is never followed: its row's loss is NaN,
 its gradient 0, and a flag is set. So with a top-K teacher that has an index out of range or too much
 probability, or an index twice. The last is found where the gradient is written; a loss without one is that
@@ -33,6 +33,7 @@ from ._common import (
     launch,
     log1p,
     number,
+    with_presence,
 )
 from ._softmax_row import (
     LN2,
@@ -513,17 +514,12 @@ def distill(
             distill_count_kernel, 1, scratch, mask, targets, ignore_index, rows,
             BLOCK=1024, num_warps=4,
         )  # fmt: skip
-    some = next(
-        (x for x in (loss, upstream) if x is not None), scratch
-    )  # not followed where absent
-    before = (
-        student, *strides, teacher, *teacher_layout[3:],
-    )  # fmt: skip
+    some = next((x for x in (loss, upstream) if x is not None), scratch)
+    before = student, *strides, teacher, *teacher_layout[3:]
     after = (
         gradient, *gradient_layout[3:], width, mask, targets, ignore_index, vocab, beta, temperature,
         kl_weight, ce_weight, reduction, some if scratch is None else scratch,
-        some if loss is None else loss, int(loss is not None),
-        some if upstream is None else upstream, int(upstream is not None), place[1],
+        *with_presence((loss, upstream), some), place[1],
     )  # fmt: skip
     block, warps = tile(layout, student.element_size(), 3, gradient is not None)
     if teacher_indices is None:

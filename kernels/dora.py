@@ -11,7 +11,7 @@ tokens. Sums are float32 (float64 where the input is), those of a tile's element
 update of norm is never multiplied as TF32, whatever torch's setting: see kernels/lora.py. No atomics: the
 same inputs give the same bits.
 
-The host functions have the names, arguments and meaning of csrc/bindings/ops.h; `place` is (stream, flags).
+The host functions have names, arguments and meaning of csrc/bindings/dora.h; `place` is (stream, flags).
 They allocate nothing and wait for nothing. Tiles have not been measured yet.
 """
 

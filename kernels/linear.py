@@ -26,6 +26,7 @@ import triton.language as tl
 
 from ._common import BAD_TARGETS, integer, launch, log1p, number
 from ._softmax_row import FAR, LN2, LOG2E, LOWEST_32, LOWEST_64, MINUS_INF
+from .logprobs import store_outputs
 from .lora import _load, shared_memory
 
 # Tiles of rows that walk through the same columns.
@@ -227,16 +228,7 @@ def linear_combine_kernel(
         lse_r = number(float("nan"))
         entropy_r = number(float("nan"))
         tl.store(flags + BAD_TARGETS, 1)
-    tl.store(logprobs + r, logp)
-    if entropy is not None:
-        tl.store(entropy + r, entropy_r)
-    if lse is not None:
-        tl.store(lse + r, lse_r)
-    if saved is not None:
-        tl.store(saved + r, ref)
-        tl.store(saved + rows + r, log_sum)
-        if entropy is not None:
-            tl.store(saved + 2 * rows.to(tl.int64) + r, entropy_r)
+    store_outputs(r, rows, logp, entropy_r, lse_r, ref, log_sum, logprobs, entropy, lse, saved)
 
 
 def splits(rows, vocab, inner):

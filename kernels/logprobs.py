@@ -1,4 +1,4 @@
-"""Token log-probabilities, cross-entropy and sequence sums in Triton: what csrc/bindings/ops.h has on GPUs.
+"""Token log-probabilities, cross-entropy and sequence sums in Triton: as csrc/bindings/logprobs.h has them.
 
     kernel                    reads + writes an element   bound by
     token_logprobs            sizeof(T) + 0               memory; with entropy in 16 bits nearly by arithmetic
@@ -13,7 +13,7 @@ for float64 logits); lanes are added up, and all that a row has only one of is c
 atomics: the same inputs give the same bits. `saved` has the meaning that it has in csrc/ops/logprobs.h: a
 forward on a CPU and a backward here agree.
 
-The host functions have the names, arguments and meaning of csrc/bindings/ops.h; `place` is (stream, flags).
+The host functions have names, arguments and meaning of csrc/bindings/logprobs.h; `place` is (stream, flags).
 They allocate nothing and wait for nothing. A target out of range is never followed: its row becomes NaN (its
 gradient 0) and a flag is set, and so for offsets.
 """
@@ -32,6 +32,7 @@ from ._common import (
     log1p,
     number,
     segment,
+    with_presence,
 )
 from ._softmax_row import (
     LN2,
@@ -49,6 +50,21 @@ from ._softmax_row import (
 # ---- token_logprobs ----------------------------------------------------------------------------
 
 _RUNTIME = ["rows", "inner", "gradient_inner", "ignore_index"]  # numbers on which nothing depends
+
+
+@triton.jit
+def store_outputs(r, rows, logp, entropy_r, lse_r, ref, log_sum, logprobs, entropy, lse, saved):
+    """What token_logprobs leaves of row r, for whoever computed it; entropy, lse and saved may be absent."""
+    tl.store(logprobs + r, logp)
+    if entropy is not None:
+        tl.store(entropy + r, entropy_r)
+    if lse is not None:
+        tl.store(lse + r, lse_r)
+    if saved is not None:
+        tl.store(saved + r, ref)
+        tl.store(saved + rows + r, log_sum)
+        if entropy is not None:
+            tl.store(saved + 2 * rows.to(tl.int64) + r, entropy_r)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -83,16 +99,7 @@ def token_logprobs_kernel(
         lse_r = number(float("nan"))
         entropy_r = number(float("nan"))
         tl.store(flags + BAD_TARGETS, 1)
-    tl.store(logprobs + r, logp)
-    if entropy is not None:
-        tl.store(entropy + r, entropy_r)
-    if lse is not None:
-        tl.store(lse + r, lse_r)
-    if saved is not None:
-        tl.store(saved + r, ref)
-        tl.store(saved + rows + r, log_sum)
-        if entropy is not None:
-            tl.store(saved + 2 * rows.to(tl.int64) + r, entropy_r)
+    store_outputs(r, rows, logp, entropy_r, lse_r, ref, log_sum, logprobs, entropy, lse, saved)
 
 
 @triton.jit(do_not_specialize=[*_RUNTIME, "has_g", "has_l"])
@@ -159,13 +166,13 @@ def token_logprobs_backward(
     if rows == 0:
         return
     block, warps = tile(layout, logits.element_size())
-    # never read where absent: one kernel for all that may be absent without changing the loop
+    # h changes the loop: a kernel with it, and one without
     some = next((x for x in (g, h, l) if x is not None), saved)
     launch(
         token_logprobs_backward_kernel, rows, logits, *strides, gradient, *gradient_layout[3:],
         targets, ignore_index, rows, vocab, temperature, saved,
-        some if g is None else g, int(g is not None), h, some if l is None else l,
-        int(l is not None), place[1], BLOCK=block, num_warps=warps,
+        *with_presence((g,), some), h, *with_presence((l,), some), place[1],
+        BLOCK=block, num_warps=warps,
     )  # fmt: skip
 
 
@@ -277,14 +284,12 @@ def cross_entropy(
         )  # fmt: skip
     smoothing = label_smoothing != 0.0
     block, warps = tile(layout, logits.element_size(), 2 + smoothing, gradient is not None)
-    some = next(
-        (x for x in (loss, upstream) if x is not None), scratch
-    )  # never followed where absent
+    some = next((x for x in (loss, upstream) if x is not None), scratch)
     launch(
         cross_entropy_kernel, rows, logits, *strides, gradient, *gradient_layout[3:],
         targets, ignore_index, rows, vocab, label_smoothing, reduction,
-        some if loss is None else loss, int(loss is not None), None if by_row else scratch,
-        some if upstream is None else upstream, int(upstream is not None), place[1],
+        *with_presence((loss,), some), None if by_row else scratch,
+        *with_presence((upstream,), some), place[1],
         SMOOTHING=smoothing, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     if loss is not None and not by_row:

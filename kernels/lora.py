@@ -16,7 +16,7 @@ bfloat16 is a sum of three of these, or of two where the result is rounded to 16
 multiplied as such, or as TF32 where torch's setting for its own products says so. Triton's interpreter, which
 has no products of bfloat16, multiplies float32. An infinite float32 that is taken apart gives NaN.
 
-The host functions have the names, arguments and meaning of csrc/bindings/ops.h; `place` is (stream, flags).
+The host functions have names, arguments and meaning of csrc/bindings/lora.h; `place` is (stream, flags).
 They allocate nothing and wait for nothing. Tiles follow from the shape, the type and the shared memory of a
 multiprocessor; they have not been measured yet.
 """

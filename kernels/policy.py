@@ -1,4 +1,4 @@
-"""Policy-gradient losses, value loss and advantages in Triton: what csrc/bindings/ops.h has on GPUs.
+"""Policy-gradient losses, value loss and advantages in Triton: what csrc/bindings/policy.h has on GPUs.
 
     kernel               reads + writes                         bound by
     policy_logits        sizeof(T) + sizeof(T) a logit          memory; the gradient's second read is from L2
@@ -16,7 +16,7 @@ tokens. What all tokens depend on, how many count, is added up before by two sma
 after by one: four launches. All arithmetic of a token is float64 (the table of csrc/ops/policy_table.h); sums
 are in a fixed order, without atomics. What is masked out is never read.
 
-The host functions have the names, arguments and meaning of csrc/bindings/ops.h; `place` is (stream, flags).
+The host functions have names, arguments and meaning of csrc/bindings/policy.h; `place` is (stream, flags).
 They allocate nothing and wait for nothing. An action out of range is never followed: its row's loss is NaN,
 its gradient 0, and a flag is set. Bad offsets lead nowhere: a flag is set, and loss, metrics and gradients
 are NaN.
@@ -34,6 +34,7 @@ from ._common import (
     log1p,
     number,
     segment,
+    with_presence,
 )
 from ._softmax_row import (
     LN2,
@@ -227,11 +228,6 @@ def _table(options, ref):
     constants = {"SURROGATE": surrogate, "KL": kl if with_kl else K3.value}
     numbers = with_kl, int(kl_times_ratio), kl_beta, *bounds, dual_clip, delta, tau_pos, tau_neg
     return constants, numbers, (importance, reduction, divisor)
-
-
-def _or(vectors, some):
-    """What may be absent, each with whether it is there: `some` in its place is never followed."""
-    return [x for v in vectors for x in (some if v is None else v, int(v is not None))]
 
 
 # ---- counts and shares -------------------------------------------------------------------------
@@ -441,13 +437,13 @@ def policy(
     )  # fmt: skip
     launch(
         policy_kernel, sequences, scratch, logprobs, mask, offsets, sequences, length, total,
-        *_or((old_logprobs, ref_logprobs, weights), logprobs), advantages, int(by_token),
-        importance, *numbers, *_or((upstream, out if by_element else None), logprobs), gradient,
+        *with_presence((old_logprobs, ref_logprobs, weights), logprobs), advantages, int(by_token),
+        importance, *numbers, *with_presence((upstream, out if by_element else None), logprobs), gradient,
         place[1], **constants, BLOCK=256, num_warps=4,
     )  # fmt: skip
     launch(
-        policy_sums_kernel, 1, scratch, sequences, *_or((None if by_element else out,), logprobs),
-        *_or((metrics,), logprobs), BLOCK=1024, num_warps=4,
+        policy_sums_kernel, 1, scratch, sequences, *with_presence((None if by_element else out,), logprobs),
+        *with_presence((metrics,), logprobs), BLOCK=1024, num_warps=4,
     )  # fmt: skip
 
 
@@ -583,13 +579,13 @@ def policy_logits(
         launch(
             policy_logits_kernel, rows, scratch, logits, *strides, gradient, *gradient_layout[3:],
             actions, ignore_index, vocab, temperature, entropy_coef, sequences,
-            *_or((old_logprobs, ref_logprobs, weights), advantages), advantages, int(by_token),
-            *numbers, *_or((upstream,), advantages), place[1],
+            *with_presence((old_logprobs, ref_logprobs, weights), advantages), advantages, int(by_token),
+            *numbers, *with_presence((upstream,), advantages), place[1],
             **constants, ENTROPY=entropy_coef != 0.0, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     launch(
         policy_logits_sums_kernel, 1, scratch, sequences, rows, entropy_coef,
-        *_or((out, metrics), advantages), BLOCK=1024, num_warps=4,
+        *with_presence((out, metrics), advantages), BLOCK=1024, num_warps=4,
     )  # fmt: skip
 
 
@@ -662,11 +658,20 @@ def value_loss(values, wide, total, returns, old_values, mask, clip, out, gradie
         out.zero_()
         return
     blocks = -(-total // VALUE_BLOCK.value)
-    given = scratch, values, returns, *_or((old_values,), values), mask, float(clip), total, blocks
+    given = (
+        scratch,
+        values,
+        returns,
+        *with_presence((old_values,), values),
+        mask,
+        float(clip),
+        total,
+        blocks,
+    )
     launch(value_loss_sums_kernel, blocks, *given, BLOCK=1024, num_warps=4)
     launch(
         value_loss_kernel, blocks if gradient is not None else 1, *given, out,
-        *_or((gradient,), values), BLOCK=1024, num_warps=4,
+        *with_presence((gradient,), values), BLOCK=1024, num_warps=4,
     )  # fmt: skip
 
 

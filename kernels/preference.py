@@ -1,4 +1,4 @@
-"""Preference losses in Triton: what csrc/bindings/ops.h has on GPUs.
+"""Preference losses in Triton: what csrc/bindings/preference.h has on GPUs.
 
     kernel                    reads + writes a pair       bound by
     preference_kernel         up to 64 + 56 bytes         the launch, and a chain of a few transcendental
@@ -9,14 +9,23 @@ kernel. A launch a loss of the weighted sum: the first writes, the next ones add
 whatever the input; sums are in a fixed order, without atomics. The formulas and their slopes are those of
 csrc/ops/preference_table.h; which loss it is is a run-time number, so that one kernel serves all.
 
-The host function has the name, arguments and meaning of csrc/bindings/ops.h; `place` is (stream, flags). A
-length that is negative or NaN makes its pair NaN and sets a flag.
+The host function has name, arguments and meaning of csrc/bindings/preference.h; `place` is (stream, flags).
+A length that is negative or NaN makes its pair NaN and sets a flag.
 """
 
 import triton
 import triton.language as tl
 
-from ._common import BAD_LENGTHS, REDUCE_MEAN, REDUCE_NONE, expm1, launch, log1p, number
+from ._common import (
+    BAD_LENGTHS,
+    REDUCE_MEAN,
+    REDUCE_NONE,
+    expm1,
+    launch,
+    log1p,
+    number,
+    with_presence,
+)
 
 # csrc/ops/preference.h, enum PreferenceLoss; sigmoid (0) is what the others are told from.
 IPO = tl.constexpr(1)
@@ -542,13 +551,13 @@ def preference(
     codes, by_length, term_weights, *numbers, divergence, nll_by_length, reduction = options
     beta, label_smoothing = numbers[:2]
 
-    def given(tensor):
-        """Never read or written where it is absent: one kernel whatever is there."""
-        return (gradient if tensor is None else tensor), int(tensor is not None)
+    def given(*tensors):
+        return with_presence(tensors, gradient)
 
-    inputs = [chosen, rejected]
-    for vector in (ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, weights):
-        inputs += given(vector)
+    inputs = [
+        chosen, rejected,
+        *given(ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, weights),
+    ]  # fmt: skip
     absent = gradient if out is None else None
     metrics = [
         absent if m is None else m for m in (chosen_rewards, rejected_rewards, margins, accuracy)
@@ -561,7 +570,7 @@ def preference(
             preference_kernel, 1, *inputs, *given(chosen_nll), given(kl)[0], kl_count,
             *given(upstream), chosen_count, rejected_count, code, int(divides), float(weight),
             *map(float, numbers), divergence, int(nll_by_length), reduction, int(i == 0),
-            *given(out), *metrics, gradient, *given(ref_gradient), *given(nll_gradient), place[1],
+            *given(out), *metrics, gradient, *given(ref_gradient, nll_gradient), place[1],
             BLOCK=256, num_warps=4,
         )  # fmt: skip
     for code, divides, weight in zip(codes, by_length, term_weights, strict=True):

@@ -13,7 +13,7 @@ digits the key of the last that goes is known, and how many of its equals go; th
 is searched for, and an element is kept where its key is higher, or the same and its place beyond. Counts are
 integers, whose sums do not depend on their order: the same result every time.
 
-The host functions have the names, arguments and meaning of csrc/bindings/ops.h; `place` is (stream, flags).
+The host functions have names, arguments and meaning of csrc/bindings/prune.h; `place` is (stream, flags).
 They allocate nothing and wait for nothing. Tiles have not been measured yet.
 """
 

@@ -9,7 +9,7 @@ A program has rows of one adapter, wherever they are: nothing moves, and nothing
 adapter's rows. The programs follow from the sizes alone, and `begins` is read by each: see _tile_of. Sums,
 products and dropout are as in kernels/lora.py. No atomics: the same inputs give the same bits.
 
-The host functions have the names, arguments and meaning of csrc/bindings/ops.h; `place` is (stream, flags).
+The host functions have names, arguments and meaning of csrc/bindings/segmented.h; `place` is (stream, flags).
 They allocate nothing and wait for nothing. An adapter that is not there is never followed: its rows of y
 become NaN and a flag is set. Tiles have not been measured yet.
 """

@@ -55,66 +55,6 @@ struct Cpu {
     if (!good) throw py::value_error("order, begins: not what the forward made");
   }
 
-  // Kept by each thread, since calls are concurrent: fresh memory costs more than what is done in
-  // it.
-  static void* workspace(int64_t bytes) {
-    thread_local std::vector<double> memory;
-    const auto size = static_cast<size_t>((bytes + 7) / 8);
-    if (memory.size() < size) memory.resize(size);
-    return memory.data();
-  }
-
-  static void run(const TokenLogprobs& a) { FF_KERNELS(logprobs_kernels).token_logprobs(a); }
-  static void run(const TokenLogprobsBackward& a) {
-    FF_KERNELS(logprobs_kernels).token_logprobs_backward(a);
-  }
-  static void run(const CrossEntropy& a) { FF_KERNELS(logprobs_kernels).cross_entropy(a); }
-  static void run(const ScaleGradient& a) { FF_KERNELS(logprobs_kernels).scale_gradient(a); }
-  static void run(const SequenceSums& a) { FF_KERNELS(logprobs_kernels).sequence_sums(a); }
-  static void run(const SequenceSumsBackward& a) {
-    FF_KERNELS(logprobs_kernels).sequence_sums_backward(a);
-  }
-  static void run(const Quantize& a) { FF_KERNELS(codebook_kernels).quantize(a); }
-  static void run(const Dequantize& a) { FF_KERNELS(codebook_kernels).dequantize(a); }
-  static void run(CodebookLinear a) {
-    const int64_t count = codebook_workspace(a.tokens, a.columns) * (a.transposed ? 2 : 1);
-    a.workspace = static_cast<float*>(workspace(count * static_cast<int64_t>(sizeof(float))));
-    FF_KERNELS(codebook_kernels).codebook_linear(a);
-  }
-  // A part of it for each member, whose sizes are in numbers of `size` bytes.
-  static void run(LoraShrinkGroup group) {
-    const int64_t size = group.members[0].dtype == DType::f64 ? 8 : 4;
-    int64_t count = 0;
-    for (int m = 0; m < group.count; ++m) count += lora_workspace(group.members[m]);
-    char* memory = static_cast<char*>(workspace(count * size));
-    for (int m = 0; m < group.count; ++m) {
-      group.members[m].workspace = memory;
-      memory += lora_workspace(group.members[m]) * size;
-    }
-    FF_KERNELS(lora_kernels).shrink(group.members, group.count);
-  }
-  static void run(const LoraShrink& a) { run(LoraShrinkGroup{{a}, 1}); }
-  static void run(LoraExpand a) {
-    a.workspace = workspace(lora_workspace(a) * (a.dtype == DType::f64 ? 8 : 4));
-    FF_KERNELS(lora_kernels).expand(a);
-  }
-  static void run(const LoraDropout& a) { FF_KERNELS(lora_kernels).dropout(a); }
-  static void run(const SegmentedShrink& a) { FF_KERNELS(segmented_kernels).shrink(a); }
-  static void run(const SegmentedExpand& a) { FF_KERNELS(segmented_kernels).expand(a); }
-  static void run(DoraNorm a) {
-    a.workspace = workspace(dora_workspace(a) * (a.dtype == DType::f64 ? 8 : 4));
-    FF_KERNELS(dora_kernels).norm(a);
-  }
-  static void run(const DoraScale& a) { FF_KERNELS(dora_kernels).scale(a); }
-  static void run(DoraScaleBackward a) {
-    a.workspace = workspace(dora_workspace(a) * (a.dtype == DType::f64 ? 8 : 4));
-    FF_KERNELS(dora_kernels).scale_backward(a);
-  }
-  static void run(const Policy& a) { FF_KERNELS(policy_kernels).policy(a); }
-  static void run(const PolicyLogits& a) { FF_KERNELS(policy_kernels).policy_logits(a); }
-  static void run(const ValueLoss& a) { FF_KERNELS(policy_kernels).value_loss(a); }
-  static void run(const GroupAdvantages& a) { FF_KERNELS(policy_kernels).group_advantages(a); }
-  static void run(const Gae& a) { FF_KERNELS(policy_kernels).gae(a); }
   static void check_teacher(const Distill& a) {
     TeacherFault fault = TeacherFault::none;
     const int64_t row = FF_KERNELS(distill_kernels).first_bad_teacher(a, &fault);
@@ -131,6 +71,69 @@ struct Cpu {
                                                               std::to_string(a.shape.vocab) + ")"));
   }
 
+  // Kept by each thread, since calls are concurrent: fresh memory costs more than what is done in
+  // it.
+  static void* workspace(int64_t bytes) {
+    thread_local std::vector<double> memory;
+    const auto size = static_cast<size_t>((bytes + 7) / 8);
+    if (memory.size() < size) memory.resize(size);
+    return memory.data();
+  }
+  // For so many numbers of the accumulator's type.
+  static void* workspace(int64_t count, DType dtype) { return workspace(count * size_of(dtype)); }
+  static int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
+
+  static void run(const TokenLogprobs& a) { FF_KERNELS(logprobs_kernels).token_logprobs(a); }
+  static void run(const TokenLogprobsBackward& a) {
+    FF_KERNELS(logprobs_kernels).token_logprobs_backward(a);
+  }
+  static void run(const CrossEntropy& a) { FF_KERNELS(logprobs_kernels).cross_entropy(a); }
+  static void run(const ScaleGradient& a) { FF_KERNELS(logprobs_kernels).scale_gradient(a); }
+  static void run(const SequenceSums& a) { FF_KERNELS(logprobs_kernels).sequence_sums(a); }
+  static void run(const SequenceSumsBackward& a) {
+    FF_KERNELS(logprobs_kernels).sequence_sums_backward(a);
+  }
+  static void run(const Quantize& a) { FF_KERNELS(codebook_kernels).quantize(a); }
+  static void run(const Dequantize& a) { FF_KERNELS(codebook_kernels).dequantize(a); }
+  static void run(CodebookLinear a) {
+    const int64_t count = codebook_workspace(a.tokens, a.columns) * (a.transposed ? 2 : 1);
+    a.workspace = static_cast<float*>(workspace(count, DType::f32));
+    FF_KERNELS(codebook_kernels).codebook_linear(a);
+  }
+  // A part of the workspace for each member.
+  static void run(LoraShrinkGroup group) {
+    const DType dtype = group.members[0].dtype;
+    int64_t count = 0;
+    for (int m = 0; m < group.count; ++m) count += lora_workspace(group.members[m]);
+    char* memory = static_cast<char*>(workspace(count, dtype));
+    for (int m = 0; m < group.count; ++m) {
+      group.members[m].workspace = memory;
+      memory += lora_workspace(group.members[m]) * size_of(dtype);
+    }
+    FF_KERNELS(lora_kernels).shrink(group.members, group.count);
+  }
+  static void run(const LoraShrink& a) { run(LoraShrinkGroup{{a}, 1}); }
+  static void run(LoraExpand a) {
+    a.workspace = workspace(lora_workspace(a), a.dtype);
+    FF_KERNELS(lora_kernels).expand(a);
+  }
+  static void run(const LoraDropout& a) { FF_KERNELS(lora_kernels).dropout(a); }
+  static void run(const SegmentedShrink& a) { FF_KERNELS(segmented_kernels).shrink(a); }
+  static void run(const SegmentedExpand& a) { FF_KERNELS(segmented_kernels).expand(a); }
+  static void run(DoraNorm a) {
+    a.workspace = workspace(dora_workspace(a), a.dtype);
+    FF_KERNELS(dora_kernels).norm(a);
+  }
+  static void run(const DoraScale& a) { FF_KERNELS(dora_kernels).scale(a); }
+  static void run(DoraScaleBackward a) {
+    a.workspace = workspace(dora_workspace(a), a.dtype);
+    FF_KERNELS(dora_kernels).scale_backward(a);
+  }
+  static void run(const Policy& a) { FF_KERNELS(policy_kernels).policy(a); }
+  static void run(const PolicyLogits& a) { FF_KERNELS(policy_kernels).policy_logits(a); }
+  static void run(const ValueLoss& a) { FF_KERNELS(policy_kernels).value_loss(a); }
+  static void run(const GroupAdvantages& a) { FF_KERNELS(policy_kernels).group_advantages(a); }
+  static void run(const Gae& a) { FF_KERNELS(policy_kernels).gae(a); }
   static void run(const Distill& a) { FF_KERNELS(distill_kernels).distill(a); }
   static void run(Prune a) {
     a.workspace = workspace(prune_cpu_workspace(a));

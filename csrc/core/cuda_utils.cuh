@@ -13,6 +13,7 @@
 
 #include "core/dtype.h"
 #include "core/place.h"
+#include "core/sizes.h"
 
 namespace finefuse::cuda {
 
@@ -92,6 +93,10 @@ template <class T> struct alignas(16) Vector {
 // Streaming (evict first) where nobody reads the line again.
 enum class Access { keep, stream };
 
+inline bool is_aligned(const void* p, size_t bytes = 16) {
+  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+}
+
 // A GPU faults where an address is not aligned; on a CPU the tests' header does.
 template <class T> __device__ __forceinline__ auto* aligned(T* p) {
 #if defined(FF_CUDA_ON_CPU)
@@ -159,7 +164,7 @@ template <class T> __device__ inline Span vector_span(const T* p, const T* q, in
   return {head, head + (n - head) / size * size};
 }
 
-__device__ inline double warp_sum(double x) {
+template <class V> __device__ __forceinline__ V warp_sum(V x) {
   for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
   return x;
 }

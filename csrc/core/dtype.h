@@ -33,6 +33,22 @@ template <> struct AccumulatorOf<double> {
 };
 template <class T> using Accumulator = typename AccumulatorOf<T>::type;
 
+// Calls f with a value of the element type.
+template <class F> static inline void by_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32: return f(float{});
+    case DType::bf16: return f(bf16{});
+    case DType::f16: return f(f16{});
+    case DType::f64: return f(double{});
+  }
+}
+// The same where float64 is not offered: nothing is called.
+template <class F> static inline void by_dtype_but_f64(DType dtype, const F& f) {
+  by_dtype(dtype, [&]<class T>(T x) {
+    if constexpr (sizeof(T) < 8) f(x);
+  });
+}
+
 // An array of targets or actions, int32 or int64.
 struct Indices {
   const void* data;

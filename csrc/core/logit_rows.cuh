@@ -1,21 +1,11 @@
-// What the kernels over rows of logits share: the element type, what thread 0 knows of a row's
-// gradient, and a row that stays in shared memory between its two passes.
+// What the kernels over rows of logits share: what thread 0 knows of a row's gradient, and a row
+// that stays in shared memory between its two passes.
 #pragma once
 #include "core/cuda_utils.cuh"
 #include "core/logit_rows.h"
 #include "core/softmax_row.cuh"
 
 namespace finefuse::cuda {
-
-// Calls f with a value of the element type.
-template <class F> void by_dtype(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::f32: return f(float{});
-    case DType::bf16: return f(bf16{});
-    case DType::f16: return f(f16{});
-    case DType::f64: return f(double{});
-  }
-}
 
 // ---- the gradient of a row ----------------------------------------------------------------------
 

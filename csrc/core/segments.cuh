@@ -1,6 +1,7 @@
 // Tokens of the sequences of a batch on a GPU, where nobody has looked at the offsets beforehand.
 #pragma once
 #include "core/cuda_utils.cuh"
+#include "core/segments.h"
 
 namespace finefuse::cuda {
 
@@ -22,19 +23,11 @@ __device__ inline Segment segment_at(const Indices& offsets, int64_t segments, i
 }
 
 // The segment that token t is in, or -1 where the offsets do not say.
-__device__ inline int64_t segment_of(const Indices& offsets, int64_t segments, int64_t length,
-                                     int64_t t) {
-  if (offsets.data == nullptr) return t / length;
-  if (segments <= 0) return -1;
-  int64_t low = 0, high = segments;  // offsets[low] <= t < offsets[high]
-  while (high - low > 1) {
-    const int64_t middle = low + (high - low) / 2;
-    if (offsets[middle] <= t)
-      low = middle;
-    else
-      high = middle;
-  }
-  return offsets[low] <= t && t < offsets[low + 1] ? low : -1;
+__device__ inline int64_t segment_or_none(const Indices& offsets, int64_t segments, int64_t length,
+                                          int64_t t) {
+  if (offsets.data != nullptr && segments <= 0) return -1;
+  const int64_t i = segment_of(offsets, segments, length, t);
+  return offsets.data == nullptr || (offsets[i] <= t && t < offsets[i + 1]) ? i : -1;
 }
 
 inline constexpr int kSegmentThreads = 128;
@@ -51,7 +44,7 @@ static __global__ void __launch_bounds__(kSegmentThreads)
   if (t < a.total) a.out.set(t, NAN);
 }
 inline void fill_segments(const Reals& out, int64_t total, const Place& place) {
-  launch(sequence_fill_kernel, (total + kSegmentThreads - 1) / kSegmentThreads, kSegmentThreads, 0,
+  launch(sequence_fill_kernel, ceil_div(total, kSegmentThreads), kSegmentThreads, 0,
          SegmentFill{out, total, place});
 }
 

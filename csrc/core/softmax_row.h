@@ -55,7 +55,7 @@ FF_INLINE void add_block(const T* z, int64_t n, double ref, double c, double flo
   const double minus_inf = -__builtin_inf();
   const V vref = splat<V>(ref), vfloor = splat<V>(floor);
   V vtop = splat<V>(minus_inf), vsum = splat<V>(4), vlost = {}, vdot = {}, vlogits = {};
-  const auto add = [&]<int K>(V(&x)[K]) __attribute__((always_inline)) {
+  const auto add = [&]<int K>(V(&x)[K]) FF_LAMBDA {
     V e[K];
     for (int u = 0; u < K; ++u) vtop = max(x[u], vtop);
     for (int u = 0; u < K; ++u) x[u] -= vref;
@@ -143,7 +143,7 @@ inline void row_gradient(const T* z, T* out, int64_t n, const RowGradient& g) {
   const double c = detail::kLog2e / g.temperature;
   const V ref = splat<V>(g.ref), floor = splat<V>(exp_floor<Accumulator<T>>(c));
   const V a = splat<V>(g.a), b = splat<V>(g.b), offset = splat<V>(g.offset);
-  const auto value = [&]<int K>(V(&x)[K]) __attribute__((always_inline)) {
+  const auto value = [&]<int K>(V(&x)[K]) FF_LAMBDA {
     V e[K];
     for (int u = 0; u < K; ++u) x[u] -= ref;
     exp_scaled<kPrecision>(x, e, c, floor);
@@ -154,7 +154,7 @@ inline void row_gradient(const T* z, T* out, int64_t n, const RowGradient& g) {
         x[u] = fma(e[u], a, offset);
     }
   };
-  const auto partial = [&](int64_t i, int k) __attribute__((always_inline)) {
+  const auto partial = [&](int64_t i, int k) FF_LAMBDA {
     V x[1] = {load_partial(z + i, k, 0.0)};
     value(x);
     store_partial(out + i, x[0], k);
@@ -186,9 +186,6 @@ template <class T> inline void row_zero(T* out, int64_t n) {
 
 // ---- the gradient of a batch of rows ----
 
-// Gradients beyond this do not stay in any cache until they are read: write past the caches.
-inline constexpr int64_t kStreamBytes = 16 << 20;
-
 // Advises a fresh gradient to huge pages, before it is written; whether to write past the caches.
 template <class T>
 inline bool prepare_gradient(const LogitRows& gradient, const LogitRows& logits,
@@ -215,16 +212,34 @@ inline void write_gradient(const T* z, T* out, int64_t vocab, const RowGradient&
   }
 }
 
-// Calls one of four functions by the element type of the logits.
-template <class Args>
-inline void by_dtype(const Args& a, void (*f32_f)(const Args&), void (*bf16_f)(const Args&),
-                     void (*f16_f)(const Args&), void (*f64_f)(const Args&)) {
-  switch (a.shape.dtype) {
-    case DType::f32: return f32_f(a);
-    case DType::bf16: return bf16_f(a);
-    case DType::f16: return f16_f(a);
-    case DType::f64: return f64_f(a);
+// ---- the losses of a batch of rows ----
+
+// A number each (Reduction::none), or one of all: kept in `scratch` and added up in order, so that
+// it does not depend on who computed which. `count`: the rows that count, in a mean.
+template <class Args> struct RowLosses {
+  const Args& a;
+  bool by_row;
+  double share, common;  // of a row in the loss, and that times an upstream gradient they share
+
+  RowLosses(const Args& args, int64_t count) : a(args), by_row(a.reduction == Reduction::none) {
+    const double mean = count == 0 ? 0.0 : 1.0 / static_cast<double>(count);
+    share = a.reduction == Reduction::mean ? mean : 1.0;
+    common = a.upstream && !by_row ? share * a.upstream[0] : share;
   }
-}
+  // What the gradient of row r's loss is multiplied by.
+  double weight(int64_t r) const { return by_row && a.upstream ? a.upstream[r] : common; }
+  void put(int64_t r, double loss) const {
+    if (!by_row)
+      a.scratch[r] = loss;
+    else if (a.loss)
+      a.loss.set(r, loss);
+  }
+  void finish() const {
+    if (by_row || !a.loss) return;
+    double sum = 0.0;
+    for (int64_t r = 0; r < a.shape.rows; ++r) sum += a.scratch[r];
+    a.loss.set(0, share * sum);
+  }
+};
 
 }  // namespace finefuse::FF_ISA_NS

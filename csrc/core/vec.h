@@ -1,13 +1,13 @@
-// clang-format off
 // One vector of float and one of double per ISA level, with loads and stores of the four element
 // types. Arithmetic, comparisons and selects are the compiler's vector extensions; only what those
 // cannot say (fused multiply-add, maximum, half conversions, streaming stores) is an intrinsic.
 //
-//   level        bytes   fused multiply-add                f16 conversion   bf16 store
+// clang-format off
+//   level        bytes   fused multiply-add                  f16 conversion   bf16 store
 //   baseline     16      fmla on Arm; on x86 two roundings   by bits          by bits (to nearest even)
-//   avx2         32      vfmadd                            vcvtph2ps        by bits
-//   avx512       64      vfmadd                            vcvtph2ps        by bits
-//   avx512bf16   64      vfmadd                            vcvtph2ps        by bits
+//   avx2         32      vfmadd                              vcvtph2ps        by bits
+//   avx512       64      vfmadd                              vcvtph2ps        by bits
+//   avx512bf16   64      vfmadd                              vcvtph2ps        by bits
 // clang-format on
 #pragma once
 #include <cstdint>
@@ -23,6 +23,7 @@
 #endif
 
 #define FF_INLINE inline __attribute__((always_inline))
+#define FF_LAMBDA __attribute__((always_inline))  // after the parameters of one
 
 namespace finefuse::FF_ISA_NS {
 
@@ -212,6 +213,8 @@ FF_INLINE void store(f16* p, VecF v) {
 // caches, without reading the line; p must be aligned to kStreamAlign.
 
 inline constexpr int kStreamAlign = FF_VECTOR_BYTES;
+// Outputs beyond this do not stay in any cache until they are read: write past the caches.
+inline constexpr int64_t kStreamBytes = 16 << 20;
 
 template <bool kStream> FF_INLINE void store_bytes(void* p, VecU v) {
 #if defined(__AVX512F__)

@@ -1,6 +1,6 @@
-// clang-format off
 // Codebook quantisation on NVIDIA GPUs. 16-bit elements, 4-bit codes, blocks of 64:
 //
+// clang-format off
 //   kernel                       reads + writes an element   bound by
 //   quantize                     2 + 0.56                    memory, nearly by arithmetic; 256 entries by shared memory
 //   dequantize                   0.56 + 2                    memory
@@ -31,26 +31,12 @@ namespace {
 
 constexpr float kMaxFloat = 3.4028234663852886e38f;
 
-// Float64 does not come here.
-template <class F> void by_dtype(DType dtype, F f) {
-  switch (dtype) {
-    case DType::f32: return f(float{});
-    case DType::bf16: return f(bf16{});
-    case DType::f16: return f(f16{});
-    case DType::f64: return;
-  }
-}
-
 // The exponent of a power of two, else -1: what to shift by, or that one has to divide.
 int exact_log2(int64_t n) {
   int log2 = 0;
   while (int64_t{1} << log2 < n) ++log2;
   return int64_t{1} << log2 == n ? log2 : -1;
 }
-
-bool is_aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- decoding ----------------------------------------------------------------------------------
 
@@ -540,9 +526,7 @@ __global__ void __launch_bounds__(kLinearThreads, kTokens <= 2 ? 2 : 1)
   }
   FF_UNROLL for (int r = 0; r < R; ++r) {
     FF_UNROLL for (int t = 0; t < kTokens; ++t) {
-      for (int mask = 16; mask > 0; mask /= 2) {
-        sum[r][t] += __shfl_xor_sync(0xffffffffu, sum[r][t], mask);
-      }
+      sum[r][t] = warp_sum(sum[r][t]);
       if (lane == 0) partial[warp][r * kTokens + t] = sum[r][t];
     }
   }
@@ -563,7 +547,7 @@ __global__ void __launch_bounds__(kLinearThreads) codebook_linear_any_kernel(con
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kLinearWarps + threadIdx.x / 32;
   for (int64_t t = 0; t < a.tokens; ++t) {
     float sum = row < a.rows ? dot<false, T>(a, row, t, threadIdx.x % 32, 32) : 0.0f;
-    for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+    sum = warp_sum(sum);
     if (threadIdx.x % 32 == 0 && row < a.rows) store_output<T>(a, row, t, sum);
   }
 }
@@ -690,7 +674,7 @@ template <class T> void linear(LinearCall a) {
 
 void run(const Quantize& a) {
   const QuantizeCall call{a, 0, false};
-  by_dtype(a.dtype, [&]<class T>(T) {
+  by_dtype_but_f64(a.dtype, [&]<class T>(T) {
     if (a.rule == CodeRule::fp4) return quantize<T, 4, true>(call);
     switch (a.entries) {
       case 4: return quantize<T, 2, false>(call);
@@ -703,7 +687,7 @@ void run(const Quantize& a) {
 
 void run(const Dequantize& a) {
   const DequantizeCall call{a, weights(a.from)};
-  by_dtype(a.dtype, [&]<class T>(T) {
+  by_dtype_but_f64(a.dtype, [&]<class T>(T) {
     switch (a.from.entries) {
       case 4: return dequantize<T, 2>(call);
       case 8: return dequantize<T, 3>(call);
@@ -715,7 +699,7 @@ void run(const Dequantize& a) {
 
 void run(const CodebookLinear& a) {
   const LinearCall call{a, weights(a.weight), 0, 0};
-  by_dtype(a.dtype, [&]<class T>(T) { linear<T>(call); });
+  by_dtype_but_f64(a.dtype, [&]<class T>(T) { linear<T>(call); });
 }
 
 }  // namespace finefuse::cuda

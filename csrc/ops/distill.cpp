@@ -12,11 +12,10 @@
 // The row's log-sum-exps and, for the KLs, Σ e·(difference of the logits) are found in one pass.
 // The gradient follows while both rows are in the cache. Between the two nothing of a row is kept.
 //
-// A block of 2048 elements at a time, widened to the accumulator type where it is another (16-bit
-// types; a teacher of another type than the student), so that nothing here is a template over two
-// types. float32 accumulators per block, double beyond (all double for a float64 student). Rows are
-// split over threads whole, so nothing depends on their number; rows that do not count are never
-// read.
+// A block of 2048 elements at a time, widened where student or teacher are of another type than
+// what is accumulated (ops/distill_rows.h). float32 accumulators per block, double beyond (all
+// double for a float64 student). Rows are split over threads whole, so nothing depends on their
+// number; rows that do not count are never read.
 //
 // The gradient of jsd, of nearly equal or peaked rows, is a small difference: log(p/m) comes from
 // the difference of the logits, not from p and m, and KL(p‖m) is summed with what rounding loses.
@@ -27,11 +26,11 @@
 
 #include "core/parallel.h"
 #include "core/softmax_row.h"
+#include "ops/distill_rows.h"
 
 namespace finefuse::FF_ISA_NS {
 namespace {
 
-using detail::kBlock;
 using detail::kLog2e;
 
 constexpr double kNan = __builtin_nan(""), kMinusInf = -__builtin_inf();
@@ -39,128 +38,6 @@ constexpr int kPair = 2;   // vectors of each row at a time: four exponentials i
 constexpr int kAlone = 1;  // where logarithms of m are taken: two would not stay in registers
 
 bool finite(double x) { return x - x == 0.0; }
-
-// ---- blocks of a row, whatever their type ----
-
-struct Row {
-  char* data;
-  DType dtype;
-};
-
-int size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-
-Row row_at(const LogitRows& rows, DType dtype, int64_t r) {
-  const int64_t size = size_of(dtype);
-  const LogitRows in_bytes{rows.data, rows.inner, rows.outer_stride * size,
-                           rows.inner_stride * size};
-  return {row_of<char>(in_bytes, r), dtype};
-}
-
-template <class T> void widen(const T* z, int64_t n, float* out) {
-  constexpr int N = kLanes<float>;
-  int64_t i = 0;
-  for (; i + N <= n; i += N) store(out + i, load(z + i));
-  const int k = static_cast<int>(n - i);
-  if (k > 0) store_partial(out + i, load_partial(z + i, k, 0.0), k);
-}
-template <class T> void widen(const T* z, int64_t n, double* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = load_scalar(z + i);
-}
-void widen(const double* z, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(z[i]);
-}
-
-// Elements [i, i + n) of a row: where they are, or widened into `buffer`.
-template <class A> const A* block_of(const Row& row, int64_t i, int64_t n, A* buffer) {
-  constexpr DType kOwn = sizeof(A) == 4 ? DType::f32 : DType::f64;
-  if (row.dtype == kOwn) return reinterpret_cast<const A*>(row.data) + i;
-  switch (row.dtype) {
-    case DType::f32:
-      if constexpr (sizeof(A) == 8) widen(reinterpret_cast<const float*>(row.data) + i, n, buffer);
-      break;
-    case DType::bf16: widen(reinterpret_cast<const bf16*>(row.data) + i, n, buffer); break;
-    case DType::f16: widen(reinterpret_cast<const f16*>(row.data) + i, n, buffer); break;
-    case DType::f64:
-      if constexpr (sizeof(A) == 4) widen(reinterpret_cast<const double*>(row.data) + i, n, buffer);
-      break;
-  }
-  return buffer;
-}
-
-double element(const Row& row, int64_t i) {
-  switch (row.dtype) {
-    case DType::f32: return reinterpret_cast<const float*>(row.data)[i];
-    case DType::bf16: return load_scalar(reinterpret_cast<const bf16*>(row.data) + i);
-    case DType::f16: return load_scalar(reinterpret_cast<const f16*>(row.data) + i);
-    case DType::f64: return reinterpret_cast<const double*>(row.data)[i];
-  }
-  return 0.0;
-}
-
-template <class T> FF_INLINE VecH half_bits(VecF x) {
-  if constexpr (__is_same(T, bf16)) {
-    return __builtin_convertvector(round_to_bf16(x) >> 16, VecH);  // a quiet NaN stays one
-  }
-  return to_f16_bits(x);
-}
-
-template <bool kStream, class T> void narrow(const Accumulator<T>* g, T* out, int64_t n) {
-  constexpr int N = kLanes<T>;
-  int64_t i = 0;
-  if constexpr (kStream) {  // up to the first aligned element
-    const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % kStreamAlign);
-    int64_t head = past == 0 ? 0 : (kStreamAlign - past) / static_cast<int64_t>(sizeof(T));
-    if (head > n) head = n;
-    for (; i < head; i += N) {
-      const int k = head - i < N ? static_cast<int>(head - i) : N;
-      store_partial(out + i, load_partial(g + i, k, 0.0), k);
-    }
-    i = head;
-  }
-  for (; i + 2 * N <= n; i += 2 * N) {
-    if constexpr (sizeof(T) == 2) {
-      VecU both;
-      const VecH h[2] = {half_bits<T>(load(g + i)), half_bits<T>(load(g + i + N))};
-      __builtin_memcpy(&both, h, sizeof both);
-      store_bytes<kStream>(out + i, both);
-    } else {
-      const Vec<T> x[2] = {load(g + i), load(g + i + N)};
-      store_pair_finite<kStream>(out + i, x);
-    }
-  }
-  for (; i < n; i += N) {
-    const int k = n - i < N ? static_cast<int>(n - i) : N;
-    store_partial(out + i, load_partial(g + i, k, 0.0), k);
-  }
-}
-template <class T> void narrow(const Accumulator<T>* g, T* out, int64_t n, bool stream) {
-  stream ? narrow<true>(g, out, n) : narrow<false>(g, out, n);
-}
-
-template <class A> void store_block(const A* g, const Row& out, int64_t i, int64_t n, bool stream) {
-  if constexpr (sizeof(A) == 8) {
-    narrow(g, reinterpret_cast<double*>(out.data) + i, n, stream);
-  } else if (out.dtype == DType::f32) {
-    narrow(g, reinterpret_cast<float*>(out.data) + i, n, stream);
-  } else if (out.dtype == DType::bf16) {
-    narrow(g, reinterpret_cast<bf16*>(out.data) + i, n, stream);
-  } else {
-    narrow(g, reinterpret_cast<f16*>(out.data) + i, n, stream);
-  }
-}
-
-void zero(const Row& out, int64_t begin, int64_t end) {
-  const int64_t size = size_of(out.dtype);
-  __builtin_memset(out.data + begin * size, 0, static_cast<size_t>((end - begin) * size));
-}
-
-template <class A> void fill(const Row& out, int64_t n, double value) {
-  A g[kBlock];
-  for (A& x : g) x = static_cast<A>(value);
-  for (int64_t i = 0; i < n; i += kBlock) {
-    store_block(g, out, i, n - i < kBlock ? n - i : kBlock, false);
-  }
-}
 
 // ---- statistics ----
 
@@ -222,7 +99,7 @@ void add_block(const A* s, const A* t, int64_t n, double ref_s, double ref_t, co
   const V vref_s = splat<V>(ref_s), vref_t = splat<V>(ref_t), floor = splat<V>(scale.floor);
   V top_s = splat<V>(kMinusInf), top_t = top_s, dot = {};
   Compensated<A> sum_s, sum_t;
-  const auto add = [&]<int K>(V(&x)[K], V(&y)[K]) __attribute__((always_inline)) {
+  const auto add = [&]<int K>(V(&x)[K], V(&y)[K]) FF_LAMBDA {
     V e[K], f[K], own[K], other[K];
     for (int u = 0; u < K; ++u) {
       top_s = max(x[u], top_s);
@@ -376,7 +253,7 @@ void add_divergences(const A* s, const A* t, int64_t n, const PairStats& stats, 
   const V ref_s = splat<V>(stats.s.ref), ref_t = splat<V>(stats.t.ref);
   const V floor = splat<V>(scale.floor);
   V of_q = {}, of_p = {}, lost = {};
-  const auto add = [&]<int K>(V(&x)[K], V(&y)[K]) __attribute__((always_inline)) {
+  const auto add = [&]<int K>(V(&x)[K], V(&y)[K]) FF_LAMBDA {
     V e[K], f[K];
     MixtureLogs<V> logs[K];
     for (int u = 0; u < K; ++u) {
@@ -437,7 +314,7 @@ void gradient_block(const A* s, const A* t, int64_t n, const PairStats& stats, c
   const V kl = splat<V>(high), kl_rest = splat<V>(of_p - high);
   constexpr Precision kPrecision =
       kKind == DistillKind::jsd ? Precision::exact : Precision::full;  // as in KL(p‖m)
-  const auto value = [&]<int K>(V(&x)[K], V(&y)[K]) __attribute__((always_inline)) {
+  const auto value = [&]<int K>(V(&x)[K], V(&y)[K]) FF_LAMBDA {
     V e[K], f[K];
     if constexpr (kKind == DistillKind::jsd) {
       for (int u = 0; u < K; ++u) f[u] = mixture_logs(x[u], y[u], mixture).of_p;
@@ -783,7 +660,6 @@ template <class A> struct RowWork {
 template <class A> void distill_t(const Distill& a) {
   const int64_t rows = a.shape.rows, size = size_of(a.shape.dtype);
   const bool want_gradient = a.gradient.data != nullptr;
-  const bool by_row = a.reduction == Reduction::none;
   bool stream = false;
   if (want_gradient && a.gradient.data != a.student.data) {
     advise_huge_pages(a.gradient.data, static_cast<size_t>(rows * a.width * size));
@@ -794,27 +670,17 @@ template <class A> void distill_t(const Distill& a) {
     count += (a.mask == nullptr || a.mask[r]) &&
              (a.targets.data == nullptr || a.targets[r] != a.ignore_index);
   }
-  const double mean = count == 0 ? 0.0 : 1.0 / static_cast<double>(count);
-  const double share = a.reduction == Reduction::mean ? mean : 1.0;
-  const double common = a.upstream && !by_row ? share * a.upstream[0] : share;
+  const RowLosses<Distill> losses(a, count);
   const int64_t bytes = a.shape.vocab * (size + size_of(a.teacher_dtype)) + a.width * size;
   parallel_for(rows, bytes, a.place.threads, [&](int64_t begin, int64_t end) {
     RowWork<A> work{a, stream, scale_of<A>(a.temperature), scale_of<A>(1.0)};
     for (int64_t r = begin; r < end; ++r) {
-      const double w = by_row && a.upstream ? a.upstream[r] : common;
-      const double loss = work.run(r, want_gradient ? &w : nullptr);
-      if (!by_row)
-        a.scratch[r] = loss;
-      else if (a.loss)
-        a.loss.set(r, loss);
+      const double w = losses.weight(r);
+      losses.put(r, work.run(r, want_gradient ? &w : nullptr));
     }
     if (stream) stream_fence();
   });
-  if (!by_row && a.loss) {
-    double sum = 0.0;
-    for (int64_t r = 0; r < rows; ++r) sum += a.scratch[r];
-    a.loss.set(0, share * sum);
-  }
+  losses.finish();
 }
 
 void distill(const Distill& a) {

@@ -80,12 +80,7 @@ template <class T> void norm_t(const DoraNorm& a) {
 }
 
 void norm(const DoraNorm& a) {
-  switch (a.dtype) {
-    case DType::f32: return norm_t<float>(a);
-    case DType::bf16: return norm_t<bf16>(a);
-    case DType::f16: return norm_t<f16>(a);
-    case DType::f64: return norm_t<double>(a);
-  }
+  by_dtype(a.dtype, [&]<class T>(T) { norm_t<T>(a); });
 }
 
 // ---- columns scaled -----------------------------------------------------------------------------
@@ -116,24 +111,18 @@ template <class T> void scale_t(const DoraScale& a) {
                [&](int64_t first, int64_t last) {
                  for (int64_t t = first; t < last; ++t) {
                    const int64_t row = t * columns;
-                   vectors<kLanes<T>>(
-                       columns, [&](int64_t k, auto n) __attribute__((always_inline)) {
-                         auto v = load_some(factor + k, n) * load_some(z + row + k, n);
-                         if (bias != nullptr) v += load_some(bias + k, n);
-                         if (a.accumulate) v += load_some(y + row + k, n);
-                         store_some(y + row + k, v, n);
-                       });
+                   vectors<kLanes<T>>(columns, [&](int64_t k, auto n) FF_LAMBDA {
+                     auto v = load_some(factor + k, n) * load_some(z + row + k, n);
+                     if (bias != nullptr) v += load_some(bias + k, n);
+                     if (a.accumulate) v += load_some(y + row + k, n);
+                     store_some(y + row + k, v, n);
+                   });
                  }
                });
 }
 
 void scale(const DoraScale& a) {
-  switch (a.dtype) {
-    case DType::f32: return scale_t<float>(a);
-    case DType::bf16: return scale_t<bf16>(a);
-    case DType::f16: return scale_t<f16>(a);
-    case DType::f64: return scale_t<double>(a);
-  }
+  by_dtype(a.dtype, [&]<class T>(T) { scale_t<T>(a); });
 }
 
 template <class T> void scale_backward_t(const DoraScaleBackward& a) {
@@ -146,25 +135,25 @@ template <class T> void scale_backward_t(const DoraScaleBackward& a) {
   if (dz != nullptr && dz != dy) {
     advise_huge_pages(dz, static_cast<size_t>(a.tokens * columns) * sizeof(T));
   }
-  parallel_for(
-      chunks, kDoraTokens * columns * static_cast<int64_t>(3 * sizeof(T)), a.place.threads,
-      [&](int64_t first, int64_t last) {
-        for (int64_t chunk = first; chunk < last; ++chunk) {
-          A* const sum = partial + chunk * columns;
-          if (a.sum) __builtin_memset(sum, 0, static_cast<size_t>(columns) * sizeof(A));
-          const int64_t end = smaller((chunk + 1) * kDoraTokens, a.tokens);
-          for (int64_t t = chunk * kDoraTokens; t < end; ++t) {
-            const int64_t row = t * columns;
-            vectors<kLanes<T>>(columns, [&](int64_t k, auto n) __attribute__((always_inline)) {
-              const auto v = load_some(dy + row + k, n);
-              if (a.sum) {
-                store_some(sum + k, fma(v, load_some(z + row + k, n), load_some(sum + k, n)), n);
-              }
-              if (dz != nullptr) store_some(dz + row + k, v * load_some(factor + k, n), n);
-            });
-          }
-        }
-      });
+  parallel_for(chunks, kDoraTokens * columns * static_cast<int64_t>(3 * sizeof(T)), a.place.threads,
+               [&](int64_t first, int64_t last) {
+                 for (int64_t chunk = first; chunk < last; ++chunk) {
+                   A* const sum = partial + chunk * columns;
+                   if (a.sum) __builtin_memset(sum, 0, static_cast<size_t>(columns) * sizeof(A));
+                   const int64_t end = smaller((chunk + 1) * kDoraTokens, a.tokens);
+                   for (int64_t t = chunk * kDoraTokens; t < end; ++t) {
+                     const int64_t row = t * columns;
+                     vectors<kLanes<T>>(columns, [&](int64_t k, auto n) FF_LAMBDA {
+                       const auto v = load_some(dy + row + k, n);
+                       if (a.sum) {
+                         store_some(sum + k,
+                                    fma(v, load_some(z + row + k, n), load_some(sum + k, n)), n);
+                       }
+                       if (dz != nullptr) store_some(dz + row + k, v * load_some(factor + k, n), n);
+                     });
+                   }
+                 }
+               });
   if (!a.sum) return;
   A* const out = static_cast<A*>(a.sum.data);
   for (int64_t k = 0; k < columns; ++k) {
@@ -175,12 +164,7 @@ template <class T> void scale_backward_t(const DoraScaleBackward& a) {
 }
 
 void scale_backward(const DoraScaleBackward& a) {
-  switch (a.dtype) {
-    case DType::f32: return scale_backward_t<float>(a);
-    case DType::bf16: return scale_backward_t<bf16>(a);
-    case DType::f16: return scale_backward_t<f16>(a);
-    case DType::f64: return scale_backward_t<double>(a);
-  }
+  by_dtype(a.dtype, [&]<class T>(T) { scale_backward_t<T>(a); });
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// clang-format off
 // Weight-decomposed updates on NVIDIA GPUs.
 //
+// clang-format off
 //   kernel                  reads + writes                    multiply-adds          bound by
 //   dora_norm_kernel        W; A and B from L2                rows·columns·rank      memory to rank 16, issue above
 //   dora_scale_kernel       z, y, y before                    tokens·columns         memory
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, 2) dora_norm_kernel(const DoraNorm a
     }
   }
   FF_UNROLL for (int t = 0; t < kNormRows; ++t) {
-    const double total = warp_sum(square[t]);
+    const double total = warp_sum(static_cast<double>(square[t]));
     if (lane == 0 && t < left) a.norm.set(row + t, sqrt(total));
   }
 }

@@ -13,6 +13,7 @@
 #include "ops/logprobs.h"
 
 #include "core/parallel.h"
+#include "core/segments.h"
 #include "core/softmax_row.h"
 
 namespace finefuse::FF_ISA_NS {
@@ -79,14 +80,11 @@ template <class T> void cross_entropy_t(const CrossEntropy& a) {
   const bool stream = prepare_gradient<T>(a.gradient, a.logits, a.shape);
   int64_t count = 0;
   for (int64_t r = 0; r < rows; ++r) count += a.targets[r] != a.ignore_index;
-  const double mean = count == 0 ? 0.0 : 1.0 / static_cast<double>(count);
-  const bool by_row = a.reduction == Reduction::none;
-  const double share = a.reduction == Reduction::mean ? mean : 1.0;
-  const double common = a.upstream && !by_row ? share * a.upstream[0] : share;
+  const RowLosses<CrossEntropy> losses(a, count);
   parallel_for(rows, 2 * vocab * sizeof(T), a.place.threads, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t y = a.targets[r];
-      const double w = by_row && a.upstream ? a.upstream[r] : common;
+      const double w = losses.weight(r);
       double loss = 0.0;
       if (y == a.ignore_index || y < 0 || y >= vocab) {
         if (want_gradient) row_zero(row_of<T>(a.gradient, r), vocab);
@@ -113,18 +111,11 @@ template <class T> void cross_entropy_t(const CrossEntropy& a) {
           }
         }
       }
-      if (!by_row)
-        a.scratch[r] = loss;
-      else if (a.loss)
-        a.loss.set(r, loss);
+      losses.put(r, loss);
     }
     if (stream) stream_fence();
   });
-  if (!by_row && a.loss) {
-    double sum = 0.0;
-    for (int64_t r = 0; r < rows; ++r) sum += a.scratch[r];
-    a.loss.set(0, share * sum);
-  }
+  losses.finish();
 }
 
 template <class T> void scale_gradient_t(const ScaleGradient& a) {
@@ -151,22 +142,16 @@ template <class T> void scale_gradient_t(const ScaleGradient& a) {
 }
 
 void token_logprobs(const TokenLogprobs& a) {
-  by_dtype<TokenLogprobs>(a, token_logprobs_t<float>, token_logprobs_t<bf16>, token_logprobs_t<f16>,
-                          token_logprobs_t<double>);
+  by_dtype(a.shape.dtype, [&]<class T>(T) { token_logprobs_t<T>(a); });
 }
 void token_logprobs_backward(const TokenLogprobsBackward& a) {
-  by_dtype<TokenLogprobsBackward>(a, token_logprobs_backward_t<float>,
-                                  token_logprobs_backward_t<bf16>, token_logprobs_backward_t<f16>,
-                                  token_logprobs_backward_t<double>);
+  by_dtype(a.shape.dtype, [&]<class T>(T) { token_logprobs_backward_t<T>(a); });
 }
 void cross_entropy(const CrossEntropy& a) {
-  by_dtype<CrossEntropy>(a, cross_entropy_t<float>, cross_entropy_t<bf16>, cross_entropy_t<f16>,
-                         cross_entropy_t<double>);
+  by_dtype(a.shape.dtype, [&]<class T>(T) { cross_entropy_t<T>(a); });
 }
-
 void scale_gradient(const ScaleGradient& a) {
-  by_dtype<ScaleGradient>(a, scale_gradient_t<float>, scale_gradient_t<bf16>, scale_gradient_t<f16>,
-                          scale_gradient_t<double>);
+  by_dtype(a.shape.dtype, [&]<class T>(T) { scale_gradient_t<T>(a); });
 }
 
 int64_t first_bad_target(const Indices& targets, int64_t rows, int64_t vocab,
@@ -178,19 +163,10 @@ int64_t first_bad_target(const Indices& targets, int64_t rows, int64_t vocab,
   return -1;
 }
 
-struct Span {
-  int64_t begin, end;
-};
-template <class Args> Span segment(const Args& a, int64_t i) {
-  if (a.offsets.data == nullptr) return {i * a.length, (i + 1) * a.length};
-  const int64_t begin = a.offsets[i], end = a.offsets[i + 1];
-  return {begin < 0 ? 0 : begin, end > a.total ? a.total : end};
-}
-
 void sequence_sums(const SequenceSums& a) {
   parallel_for(a.segments, 9 * a.length, a.place.threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const Span s = segment(a, i);
+      const TokenRange s = tokens_of(a.offsets, a.length, a.total, i);
       double sum = 0.0;
       int64_t kept = 0;
       for (int64_t t = s.begin; t < s.end; ++t) {
@@ -206,7 +182,7 @@ void sequence_sums(const SequenceSums& a) {
 void sequence_sums_backward(const SequenceSumsBackward& a) {
   parallel_for(a.segments, 9 * a.length, a.place.threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const Span s = segment(a, i);
+      const TokenRange s = tokens_of(a.offsets, a.length, a.total, i);
       double g = a.gradient[i];
       if (a.average) {
         int64_t kept = 0;

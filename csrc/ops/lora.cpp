@@ -1,6 +1,6 @@
-// clang-format off
 // Low-rank updates on the CPU: skinny products whose long side is read once.
 //
+// clang-format off
 //   pass        reads + writes                      multiply-adds              bound by
 //   shrink      x; rank·columns in cache            tokens·columns·rank        arithmetic (rank 8 and above)
 //     + outer   the same                            twice that
@@ -155,12 +155,7 @@ template <class T> void shrink_t(const LoraShrink* members, int count) {
 }
 
 void shrink(const LoraShrink* members, int count) {
-  switch (members->dtype) {
-    case DType::f32: return shrink_t<float>(members, count);
-    case DType::bf16: return shrink_t<bf16>(members, count);
-    case DType::f16: return shrink_t<f16>(members, count);
-    case DType::f64: return shrink_t<double>(members, count);
-  }
+  by_dtype(members->dtype, [&]<class T>(T) { shrink_t<T>(members, count); });
 }
 
 // ---- expand -------------------------------------------------------------------------------------
@@ -239,12 +234,7 @@ template <class T> void expand_t(const LoraExpand& a) {
 }
 
 void expand(const LoraExpand& a) {
-  switch (a.dtype) {
-    case DType::f32: return expand_t<float>(a);
-    case DType::bf16: return expand_t<bf16>(a);
-    case DType::f16: return expand_t<f16>(a);
-    case DType::f64: return expand_t<double>(a);
-  }
+  by_dtype(a.dtype, [&]<class T>(T) { expand_t<T>(a); });
 }
 
 // ---- dropout ------------------------------------------------------------------------------------
@@ -277,12 +267,7 @@ template <class T> void dropout_t(const LoraDropout& a) {
 }
 
 void dropout(const LoraDropout& a) {
-  switch (a.dtype) {
-    case DType::f32: return dropout_t<float>(a);
-    case DType::bf16: return dropout_t<bf16>(a);
-    case DType::f16: return dropout_t<f16>(a);
-    case DType::f64: return dropout_t<double>(a);
-  }
+  by_dtype(a.dtype, [&]<class T>(T) { dropout_t<T>(a); });
 }
 
 }  // namespace

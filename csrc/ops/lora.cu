@@ -1,6 +1,6 @@
-// clang-format off
 // Low-rank updates on NVIDIA GPUs: skinny products whose long side is read once. x, y of 16 bits:
 //
+// clang-format off
 //   kernel              reads + writes               multiply-adds           bound by
 //   shrink_kernel       x; the factor from L2        tokens·columns·rank     memory to rank 8, issue from 16 on
 //   outer_kernel        x a time for 8 ranks         tokens·columns·rank     the same; x comes from L2 after the first

@@ -12,15 +12,7 @@ constexpr int kLane = 8;               // columns of a lane
 constexpr int kSpan = 32 * kLane;      // columns of a warp
 constexpr int kRow = (kSpan + 4) / 4;  // of the staged factor, in vectors: rows in other banks
 
-template <class F> void by_dtype(DType dtype, F f) {
-  switch (dtype) {
-    case DType::f32: return f(float{});
-    case DType::bf16: return f(bf16{});
-    case DType::f16: return f(f16{});
-    case DType::f64: return f(double{});
-  }
-}
-// kWide: float64 may come. It does not to the kernels that are to be fast.
+// by_dtype of a kernel. kWide: float64 may come. It does not to the kernels that are to be fast.
 template <bool kWide, class F> __device__ __forceinline__ void with_dtype(DType dtype, F f) {
   switch (dtype) {
     case DType::f32: return f(float{});
@@ -30,12 +22,6 @@ template <bool kWide, class F> __device__ __forceinline__ void with_dtype(DType 
       if constexpr (kWide) f(double{});
   }
 }
-
-__host__ __device__ __forceinline__ int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 template <class A> __device__ __forceinline__ A lane_sum(A x, int first_mask = 1) {
   for (int mask = first_mask; mask < 32; mask *= 2) x += __shfl_xor_sync(0xffffffffu, x, mask);

@@ -3,6 +3,7 @@
 #pragma once
 #include "core/parallel.h"
 #include "core/philox.h"
+#include "core/sizes.h"
 #include "core/vec.h"
 #include "ops/lora.h"
 
@@ -20,9 +21,6 @@ constexpr int kTileRanks = 4, kRows = 8;
 #else
 constexpr int kTileRanks = 2, kRows = 4;
 #endif
-
-FF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-FF_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // In pairs: as exact as it gets, and no chain.
 template <class V> FF_INLINE auto lane_sum(V v) {
@@ -167,7 +165,7 @@ FF_INLINE void dot_tile(const A* x, int64_t x_stride, const A* p, int64_t p_stri
   using V = typename Simd<A>::V;
   constexpr int kSets = T * J < 8 ? 8 / (T * J) : 1;
   V sum[kSets][T][J] = {};
-  const auto add = [&](int set, int64_t i) __attribute__((always_inline)) {
+  const auto add = [&](int set, int64_t i) FF_LAMBDA {
     V w[J];
     for (int j = 0; j < J; ++j) w[j] = load(p + j * p_stride + i);
     for (int t = 0; t < T; ++t) {

@@ -15,6 +15,7 @@
 #include "ops/policy.h"
 
 #include "core/parallel.h"
+#include "core/segments.h"
 #include "core/softmax_row.h"
 #include "ops/policy_table.h"
 
@@ -23,27 +24,8 @@ namespace {
 
 constexpr int64_t kTokenBytes = 48;  // what a token costs, as memory traffic: see parallel_for
 
-struct Span {
-  int64_t begin, end;
-};
-Span sequence(const PolicyTokens& a, int64_t i) {
-  if (a.offsets.data == nullptr) return {i * a.length, (i + 1) * a.length};
-  const int64_t begin = a.offsets[i], end = a.offsets[i + 1];
-  return {begin < 0 ? 0 : begin, end > a.total ? a.total : end};
-}
-
-// The sequence that token t is in; offsets were checked.
-int64_t sequence_of(const PolicyTokens& a, int64_t t) {
-  if (a.offsets.data == nullptr) return t / a.length;
-  int64_t low = 0, high = a.sequences;  // offsets[low] <= t < offsets[high]
-  while (high - low > 1) {
-    const int64_t middle = low + (high - low) / 2;
-    if (a.offsets[middle] <= t)
-      low = middle;
-    else
-      high = middle;
-  }
-  return low;
+TokenRange sequence(const PolicyTokens& a, int64_t i) {
+  return tokens_of(a.offsets, a.length, a.total, i);
 }
 
 double sum_of(const double* x, int64_t count, int64_t stride) {
@@ -108,7 +90,7 @@ FF_INLINE VecL live_lanes(const uint8_t* mask, int64_t t, int k) {
 void policy_sequence(const Policy& a, int64_t i, double all) {
   const PolicyTokens& tokens = a.tokens;
   const PolicyOptions& o = a.options;
-  const Span span = sequence(tokens, i);
+  const TokenRange span = sequence(tokens, i);
   double* sums = a.scratch + i * kPolicySums;
   const double n = sums[0];
   const double share = token_share(o, n, all, tokens.sequences);
@@ -169,7 +151,7 @@ void policy(const Policy& a) {
   const PolicyTokens& tokens = a.tokens;
   const int64_t sequences = tokens.sequences;
   for (int64_t i = 0; i < sequences; ++i) {
-    const Span span = sequence(tokens, i);
+    const TokenRange span = sequence(tokens, i);
     int64_t count = a.mask == nullptr ? span.end - span.begin : 0;
     if (a.mask != nullptr) {
       for (int64_t t = span.begin; t < span.end; ++t) count += a.mask[t] != 0;
@@ -196,7 +178,7 @@ template <class T> void policy_logits_t(const PolicyLogits& a) {
   const int64_t rows = a.shape.rows, vocab = a.shape.vocab, sequences = tokens.sequences;
   double *counts = a.scratch, *sums = a.scratch + sequences;
   for (int64_t i = 0; i < sequences; ++i) {
-    const Span span = sequence(tokens, i);
+    const TokenRange span = sequence(tokens, i);
     int64_t count = 0;
     for (int64_t t = span.begin; t < span.end; ++t) count += a.actions[t] != a.ignore_index;
     counts[i] = static_cast<double>(count);
@@ -218,7 +200,7 @@ template <class T> void policy_logits_t(const PolicyLogits& a) {
       const T* z = row_of<T>(a.logits, r);
       const RowStats stats = row_stats<T, true, false>(z, vocab, a.temperature);
       const RowLogprob s = row_logprob(stats, load_scalar(z + y), a.temperature);
-      const int64_t i = sequence_of(tokens, r);
+      const int64_t i = segment_of(tokens.offsets, sequences, tokens.length, r);
       const double share = token_share(o, counts[i], all, sequences);
       const double A = tokens.advantages[tokens.by_token ? r : i];
       const Token<double> token = token_at(tokens, o, r, s.logp, A);
@@ -258,8 +240,7 @@ template <class T> void policy_logits_t(const PolicyLogits& a) {
 }
 
 void policy_logits(const PolicyLogits& a) {
-  by_dtype<PolicyLogits>(a, policy_logits_t<float>, policy_logits_t<bf16>, policy_logits_t<f16>,
-                         policy_logits_t<double>);
+  by_dtype(a.shape.dtype, [&]<class T>(T) { policy_logits_t<T>(a); });
 }
 
 // The tokens that count first, so that one more visit makes both the loss and its gradient.

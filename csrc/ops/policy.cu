@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kTokenThreads) policy_logits_share_kernel(cons
   block_sum_all(all);
   const int64_t r = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (r >= a.shape.rows) return;
-  const int64_t i = segment_of(tokens.offsets, tokens.sequences, tokens.length, r);
+  const int64_t i = segment_or_none(tokens.offsets, tokens.sequences, tokens.length, r);
   double* row = sums_of(a, r);
   const double n = i < 0 ? NAN : a.scratch[i];  // NaN: bad offsets
   row[0] = n != n ? NAN : token_share(a.options, n, all[0], tokens.sequences);
@@ -439,8 +439,7 @@ void run(const Policy& a) {
 
 void run(const PolicyLogits& a) {
   launch(policy_logits_count_kernel, a.tokens.sequences, kTokenThreads, 0, a);
-  launch(policy_logits_share_kernel, (a.shape.rows + kTokenThreads - 1) / kTokenThreads,
-         kTokenThreads, 0, a);
+  launch(policy_logits_share_kernel, ceil_div(a.shape.rows, kTokenThreads), kTokenThreads, 0, a);
   by_dtype(a.shape.dtype, [&]<class T>(T) {
     launch_rows<T>(policy_logits_kernel<T, true>, policy_logits_kernel<T, false>, a);
   });
@@ -455,7 +454,7 @@ void run(const ValueLoss& a) {
 
 void run(const GroupAdvantages& a) {
   constexpr int64_t warps = kTokenThreads / 32;
-  const int64_t blocks = a.scale == AdvantageScale::batch ? 1 : (a.groups + warps - 1) / warps;
+  const int64_t blocks = a.scale == AdvantageScale::batch ? 1 : ceil_div(a.groups, warps);
   launch(group_advantages_kernel, a.groups > 0 ? blocks : 0, kTokenThreads, 0, a);
 }
 

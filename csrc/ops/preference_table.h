@@ -99,8 +99,7 @@ FF_TABLE Dual divergence(const PreferenceOptions& o, double r) {
   return {expm1(t) / rate, clamped ? 0 : exp(t), 0};
 }
 
-// ---- the table: one line a loss
-// ------------------------------------------------------------------
+// ---- the table: one line a loss -----------------------------------------------------------------
 
 // Of a pair. w and l: what stands for the log-ratios r_w and r_l or, for losses without a
 // reference, the log-probabilities; divided by the completion's length where that is asked for.
@@ -169,8 +168,7 @@ FF_TABLE double nll_weight(const PreferenceOptions& o, PreferenceLoss loss) {
              : 0;
 }
 
-// ---- the whole batch
-// -----------------------------------------------------------------------------
+// ---- the whole batch ----------------------------------------------------------------------------
 
 struct Batch {
   double pair_scale, example_scale;  // 1/n where the loss is a mean
@@ -222,8 +220,7 @@ FF_TABLE Batch batch_of(const Preference& a, const double (&sums)[kBatchSums]) {
   return b;
 }
 
-// ---- a pair, or the i-th chosen and the i-th rejected
-// ---------------------------------------------
+// ---- a pair, or the i-th chosen and the i-th rejected -------------------------------------------
 
 struct Completion {
   double lp, r, n;

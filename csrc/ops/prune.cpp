@@ -1,6 +1,6 @@
-// clang-format off
 // Pruning on the CPU: the cut between what goes and what stays is found, not sorted for.
 //
+// clang-format off
 //   scope                       reads + writes an element of T   bound by
 //   tensor, from 2^18 on        sizeof(T) + 1 (zeroing: 3 sizeof(T))   memory, then telling candidates
 //   tensor, no cut in a sample  4 to 8 sizeof(T) + 1             counting digits
@@ -16,20 +16,18 @@
 
 #include "core/memory.h"
 #include "core/parallel.h"
+#include "core/sizes.h"
 #include "core/vec.h"
 
 namespace finefuse::FF_ISA_NS {
 namespace {
 
-constexpr int64_t kChunk = kPruneChunk;     // elements whose bits and marks lie in the L1 cache
-constexpr int64_t kStreamBytes = 16 << 20;  // masks beyond are written past the caches
-constexpr int64_t kSmallGroup = 32;         // up to so many an element's place is counted
-constexpr int64_t kGuessed = 512;           // below, a row's own digits are as quick
-constexpr int64_t kPad = 32;                // zeros behind marks
+constexpr int64_t kChunk = kPruneChunk;  // elements whose bits and marks lie in the L1 cache
+constexpr int64_t kSmallGroup = 32;      // up to so many an element's place is counted
+constexpr int64_t kGuessed = 512;        // below, a row's own digits are as quick
+constexpr int64_t kPad = 32;             // zeros behind marks
 constexpr int64_t kAll = int64_t{1} << 62;
 constexpr int kDigit = 11;  // bits counted at a time
-
-FF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The bits of scores: K is int16_t for bfloat16 and float16, int32_t for float32 and for scores
 // with a norm, int64_t for float64.
@@ -648,7 +646,7 @@ template <class K> void groups(const Prune& a, int64_t size) {
   constexpr int kWide = FF_VECTOR_BYTES / sizeof(K);
   const K nan = nan_key<K>(a);
   const int64_t step = kChunk / size * size, total = a.rows * a.columns;
-  const int64_t chunks = (total + step - 1) / step;
+  const int64_t chunks = ceil_div(total, step);
   parallel_for(chunks, step * (sizeof(K) + 1), a.place.threads, [&](int64_t first, int64_t last) {
     alignas(64) K buffer[kChunk], places[kChunk];
     alignas(64) uint8_t keep[kChunk];

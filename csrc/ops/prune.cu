@@ -1,6 +1,7 @@
-// clang-format off
-// Pruning on NVIDIA GPUs: the smallest scores are found by their bits, from the highest digit on, and never sorted.
+// Pruning on NVIDIA GPUs: the smallest scores are found by their bits, from the highest digit on,
+// and never sorted.
 //
+// clang-format off
 //   kernel            reads + writes an element                  bound by
 //   prune_histogram   the weight, for each of 2 to 6 digits      memory; atomics in shared memory at the first digit
 //   prune_ties        the weight, where some of the equals go    memory
@@ -35,9 +36,6 @@ constexpr int64_t kPairs = 128;            // the longest group of which all are
 // Up to so many rows, where they are long, are selected from by the whole device, one after the
 // other.
 constexpr int64_t kFewRows = 16, kLongRow = 65536, kLongestRow = int64_t{1} << 31;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-bool is_aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
 // ---- keys --------------------------------------------------------------------------------------
 
@@ -208,13 +206,7 @@ __device__ __forceinline__ void apply_tile(const PruneCall& a, int64_t first, in
   });
 }
 
-// ---- steps of a selection, by a block
-// ------------------------------------------------------------
-
-__device__ inline int64_t warp_total(int64_t x) {
-  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
-  return x;
-}
+// ---- steps of a selection, by a block ----------------------------------------------------------
 
 template <class T>
 __device__ __forceinline__ void count_tile(const PruneCall& a, int64_t first, int64_t begin,
@@ -270,7 +262,7 @@ __device__ inline int64_t narrow(int64_t begin, int64_t end, int64_t& rest, F co
     const int64_t to = from + part < end ? from + part : end;
     int64_t sum = 0;
     for (int64_t i = from + lane; i < to; i += 32) sum += count(i);
-    sum = warp_total(sum);
+    sum = warp_sum(sum);
     if (lane == 0) counted[warp] = sum;
     __syncthreads();
     int w = 0;
@@ -326,7 +318,7 @@ __global__ void __launch_bounds__(kThreads) prune_ties_kernel(const PruneCall a)
                    sum += i + k < a.length && key[k] == threshold;
                  }
                });
-  sum = warp_total(sum);
+  sum = warp_sum(sum);
   if (threadIdx.x % 32 == 0) counted[threadIdx.x / 32] = sum;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -341,7 +333,7 @@ __global__ void __launch_bounds__(kThreads) prune_last_kernel(const PruneCall a)
   int64_t last = a.length, rest = s.rest;
   if (rest != s.equal) {
     const Key<T> threshold = static_cast<Key<T>>(s.key);
-    const int64_t tiles = (a.length + kPruneTile - 1) / kPruneTile;
+    const int64_t tiles = ceil_div(a.length, kPruneTile);
     const int64_t* ties = workspace_of(a).ties();
     const int64_t begin = narrow(0, tiles, rest, [&](int64_t t) { return ties[t]; }) * kPruneTile;
     const int64_t end = begin + kPruneTile < a.length ? begin + kPruneTile : a.length;
@@ -504,8 +496,7 @@ template <class T> void prune(const Prune& p) {
   }
 }
 
-// ---- packed codes
-// --------------------------------------------------------------------------------
+// ---- packed codes ------------------------------------------------------------------------------
 
 struct PruneCodesCall : PruneCodes {
   bool vectors;  // the mask to 8 bytes, the codes to what 8 of them take
@@ -549,12 +540,7 @@ template <int kBits> void prune_codes(const PruneCodes& p) {
 }  // namespace
 
 void run(const Prune& a) {
-  switch (a.dtype) {
-    case DType::f32: return prune<float>(a);
-    case DType::bf16: return prune<bf16>(a);
-    case DType::f16: return prune<f16>(a);
-    case DType::f64: return prune<double>(a);
-  }
+  by_dtype(a.dtype, [&]<class T>(T) { prune<T>(a); });
 }
 
 void run(const PruneCodes& a) {

@@ -220,12 +220,7 @@ template <class T> void shrink_t(const SegmentedShrink& a) {
 }
 
 void shrink(const SegmentedShrink& a) {
-  switch (a.dtype) {
-    case DType::f32: return shrink_t<float>(a);
-    case DType::bf16: return shrink_t<bf16>(a);
-    case DType::f16: return shrink_t<f16>(a);
-    case DType::f64: return shrink_t<double>(a);
-  }
+  by_dtype(a.dtype, [&]<class T>(T) { shrink_t<T>(a); });
 }
 
 // ---- expand -------------------------------------------------------------------------------------
@@ -316,12 +311,7 @@ template <class T> void expand_t(const SegmentedExpand& a) {
 }
 
 void expand(const SegmentedExpand& a) {
-  switch (a.dtype) {
-    case DType::f32: return expand_t<float>(a);
-    case DType::bf16: return expand_t<bf16>(a);
-    case DType::f16: return expand_t<f16>(a);
-    case DType::f64: return expand_t<double>(a);
-  }
+  by_dtype(a.dtype, [&]<class T>(T) { expand_t<T>(a); });
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
-// clang-format off
-// Low-rank updates of many adapters in one batch, on NVIDIA GPUs. Rows stay where they are; nothing is padded to
-// another adapter's rows, and nothing of begins or order is needed on the host.
+// Low-rank updates of many adapters in one batch, on NVIDIA GPUs. Rows stay where they are; nothing
+// is padded to another adapter's rows, and nothing of begins or order is needed on the host.
 //
+// clang-format off
 //   kernel                    reads + writes                               bound by
 //   segmented_shrink_kernel   x; a factor for 32 rows (float32: 16)        memory
 //   segmented_few_kernel      x a time for 8 ranks; a factor for 2 rows    the factors: memory
