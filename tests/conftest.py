@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -40,6 +40,7 @@ try:
 except ImportError:
     pass
 
+import finefuse.numpy as ffn
 from finefuse import _C
 
 LEVELS = ["baseline", "avx2", "avx512", "avx512bf16"]
@@ -140,13 +141,26 @@ def place(request: pytest.FixtureRequest) -> Iterator[Place]:
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
-    """Leaves torch's thread count as it was."""
-    if torch is None:
-        yield
-        return
-    before = torch.get_num_threads()
+    """Leaves the thread counts of torch and of finefuse.numpy as they were."""
+    of_torch, of_numpy = torch and torch.get_num_threads(), ffn.get_num_threads()
     yield
-    torch.set_num_threads(before)
+    ffn.set_num_threads(of_numpy)
+    if torch is not None:
+        torch.set_num_threads(of_torch)
+
+
+@pytest.fixture
+def one_thread(threads: None) -> None:
+    """Small products are slower on several; a test of threads sets its own numbers."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def chunk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """chunk(n): n rows of logits exist at a time, in the losses from hidden states."""
+    from linear_cases import use_chunks
+
+    return lambda size: use_chunks(monkeypatch, size)
 
 
 class GraphCounter:

@@ -1,6 +1,6 @@
 """Distillation on every backend beside the CPU's.
 
-On a reduced grid: what is common to all backends, the arguments and the autograd, is in test_distill.py.
+On a reduced grid: what is common to all backends, the arguments and the autograd, is in test_distill*.py.
 Few rows: one takes Triton's interpreter some hundredths of a second.
 """
 
@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
 from conftest import GPU
-from test_distill import DTYPES, IGNORE, KINDS, make, plain, top_k, truth
+from distill_cases import DTYPES, IGNORE, KINDS, make, plain, top_k, truth
 from tolerances import check
 
 # NumPy's, from Triton's interpreter, at what a GPU does silently: -inf - -inf, overflow to inf

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
+from concurrency import at_once
 from finefuse import _C
 from finefuse.reference import logprobs as reference
 from hypothesis import given, settings
@@ -793,22 +793,16 @@ def test_concurrent_python_threads():
         x = logits.clone().requires_grad_()
         ff.cross_entropy(x, targets).backward()
         want_grads.append(x.grad)
-    wrong: list[int] = []
 
     def work(i):
         for _ in range(30):
             x = cases[i][0].clone().requires_grad_()
             loss = ff.cross_entropy(x, cases[i][1])
             loss.backward()
-            if not torch.equal(loss.detach(), want[i]) or not torch.equal(x.grad, want_grads[i]):
-                wrong.append(i)
+            assert torch.equal(loss.detach(), want[i])
+            assert torch.equal(x.grad, want_grads[i])
 
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(6)]
-    for w in workers:
-        w.start()
-    for w in workers:
-        w.join()
-    assert wrong == []
+    at_once(work)
 
 
 # ---- wrong arguments ---------------------------------------------------------------------------

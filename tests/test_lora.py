@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
+from concurrency import at_once
 from finefuse import _C, _args, _low_rank, _matmul
 from finefuse._codebook_tensor import fields
 from finefuse.eager import lora as eager_form
@@ -422,19 +422,12 @@ def test_same_bits_for_any_thread_count(tokens):
 def test_concurrent_python_threads():
     cases = [problem(20 + i, 30, 40 + i, 3) for i in range(6)]
     want = [ff.lora_linear(*c[:4]) for c in cases]
-    wrong = []
 
     def work(i):
-        wrong.extend(
-            i for _ in range(30) if not torch.equal(ff.lora_linear(*cases[i][:4]), want[i])
-        )
+        for _ in range(30):
+            assert torch.equal(ff.lora_linear(*cases[i][:4]), want[i])
 
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(6)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert wrong == []
+    at_once(work)
 
 
 # ---- torch's own checks, compile, eager --------------------------------------------------------

@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
 from adapted_models import fill, llama, numbers
+from concurrency import at_once
 from finefuse import _groups, _passes
 from finefuse.nn import LoRALinear
 from torch import nn
@@ -436,19 +437,13 @@ def test_threads(calls, groups):
         wanted = [alone(x) for x in xs]
         net(xs[0]), net(xs[0])
     got = [None] * len(xs)
-    barrier = threading.Barrier(4)
 
-    def work(mine):
-        barrier.wait()
+    def work(t):
         with torch.no_grad():
-            for i in mine:
+            for i in range(t, 32, 4):
                 got[i] = net(xs[i])
 
-    threads = [threading.Thread(target=work, args=(range(t, 32, 4),)) for t in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(work, 4)
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
     assert len(grouped(net)) == 4
     kept = []  # the same tensor in another thread finds nothing

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import threading
 
 import pytest
 
@@ -13,6 +12,7 @@ torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
 from adapted_models import fill, llama, numbers, output, tiny
+from concurrency import at_once
 from finefuse import _passes
 from tolerances import check
 from torch import nn
@@ -342,18 +342,12 @@ def test_threads():
     splits = list(SPLITS.values()) * 4
     wanted = [output(model, x, adapter_names=names) for names in splits]
     got = [None] * len(splits)
-    barrier = threading.Barrier(4)
 
-    def work(mine):
-        barrier.wait()
-        for i in mine:
+    def work(t):
+        for i in range(t, 24, 4):
             got[i] = output(model, x, adapter_names=splits[i])
 
-    threads = [threading.Thread(target=work, args=(range(t, 24, 4),)) for t in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(work, 4)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b)
     assert not _passes._stacks

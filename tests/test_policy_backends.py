@@ -1,6 +1,6 @@
 """Policy-gradient losses, value loss and advantages on every backend beside the CPU's.
 
-On a reduced grid: what is common to all backends, the arguments and the autograd, is in test_policy.py.
+On a reduced grid: what is common to all backends, the arguments and the autograd, is in test_policy*.py.
 Few rows and sequences: one takes Triton's interpreter some hundredths of a second.
 """
 
@@ -18,7 +18,7 @@ import finefuse as ff
 from conftest import GPU
 from finefuse._args import POLICY_LOSSES as LOSSES
 from finefuse.reference import policy as reference
-from test_policy import (
+from policy_cases import (
     IGNORE,
     METRICS,
     OPTIONS,
