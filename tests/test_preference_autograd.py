@@ -111,8 +111,8 @@ def test_compile(counter):
             x, targets, ref_logprobs=ref, beta=beta, label_smoothing=beta / 2
         ).loss
 
-    compiled = torch.compile(step, fullgraph=True)
-    counted = torch.compile(step, backend=counter, fullgraph=True)
+    counter.backend = "inductor"
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
     for i in range(12):
         beta = 0.05 + 0.01 * i
         x, y = logits.clone().requires_grad_(), logits.clone().requires_grad_()
@@ -121,7 +121,6 @@ def test_compile(counter):
         b.backward()
         torch.testing.assert_close(a, b)
         torch.testing.assert_close(x.grad, y.grad)
-        counted(x, beta)
     assert 1 <= counter.graphs <= 2
 
 
@@ -138,8 +137,8 @@ def test_compile_of_numbers(counter):
         return out.loss.sum() + ff.reward_loss(w, l, margin=ref_w, center_coef=number)
 
     # The graphs and their gradients are what is asked for; test_compile has Inductor's code for them.
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
-    counted = torch.compile(step, backend=counter, fullgraph=True)
+    counter.backend = "aot_eager"
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
     for i in range(4):
         number = 0.05 + 0.01 * i
         x, y = ([v.clone().requires_grad_() for v in lp] for _ in range(2))
@@ -149,7 +148,6 @@ def test_compile_of_numbers(counter):
         torch.testing.assert_close(a, b)
         for v, w in zip(x, y, strict=True):
             torch.testing.assert_close(v.grad, w.grad)
-        counted(*x, number)
     assert 1 <= counter.graphs <= 2
 
 
