@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from finefuse import _linear_logprobs, _linear_loss, _linear_preference
 from finefuse.reference import linear as reference
-from test_logprobs import eager_stats
+from logprobs_cases import eager_stats
 from tolerances import as_float64
 from tolerances import check as check_one
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
-import pickle
 import threading
 import weakref
 from contextlib import contextmanager
@@ -15,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
-from adapted_models import fill, llama, numbers
+from adapted_models import copies, fill, llama, numbers
 from concurrency import at_once
 from finefuse import _groups, _passes
 from finefuse.nn import LoRALinear
@@ -29,10 +27,7 @@ needs_hooks = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    """Of torch: the models are tiny."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")  # of torch: the models are tiny
 
 
 class Block(nn.Module):
@@ -387,14 +382,7 @@ def test_copies(calls):
     with torch.no_grad():
         wanted = net(x)
         net[0].q(x)  # others wait, in no copy
-        file = io.BytesIO()
-        torch.save(net, file)
-        file.seek(0)
-        for other in (
-            copy.deepcopy(net),
-            pickle.loads(pickle.dumps(net)),
-            torch.load(file, weights_only=False),
-        ):
+        for other in copies(net):
             calls.clear()
             assert torch.equal(other(x), wanted)
             assert calls == [3, 2, 3, 2]
