@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 
 import finefuse as ff
 import pytest
 import torch
+from codebook_cases import numbers
 from tolerances import check
 from torch import nn
 
@@ -14,10 +17,6 @@ TINY = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32,
 }  # fmt: skip
-
-
-def numbers(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 class Tiny(nn.Module):
@@ -88,3 +87,29 @@ def tensors(folder):
     from safetensors.torch import load_file
 
     return load_file(folder / "adapter_model.safetensors")
+
+
+def train(model, steps):
+    """The losses of `steps` steps of AdamW on what trains."""
+    optimizer = torch.optim.AdamW(ff.nn.trainable_parameters(model), lr=1e-2)
+    x, y = numbers(64, 12), numbers(64, 4, seed=1)
+    losses = []
+    for _ in range(steps):
+        loss = nn.functional.mse_loss(model(x), y)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses
+
+
+def copies(model):
+    """By deepcopy, by pickle, by torch.save."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(file, weights_only=False),
+    )

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import pytest
 
-# Inductor's cache on disk does not know that an op's fake function changed since yesterday.
-os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+# Caches of graphs on disk do not know that an op's fake function changed since yesterday, and yesterday's
+# shapes are not today's. What Inductor still keeps is machine code, by its source: 3 s of g++ each.
+for cache in (
+    "TORCHINDUCTOR_FX_GRAPH_CACHE",
+    "TORCHINDUCTOR_AUTOGRAD_CACHE",
+    "TORCH_DYNAMO_AUTOMATIC_DYNAMIC_LOCAL_PGO",
+):
+    os.environ[cache] = "0"
 
 # Before anything loads OpenMP or NumPy's BLAS. Where there are more threads than cores, two workers of
 # pytest-xdist or a build beside the tests, threads that wait in a loop hold up those that they wait for:
@@ -40,6 +47,7 @@ try:
 except ImportError:
     pass
 
+import finefuse.numpy as ffn
 from finefuse import _C
 
 LEVELS = ["baseline", "avx2", "avx512", "avx512bf16"]
@@ -115,6 +123,24 @@ def quick_interpreter() -> None:
     if patch is not None:
         interpreter._patch_lang = once
         interpreter._patch_builtin = remembered
+    if hasattr(interpreter, "_get_np_dtype"):  # which makes a table of all types to look up one
+        scalar = functools.cache(interpreter._get_np_dtype)
+
+        def np_dtype(dtype: Any) -> Any:
+            element = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
+            return scalar(tl.uint64 if isinstance(element, tl.pointer_type) else element)
+
+        interpreter._get_np_dtype = np_dtype
+
+
+@pytest.fixture
+def triton_kernels(quick_interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each launch is looked up in what compile_triton.py compiles."""
+    import compile_triton
+
+    launch = compile_triton.recording(_is_compiled, call=True)
+    for module in compile_triton.MODULES:
+        monkeypatch.setattr(module, "launch", launch)
 
 
 @pytest.fixture(params=["cuda", "triton", "eager"])
@@ -127,12 +153,7 @@ def place(request: pytest.FixtureRequest) -> Iterator[Place]:
     import finefuse as ff
 
     if request.param == "triton":
-        monkeypatch = request.getfixturevalue("monkeypatch")
-        request.getfixturevalue("quick_interpreter")
-        import compile_triton
-
-        for module in compile_triton.MODULES:
-            monkeypatch.setattr(module, "launch", compile_triton.recording(_is_compiled, call=True))
+        request.getfixturevalue("triton_kernels")
     with ff.backend(request.param):
         yield Place(request.param, "cuda" if GPU else "cpu")
         ff.check()  # a flag that a test did not expect
@@ -140,30 +161,46 @@ def place(request: pytest.FixtureRequest) -> Iterator[Place]:
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
-    """Leaves torch's thread count as it was."""
-    if torch is None:
-        yield
-        return
-    before = torch.get_num_threads()
+    """Leaves the thread counts of torch and of finefuse.numpy as they were."""
+    of_torch, of_numpy = torch and torch.get_num_threads(), ffn.get_num_threads()
     yield
-    torch.set_num_threads(before)
-
-
-class GraphCounter:
-    """A torch.compile backend that runs the graph as it is and counts how often it was called."""
-
-    def __init__(self) -> None:
-        torch._dynamo.reset()
-        self.graphs = 0
-
-    def __call__(self, module: object, inputs: object) -> object:
-        self.graphs += 1
-        return module
+    ffn.set_num_threads(of_numpy)
+    if torch is not None:
+        torch.set_num_threads(of_torch)
 
 
 @pytest.fixture
-def counter() -> GraphCounter:
-    return GraphCounter()
+def one_thread(threads: None) -> None:
+    """Small products are slower on several; a test of threads sets its own numbers."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def chunk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """chunk(n): n rows of logits exist at a time, in the losses from hidden states."""
+    from linear_cases import use_chunks
+
+    return lambda size: use_chunks(monkeypatch, size)
+
+
+class GraphCounter:
+    """A torch.compile backend that counts graphs and hands each to `backend`: "eager" runs it as it is,
+    "aot_eager" makes its gradients, "inductor" its code, at some seconds of g++ a kernel."""
+
+    def __init__(self) -> None:
+        torch._dynamo.reset()
+        self.graphs, self.backend = 0, "eager"
+
+    def __call__(self, module: Any, inputs: Any) -> Any:
+        self.graphs += 1
+        return torch._dynamo.lookup_backend(self.backend)(module, inputs)
+
+
+@pytest.fixture
+def counter() -> Iterator[GraphCounter]:
+    counter = GraphCounter()
+    yield counter
+    assert counter.graphs > 0, "nothing was compiled"
 
 
 @pytest.fixture

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 
 def between_guards(array: np.ndarray, at_end: bool) -> np.ndarray:
@@ -20,3 +24,12 @@ def between_guards(array: np.ndarray, at_end: bool) -> np.ndarray:
     raw = np.frombuffer(memory, np.uint8, array.nbytes, offset)
     raw[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     return raw.view(array.dtype).reshape(array.shape)
+
+
+def tensor_between_guards(tensor: torch.Tensor, at_end: bool) -> torch.Tensor:
+    """The same of a CPU tensor."""
+    import torch
+
+    raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    copy = torch.from_numpy(between_guards(raw, at_end))
+    return copy.view(tensor.dtype).view(tensor.shape)

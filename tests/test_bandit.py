@@ -25,13 +25,6 @@ ADJUSTMENTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def numpy_threads():
-    before = ffn.get_num_threads()
-    yield
-    ffn.set_num_threads(before)
-
-
 def keywords(how: str) -> dict:
     return {"reward_adjust": how, **ADJUSTMENTS[how]}
 

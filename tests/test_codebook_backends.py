@@ -16,11 +16,11 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the Triton kernels take torch tensors")
 
-from conftest import GPU, _is_compiled, unavailable
+from codebook_arrays import BF16, CODES, DTYPES, EDGES, Nested, bits
+from conftest import GPU, unavailable
 from finefuse._backend import FLAGS
 from finefuse.reference import codebook as reference
 from guards import between_guards
-from test_codebook_kernels import BF16, CODES, DTYPES, EDGES, Nested, bits
 from tolerances import check
 
 # NumPy's, from Triton's interpreter, at what a GPU does silently: 1/0, 0·inf
@@ -106,17 +106,14 @@ class Kernels(NamedTuple):
 
 
 @pytest.fixture(params=["cuda", "triton"])
-def kernels(request, monkeypatch) -> Kernels:
+def kernels(request) -> Kernels:
     why = unavailable(request.param)
     if why:
         pytest.skip(why)
     if request.param == "cuda":
         return Kernels("cuda", import_module("finefuse._CUDA"))
-    import compile_triton
-
-    module = import_module("finefuse.kernels.codebook")
-    monkeypatch.setattr(module, "launch", compile_triton.recording(_is_compiled, call=True))
-    return Kernels("triton", module)
+    request.getfixturevalue("triton_kernels")
+    return Kernels("triton", import_module("finefuse.kernels.codebook"))
 
 
 def rng(seed: int) -> np.random.Generator:

@@ -1,6 +1,6 @@
 """Distillation on every backend beside the CPU's.
 
-On a reduced grid: what is common to all backends, the arguments and the autograd, is in test_distill.py.
+On a reduced grid: what is common to all backends, the arguments and the autograd, is in test_distill*.py.
 Few rows: one takes Triton's interpreter some hundredths of a second.
 """
 
@@ -16,7 +16,8 @@ torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
 from conftest import GPU
-from test_distill import DTYPES, IGNORE, KINDS, make, plain, top_k, truth
+from distill_cases import DTYPES, IGNORE, KINDS, make, plain, top_k, truth
+from on_gpu import capture, needs_gpu
 from tolerances import check
 
 # NumPy's, from Triton's interpreter, at what a GPU does silently: -inf - -inf, overflow to inf
@@ -345,9 +346,6 @@ def test_rows_far_apart(place):
             assert torch.equal(z.grad.cpu(), swapped[1])
 
 
-needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
-
-
 @needs_gpu
 def test_more_than_2_to_31_elements(place):
     """4.3 G elements, the last rows of which count; the teacher's are one row over and over."""
@@ -390,15 +388,7 @@ def test_cuda_graph(place):
         loss.backward()
         return loss.detach(), x.grad
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step(x)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(x)
+    graph, captured = capture(lambda: step(x))
     with torch.no_grad():
         x.copy_(other)
     graph.replay()

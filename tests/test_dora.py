@@ -8,92 +8,23 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
+from dora_cases import compare, peft_norm, problem
 from finefuse import _C, _low_rank, dora
 from finefuse._codebook_tensor import fields
 from finefuse.eager.lora import keep_mask
 from finefuse.reference import dora as reference
 from guards import between_guards
+from low_rank_cases import DTYPES, check_together, grads, numbers, opcheck_of
 from tolerances import check
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 RAW = torch.ops.finefuse
-
-
-def numbers(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def problem(tokens, rows, columns, rank, dtype=torch.float32, factors=None, seed=0):
-    """x, W, A, B, m, bias, dy, of a size at which base and update weigh alike."""
-    factors = factors or dtype
-    seed *= 10
-    return (
-        numbers(tokens, columns, dtype=dtype, seed=seed + 1),
-        numbers(rows, columns, dtype=dtype, seed=seed + 2) / columns**0.5,
-        numbers(rank, columns, dtype=factors, seed=seed + 3) / columns**0.5,
-        numbers(rows, rank, dtype=factors, seed=seed + 4) / rank**0.5,
-        (numbers(rows, seed=seed + 7).abs() + 0.5).to(factors),
-        numbers(rows, dtype=dtype, seed=seed + 5),
-        numbers(tokens, rows, dtype=dtype, seed=seed + 6),
-    )
-
-
-def grads(function, *tensors, upstream):
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    y = function(*leaves)
-    return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
-
-
-def peft_norm(w, a, b, scale):
-    """B A and the sum in the base's type."""
-    return torch.linalg.norm(w + scale * (b @ a).to(w.dtype), dim=1).detach()
-
-
-def peft_linear(x, w, a, b, m, bias, scale, mask):
-    """As PEFT computes it, without its product with an identity for B A: x to the adapters' type, the rest in
-    the base's."""
-    c = (m / peft_norm(w, a, b, scale)).to(x.dtype)
-    dropped = x * mask
-    h = functional.linear(dropped.to(a.dtype), a)
-    update = functional.linear(h, b).to(x.dtype) * scale
-    return functional.linear(x, w, bias) + (c - 1) * functional.linear(dropped, w) + c * update
-
-
-def compare(x, w, a, b, m, bias, dy, scale=0.7, mask=None, weight=None, **options):
-    """(ours, eager, float64) of y, dx, dA, dB, dm, db."""
-    weight = w if weight is None else weight
-    mask = torch.ones(()) if mask is None else mask
-    ours = grads(
-        lambda x, a, b, m, bias: ff.lora_linear(
-            x, weight, a, b, scale=scale, bias=bias, magnitude=m, **options
-        ),
-        x, a, b, m, bias, upstream=dy,
-    )  # fmt: skip
-    plain = grads(
-        lambda x, a, b, m, bias: peft_linear(
-            x, w.to(x.dtype), a, b, m, bias, scale, mask.to(x.dtype)
-        ),
-        x, a, b, m, bias, upstream=dy,
-    )  # fmt: skip
-    truth = grads(
-        lambda x, a, b, m, bias: peft_linear(x, w.double(), a, b, m, bias, scale, mask.double()),
-        *(t.double() for t in (x, a, b, m, bias)), upstream=dy.double(),
-    )  # fmt: skip
-    return ours, plain, truth
 
 
 def check_all(*problems, **options):
     """The error rule; over several problems of one shape together where sums are few."""
-    results = [compare(*p, **options) for p in problems]
-    ours, plain, truth = (
-        [torch.stack(parts) for parts in zip(*side, strict=True)]
-        for side in zip(*results, strict=True)
-    )
-    for what, o, e, t in zip(("y", "dx", "dA", "dB", "dm", "db"), ours, plain, truth, strict=True):
-        assert o.dtype is e.dtype, what
-        check(what, o, e, t)
+    check_together(("y", "dx", "dA", "dB", "dm", "db"), [compare(*p, **options) for p in problems])
 
 
 # ---- the error rule ----------------------------------------------------------------------------
@@ -416,17 +347,18 @@ def test_checkpoint(reentrant):
 
 def test_opcheck():
     for dtype in (torch.float32, torch.float64):
+        check_op = opcheck_of(dtype)
         x, w, a, b, m, bias, dy = problem(9, 24, 64, 3, dtype)
         q = ff.quantize(w.float())
         for weight, values in ((w, _low_rank.NO_FIELDS), (None, fields(q))):
-            torch.library.opcheck(RAW.dora_norm_forward.default, (weight, *values, a, b, 0.5))
+            check_op(RAW.dora_norm_forward.default, (weight, *values, a, b, 0.5))
             for seed, p in ((None, 0.0), (torch.tensor([5]), 0.5)):
                 for keep in (False, True):
                     arguments = (x, weight, *values, a, b, m, bias, seed, 0.5, p, keep)
-                    torch.library.opcheck(RAW.dora_linear_forward.default, arguments)
+                    check_op(RAW.dora_linear_forward.default, arguments)
                 _, *made = RAW.dora_linear_forward(*arguments)
                 for needs in (31, 1, 2, 4, 16):
-                    torch.library.opcheck(
+                    check_op(
                         RAW.dora_linear_backward.default,
                         (dy, x, *made, weight, *values, a, b, m, seed, 0.5, p, needs),
                     )  # fmt: skip

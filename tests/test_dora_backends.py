@@ -10,12 +10,12 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the Triton kernels take torch tensors")
 
+import dora_cases as layer
 import finefuse as ff
-import test_dora as layer
 from conftest import GPU
 from finefuse.eager.lora import keep_mask
-from test_lora import DTYPES, numbers
-from test_lora_backends import CODES, Kernels, guarded, module_of
+from low_rank_cases import DTYPES, grads, numbers
+from low_rank_kernels import CODES, Kernels, guarded, module_of
 from tolerances import check
 
 # NumPy's, from Triton's interpreter
@@ -58,8 +58,8 @@ class DoraKernels(Kernels):
 
 
 @pytest.fixture(params=["cuda", "triton"])
-def kernels(request, monkeypatch) -> DoraKernels:
-    return DoraKernels(request.param, module_of("dora", request.param, monkeypatch))
+def kernels(request) -> DoraKernels:
+    return DoraKernels(request.param, module_of("dora", request))
 
 
 def norms(w, b, a, scale, dtype):
@@ -204,7 +204,7 @@ def test_layer(place, dtype, p, packed):
             x, plain_weight, a, b, m, bias, dy, mask=mask, weight=weight, dropout=p, seed=7
         )
     on_place = place.put(weight)[0]
-    ours = layer.grads(
+    ours = grads(
         lambda x, a, b, m, bias: ff.lora_linear(
             x, on_place, a, b, scale=0.7, bias=bias, magnitude=m, dropout=p, seed=7
         ),

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import subprocess
-import sys
-from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,250 +10,45 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
-from finefuse import _linear_logprobs, _linear_loss, _matmul, codebook
-from finefuse.reference import linear as reference
+from finefuse import _linear_loss, _matmul, codebook
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_logprobs import eager_stats
-from tolerances import ScalarErrors, as_float64
-from tolerances import check as check_one
-from torch.utils.checkpoint import checkpoint
+from linear_cases import (
+    DTYPES,
+    FUNCTIONS,
+    IGNORE,
+    OPTIONS,
+    Case,
+    Counts,
+    check,
+    check_gradients,
+    compare_cross_entropy,
+    compare_stats,
+    make,
+    on_one_thread,
+    ours_stats,
+    plain_cross_entropy,
+    plain_stats,
+    run,
+    run_plain,
+    spoilt,
+    truth_cross_entropy,
+    truth_stats,
+    truth_stats_gradients,
+    upstream_of,
+    use_chunks,
+)
+from tolerances import ScalarErrors
 
-RAW = torch.ops.finefuse
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 F = torch.nn.functional
-IGNORE = -100
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-NAMES = ("hidden", "weight", "bias")
 # rows, width, vocabulary. One row of one column and two classes; fewer than a vector of each; a vocabulary
 # that is no multiple of a vector; more rows than 64, the least of a chunk, and an odd width.
 SHAPES = [(1, 1, 2), (7, 5, 2), (9, 70, 31), (67, 33, 300)]
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "temperature": {"temperature": 0.7},
-    "softcap": {"softcap": 4.0},
-    "both": {"softcap": 2.5, "temperature": 1.6},
-}
-
-
-class Case(NamedTuple):
-    hidden: Any
-    weight: Any
-    bias: Any
-    targets: Any
-
-
-def make(rows, width, vocab, dtype=torch.float32, *, bias=True, ignore=True, spread=2.0, seed=0):
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=g)
-
-    hidden = normal(rows, width).to(dtype)
-    weight = (normal(vocab, width) * spread / math.sqrt(width)).to(dtype)
-    b = normal(vocab).to(dtype) if bias else None
-    targets = torch.randint(0, vocab, (rows,), generator=g)
-    if ignore and rows > 1:
-        targets[rows // 2 :: 4] = IGNORE
-    return Case(hidden, weight, b, targets)
-
-
-def spoilt(case, value=math.nan):
-    """NaN in the rows that are ignored: nobody may read them."""
-    return case._replace(hidden=case.hidden.masked_fill((case.targets == IGNORE)[:, None], value))
-
-
-def head_of(weight, bias=None, softcap=None):
-    return reference.Head(
-        weight.detach().double().numpy(),
-        None if bias is None else bias.detach().double().numpy(),
-        softcap,
-    )
-
-
-def array(x):
-    return x if x is None else x.detach().double().numpy()
-
-
-# ---- the error rule --------------------------------------------------------------------------------
-
-
-class Both(NamedTuple):
-    """What plain torch gives with products summed up from either end."""
-
-    one: Any
-    other: Any
-
-
-def check(name, ours, eager, truth, dtype=None, terms=None):
-    """The error rule. A product's rounding is a library's, and in a handful of numbers luck: element by
-    element the worse of two orders in which it may add is what ours is measured by."""
-    if isinstance(eager, Both):
-        one, other, t = (as_float64(x) for x in (*eager, truth))
-        with np.errstate(invalid="ignore"):
-            eager = np.where(np.abs(other - t) > np.abs(one - t), other, one)
-    if terms is not None:
-        terms = np.full(np.shape(truth), terms)
-    check_one(name, ours, eager, truth, dtype, terms)
-
-
-def in_both_orders(call):
-    """[of results] Both, leaf by leaf; None where there is none."""
-    global _from_the_end
-    results = []
-    try:
-        for _from_the_end in (False, True):
-            results.append(call())
-    finally:
-        _from_the_end = False
-    return _paired(*results)
-
-
-def _paired(a, b):
-    if isinstance(a, (list, tuple)):
-        return [_paired(x, y) for x, y in zip(a, b, strict=True)]
-    return None if a is None else Both(a, b)
 
 
 # ---- the formulas, in the type of their input ------------------------------------------------------
-
-
-_from_the_end = False
-
-
-def plain_logits(hidden, weight, bias=None, softcap=None):
-    if _from_the_end:
-        hidden, weight = hidden.flip(-1), weight.flip(-1)
-    z = F.linear(hidden, weight, bias)
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
-
-
-def plain_stats(hidden, weight, targets, *, bias=None, softcap=None, temperature=1.0):
-    return eager_stats(plain_logits(hidden, weight, bias, softcap), targets, temperature)
-
-
-def plain_cross_entropy(
-    hidden, weight, targets, *, bias=None, softcap=None, temperature=1.0, **options
-):
-    return F.cross_entropy(
-        plain_logits(hidden, weight, bias, softcap) / temperature, targets, **options
-    )
-
-
-def ours_stats(*args, **options):
-    return ff.linear_token_logprobs(*args, stats=True, **options)
-
-
-def run(function, case, upstream, wanted=(True, True, True), device="cpu", **options):
-    """(outputs, gradients of hidden, weight and bias; None where not wanted), back on the CPU."""
-    leaves = [
-        None if x is None else x.detach().to(device, copy=True).requires_grad_(w)
-        for x, w in zip(case[:3], wanted, strict=True)
-    ]
-    out = function(leaves[0], leaves[1], case.targets.to(device), bias=leaves[2], **options)
-    outputs = out if isinstance(out, tuple) else (out,)
-    sum(
-        (o * u.to(o)).sum() for o, u in zip(outputs, upstream, strict=True) if u is not None
-    ).backward()
-    gradients = [None if x is None or x.grad is None else x.grad.cpu() for x in leaves]
-    return [o.detach().cpu() for o in outputs], gradients
-
-
-def run_plain(*args, **options):
-    return in_both_orders(lambda: run(*args, **options))
-
-
-def truth_stats(case, softcap=None, temperature=1.0):
-    return reference.token_logprobs(
-        array(case.hidden), head_of(*case[1:3], softcap), case.targets.numpy(), temperature
-    )
-
-
-def truth_stats_gradients(case, upstream, softcap=None, temperature=1.0):
-    zero = np.zeros(len(case.targets))
-    g, h, l = (zero if u is None else array(u) for u in upstream)
-    return reference.token_logprobs_gradients(
-        array(case.hidden), head_of(*case[1:3], softcap), case.targets.numpy(), g, h, l, temperature
-    )
-
-
-def truth_cross_entropy(case, softcap=None, upstream=1.0, **options):
-    return reference.cross_entropy(
-        array(case.hidden), head_of(*case[1:3], softcap), case.targets.numpy(),
-        upstream=array(upstream) if isinstance(upstream, torch.Tensor) else upstream, **options,
-    )  # fmt: skip
-
-
-def check_gradients(name, ours, eager, truth, cancels=False):
-    """cancels: where sums may come to nothing, the scale is that of their absolute terms."""
-    for i, (of, a, e, t) in enumerate(zip(NAMES, ours, eager, truth, strict=True)):
-        if a is None:
-            continue
-        terms = truth.terms[i] if cancels else None
-        check(f"{name}: d {of}", a, t if e is None else e, t, terms=terms)
-
-
-def compare_stats(
-    case, upstream=None, only=True, device="cpu", logits=None, cancels=False, **options
-):
-    """Values and gradients by the error rule; each output also by itself, so that no term hides another.
-
-    logits: their type, where its tolerance counts.
-    """
-    g = torch.Generator().manual_seed(1)
-    n = len(case.targets)
-    upstream = upstream or [torch.randn(n, generator=g) for _ in range(3)]
-    truth = truth_stats(case, **options)
-    terms = None
-    if cancels:  # differences of numbers as large as lse
-        terms = 2 * np.abs(truth[2]).max(initial=0.0) + np.abs(truth[0]).max(initial=0.0)
-    for ups in [upstream, *([u if i == j else None for j, u in enumerate(upstream)]
-                            for i in range(3 if only else 0))]:  # fmt: skip
-        ours, gradients = run(ours_stats, spoilt(case), ups, device=device, **options)
-        eager, eager_gradients = run_plain(plain_stats, case, ups, **options)
-        for name, a, e, t in zip(("lp", "entropy", "lse"), ours, eager, truth, strict=True):
-            check(name, a, e, t, logits, terms)
-        by = truth_stats_gradients(case, ups, **options)
-        check_gradients("stats", gradients, eager_gradients, by, cancels)
-        ignored = case.targets == IGNORE
-        assert all((x[ignored] == 0).all() for x in (*ours, gradients[0]))
-
-
-def compare_cross_entropy(case, factor=1.0, device="cpu", cancels=False, **options):
-    none = options.get("reduction") == "none"
-    g = torch.Generator().manual_seed(2)
-    upstream = torch.randn(len(case.targets), generator=g) if none else torch.tensor(factor)
-    (loss,), gradients = run(
-        ff.linear_cross_entropy, spoilt(case), [upstream], device=device, **options
-    )
-    (eager,), eager_gradients = run_plain(plain_cross_entropy, case, [upstream], **options)
-    truth, truth_gradients = truth_cross_entropy(case, upstream=upstream, **options)
-    check("loss", loss, eager, truth)
-    check_gradients("cross-entropy", gradients, eager_gradients, truth_gradients, cancels)
-    ignored = case.targets == IGNORE
-    assert (gradients[0][ignored] == 0).all()
-    if none:
-        assert (loss[ignored] == 0).all()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Products this small are slower on several; test_threads sets its own numbers."""
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def chunk(monkeypatch):
-    """chunk(n): n rows of logits exist at a time; chunk.sizes is what was asked for."""
-
-    def use(size):
-        def rows(count, *_):
-            use.counts.append(count)
-            return max(min(size, count), 1)
-
-        monkeypatch.setattr(_linear_logprobs, "chunk_rows", rows)
-
-    use.counts = []
-    return use
 
 
 @pytest.fixture(params=["own", "bfloat16 as it is"])
@@ -274,9 +65,9 @@ def products(request, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_stats_and_gradients(chunk, shape, dtype, options):
-    chunk(50)
+    counts = chunk(50)
     compare_stats(make(*shape, dtype), **OPTIONS[options])
-    assert chunk.counts
+    assert counts
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -334,14 +125,14 @@ def test_types_of_outputs(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_cross_entropy(chunk, shape, dtype, options):
-    chunk(50)
+    counts = chunk(50)
     case = make(*shape, dtype)
     for reduction in ("mean", "sum", "none"):
         for smoothing in (0.0, 0.1):
             compare_cross_entropy(
                 case, reduction=reduction, label_smoothing=smoothing, **OPTIONS[options]
             )
-    assert chunk.counts
+    assert counts
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -584,40 +375,6 @@ def test_shapes_of_outputs():
 # ---- what has no gradient ----------------------------------------------------------------------
 
 
-class Counts:
-    """How often the driver takes a product for each gradient."""
-
-    def __init__(self, monkeypatch):
-        self.hidden = self.weight = 0
-        add_outer, hidden_gradient = _linear_loss.add_outer, _linear_loss.Head.hidden_gradient
-
-        def outer(*args):
-            self.weight += 1
-            return add_outer(*args)
-
-        def by_hidden(*args):
-            self.hidden += 1
-            return hidden_gradient(*args)
-
-        monkeypatch.setattr(_linear_loss, "add_outer", outer)
-        monkeypatch.setattr(_linear_loss.Head, "hidden_gradient", by_hidden)
-
-
-FUNCTIONS: list[tuple[Any, dict[str, Any]]] = [
-    (ours_stats, {}),
-    (ff.linear_token_logprobs, {"softcap": 3.0}),
-    (ff.linear_cross_entropy, {"label_smoothing": 0.1}),
-    (ff.linear_cross_entropy, {"reduction": "none", "softcap": 3.0}),
-]
-
-
-def upstream_of(function, options, rows):
-    g = torch.Generator().manual_seed(4)
-    if function is ff.linear_cross_entropy and "reduction" not in options:
-        return [torch.tensor(1.0)]
-    return [torch.randn(rows, generator=g) for _ in range(3 if function is ours_stats else 1)]
-
-
 @pytest.mark.parametrize("which", range(len(FUNCTIONS)))
 @pytest.mark.parametrize(
     "wanted",
@@ -731,12 +488,12 @@ def test_packed_weight(monkeypatch, chunk, dtype, shape, double_quant):
 def test_size_of_chunks(chunk, size, dtype):
     """No number of rows at a time leaves the error rule; outputs of a row do not depend on it in float64's
     digits either, which catches a row that is taken twice or not at all."""
-    chunk(size)
+    counts = chunk(size)
     for case in (make(29, 12, 37, dtype), make(29, 12, 37, dtype, ignore=False)):
         compare_stats(case, softcap=3.0, temperature=1.2, only=False)
         compare_cross_entropy(case, label_smoothing=0.2, softcap=3.0)
         compare_cross_entropy(case, reduction="none", temperature=1.3)
-    assert set(chunk.counts) == {29, 25}
+    assert set(counts) == {29, 25}
 
 
 def test_rows_of_a_chunk():
@@ -793,18 +550,6 @@ def test_halves_of_a_batch():
     )
 
 
-def on_one_thread(function):
-    def call(*args):
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return function(*args)
-        finally:
-            torch.set_num_threads(threads)
-
-    return call
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads(monkeypatch, dtype):
     """The error rule on any number; and the same bits where products, a library's, are taken on one."""
@@ -828,566 +573,6 @@ def test_threads(monkeypatch, dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-# ---- autograd, compile, torch's own checks -------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [2, 100])
-def test_gradcheck(chunk, size):
-    chunk(size)
-    case = make(6, 4, 5, torch.float64)
-    leaves = [x.clone().requires_grad_() for x in case[:3]]
-
-    def checks(function, **options):
-        assert torch.autograd.gradcheck(
-            lambda x, w, b: function(x, w, case.targets, bias=b, **options), leaves
-        )
-
-    for options in OPTIONS.values():
-        checks(ours_stats, **options)
-        for reduction in ("mean", "sum", "none"):
-            checks(ff.linear_cross_entropy, reduction=reduction, label_smoothing=0.2, **options)
-    checks(ff.linear_token_logprobs)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_retain_graph(dtype):
-    """A second backward gives the same bits, and another upstream gradient's where there is one."""
-    case = make(9, 7, 30, dtype)
-    for function, options in FUNCTIONS:
-        ups = upstream_of(function, options, 9)
-        leaves = [x.clone().requires_grad_() for x in case[:3]]
-        out = function(leaves[0], leaves[1], case.targets, bias=leaves[2], **options)
-        out = out if isinstance(out, tuple) else (out,)
-        value = sum((o * u.to(o.dtype)).sum() for o, u in zip(out, ups, strict=True))
-        first = torch.autograd.grad(value, leaves, retain_graph=True)
-        kept = [x.clone() for x in first]
-        second = torch.autograd.grad(value, leaves, retain_graph=True)
-        for a, b, c in zip(first, kept, second, strict=True):
-            assert torch.equal(a, b)
-            assert torch.equal(b, c)
-        two = torch.tensor(2.0, dtype=value.dtype)
-        for a, b in zip(kept, torch.autograd.grad(value, leaves, two), strict=True):
-            check("twice as much", b, 2 * a, 2 * a)
-
-
-def test_gradients_are_not_shared():
-    """What one backward returned, the next does not write into."""
-    case = make(9, 7, 30)
-    leaves = [x.clone().requires_grad_() for x in case[:3]]
-    loss = ff.linear_cross_entropy(leaves[0], leaves[1], case.targets, bias=leaves[2])
-    loss.backward(torch.tensor(3.0), retain_graph=True)
-    kept = [x.grad.clone() for x in leaves]
-    loss.backward(torch.tensor(3.0))
-    for x, once in zip(leaves, kept, strict=True):
-        check("twice", x.grad, 2 * once, 2 * once)
-
-
-def test_double_backward_raises():
-    case = make(4, 3, 6, bias=False)
-    for function, options in FUNCTIONS:
-        x, w = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
-        out = function(x, w, case.targets, **options)
-        value = sum(o.sum() for o in (out if isinstance(out, tuple) else (out,)))
-        (g,) = torch.autograd.grad(value, x, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            g.square().sum().backward()
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            torch.autograd.functional.hessian(
-                lambda x, f=function, o=options, w=w: (
-                    f(x, w, case.targets, reduction="sum")
-                    if f is ff.linear_cross_entropy
-                    else sum(v.sum() for v in _tuple(f(x, w, case.targets, **o)))
-                ),
-                case.hidden,
-            )
-
-
-def _tuple(out):
-    return out if isinstance(out, tuple) else (out,)
-
-
-def test_forward_mode_raises():
-    case = make(3, 4, 8)
-    forward_ad = torch.autograd.forward_ad
-    with forward_ad.dual_level():
-        x = forward_ad.make_dual(case.hidden, torch.ones_like(case.hidden))
-        for function, options in FUNCTIONS:
-            with pytest.raises(RuntimeError, match="forward-mode"):
-                function(x, case.weight, case.targets, **options)
-
-
-def raw_calls(grad=False):
-    case = make(6, 4, 9)
-    packed = ff.quantize(torch.randn(9, 4), blocksize=16, double_quant=True, nested_blocksize=16)
-    none = (None, None, None, None, None, None, 0, 0)
-    x = case.hidden.requires_grad_(grad)
-    dense, bare, coded = (
-        (case.weight, case.bias, *none, 9),
-        (case.weight, None, *none, 9),
-        (None, case.bias, *codebook.fields(packed), 9),
-    )
-    y, n = case.targets, 6
-    g, every = torch.ones(n), (True, True, True)
-
-    def t(v):
-        return torch.tensor(v, dtype=torch.float64)
-
-    forward, backward = RAW.linear_token_logprobs_forward, RAW.linear_token_logprobs_backward
-    yield forward.default, (x, *dense, math.inf, y, 0.9, IGNORE, True)
-    yield forward.default, (x, *coded, 3.0, y, 1.0, IGNORE, False)
-    yield forward.tensor, (x, *bare, t(2.0), y, t(0.9), IGNORE, False)
-    yield backward.default, (g, g, g, x, *dense, math.inf, y, 0.9, IGNORE, *every)
-    yield backward.default, (
-        g, None, None, x, *coded, 2.0, y, 0.9, IGNORE, True, False, False,
-    )  # fmt: skip
-    yield backward.tensor, (
-        g, None, g, x, *dense, t(2.0), y, t(0.9), IGNORE, False, True, True,
-    )  # fmt: skip
-    ce = RAW.linear_cross_entropy_forward
-    yield ce.default, (x, *dense, math.inf, y, 0.9, 0.1, IGNORE, 0)
-    yield ce.default, (x, *coded, math.inf, y, 1.0, 0.0, IGNORE, 2)
-    yield ce.tensor, (x, *bare, t(2.0), y, t(0.9), t(0.1), IGNORE, 1)
-    both = RAW.linear_cross_entropy_forward_backward
-    yield both.default, (x, *dense, math.inf, y, 0.9, 0.1, IGNORE, 2, *every)
-    yield both.tensor, (x, *bare, t(2.0), y, t(0.9), t(0.1), IGNORE, 1, True, False, False)
-    back = RAW.linear_cross_entropy_backward
-    yield back.default, (g, x, *dense, 2.0, y, 0.9, 0.1, IGNORE, 0, *every)
-    yield back.tensor, (t(2.0), x, *dense, t(math.inf), y, t(0.9), t(0.1), IGNORE, 2, *every)
-
-
-@pytest.mark.parametrize("case", range(len(list(raw_calls()))))
-def test_opcheck_raw(case):
-    op, args = list(raw_calls())[case]
-    torch.library.opcheck(op, args)
-
-
-@pytest.mark.parametrize(
-    "name", ["linear_token_logprobs", "linear_token_logprobs_stats", "linear_cross_entropy"]
-)
-def test_opcheck_public(name):
-    """torch.ops.finefuse.<name> differentiates, and is the public function."""
-    case = make(4, 5, 9)
-    op = getattr(RAW, name).default
-    leaves = [x.clone().requires_grad_() for x in case[:3]]
-    options = {"bias": leaves[2], "softcap": 4.0, "temperature": 0.8}
-    torch.library.opcheck(op, (*leaves[:2], case.targets), options)
-    public = ours_stats if name.endswith("stats") else getattr(ff, name)
-    want = public(*leaves[:2], case.targets, **options)
-    got = op(*leaves[:2], case.targets, **options)
-    for a, b in zip(_tuple(got), _tuple(want), strict=True):
-        assert torch.equal(a, b)
-        assert a.requires_grad
-
-
-def test_backward_through_a_raw_op_raises():
-    seen = 0
-    for op, args in raw_calls(grad=True):
-        out = op(*args)
-        value = sum(o.sum() for o in (out if isinstance(out, (tuple, list)) else [out]))
-        seen += 1
-        with pytest.raises(RuntimeError, match="is a raw op"):
-            value.backward()
-    assert seen == len(list(raw_calls()))
-
-
-@pytest.mark.parametrize("which", range(len(FUNCTIONS)))
-def test_compile(which, counter):
-    """Numbers that change are no constants of the graph: two graphs serve them all."""
-    function, options = FUNCTIONS[which]
-    smoothing = "label_smoothing" in options
-
-    def step(x, w, b, targets, t, c):
-        kwargs = {**options, "temperature": t, "softcap": c}
-        if smoothing:
-            kwargs["label_smoothing"] = t / 10
-        out = function(x, w, targets, bias=b, **kwargs)
-        return sum((o * o).sum() for o in _tuple(out))
-
-    counted = torch.compile(step, backend=counter, fullgraph=True)
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
-    case = spoilt(make(9, 6, 20))
-    for i in range(8):
-        t, c = 0.5 + 0.13 * i, 2.0 + 0.4 * i
-        a, b = ([x.clone().requires_grad_() for x in case[:3]] for _ in range(2))
-        one, two = compiled(*a, case.targets, t, c), step(*b, case.targets, t, c)
-        one.backward()
-        two.backward()
-        check("compiled", one, two, two)
-        for name, x, y in zip(NAMES, a, b, strict=True):
-            check(f"compiled: d {name}", x.grad, y.grad, y.grad)
-        counted(*a, case.targets, t, c)
-    assert 1 <= counter.graphs <= 2
-    before = counter.graphs
-    for i in range(4):  # as 0-d tensors numbers never recompile
-        t, c = torch.tensor(0.5 + 0.1 * i), torch.tensor(2.0 + i)
-        counted(*a, case.targets, t, c)
-    assert counter.graphs <= before + 1
-
-
-def test_compile_inductor():
-    """With the compiler that users get, forward and backward; hidden comes from a layer before."""
-    torch._dynamo.reset()
-    case = make(9, 6, 20)
-
-    def step(x, w, b, t):
-        h = torch.tanh(x)
-        loss = ff.linear_cross_entropy(h, w, case.targets, bias=b, temperature=t)
-        return loss - ff.linear_token_logprobs(h, w, case.targets, bias=b, softcap=5.0).mean()
-
-    compiled = torch.compile(step, fullgraph=True)
-    for t in (0.7, 1.9):
-        a, b = ([x.clone().requires_grad_() for x in case[:3]] for _ in range(2))
-        one, two = compiled(*a, t), step(*b, t)
-        one.backward()
-        two.backward()
-        check("compiled", one, two, two)
-        for name, x, y in zip(NAMES, a, b, strict=True):
-            check(f"compiled: d {name}", x.grad, y.grad, y.grad)
-
-
-def test_compile_with_a_changing_number_of_rows(counter):
-    step = torch.compile(
-        lambda x, w, y: ff.linear_cross_entropy(x, w, y), backend=counter, fullgraph=True
-    )
-    for rows in (5, 8, 13, 21):
-        case = make(rows, 6, 20)
-        want = ff.linear_cross_entropy(case.hidden, case.weight, case.targets)
-        check("loss", step(case.hidden, case.weight, case.targets), want, want)
-    assert counter.graphs <= 2
-
-
-def test_autocast():
-    """hidden and weight are cast as F.linear casts them, and gradients come back in their own types."""
-    case = make(9, 8, 33)
-    for function, options in FUNCTIONS:
-        plain = plain_cross_entropy if function is ff.linear_cross_entropy else plain_stats
-        ups = upstream_of(function, options, 9)
-        padded = [*ups, None, None][:3] if plain is plain_stats else ups
-
-        def cast(hidden, weight, targets, *, bias, f=function, **options):
-            with torch.autocast("cpu", torch.bfloat16):
-                return f(hidden, weight, targets, bias=bias, **options)
-
-        outputs, gradients = run(cast, case, ups, **options)
-        low = Case(*(x.bfloat16() for x in case[:3]), case.targets)
-        eager, eager_gradients = run_plain(plain, low, padded, **options)
-        if plain is plain_stats:
-            truth = truth_stats(low, **options)
-            by = truth_stats_gradients(low, padded, **options)
-        else:
-            loss, by = truth_cross_entropy(low, upstream=ups[0] if ups[0].ndim else 1.0, **options)
-            truth = (loss,)
-        assert {x.dtype for x in (*outputs, *gradients)} == {torch.float32}
-        for a, e, t in zip(outputs, eager, truth, strict=False):
-            check("under autocast", a, e, t, torch.bfloat16)
-        for name, a, e, t in zip(NAMES, gradients, eager_gradients, by, strict=True):
-            check(f"under autocast: d {name}", a, e, t, torch.bfloat16)
-    x, w = case.hidden.half(), case.weight  # of another type each, as F.linear takes them there
-    with torch.autocast("cpu", torch.bfloat16):
-        mixed = ff.linear_token_logprobs(x, w, case.targets)
-        same = ff.linear_token_logprobs(x.bfloat16(), w.bfloat16(), case.targets)
-        wide = ff.linear_token_logprobs(x.double(), w.double(), case.targets)
-    assert torch.equal(mixed, same)
-    assert wide.dtype is torch.float64
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_checkpoint(use_reentrant, dtype):
-    """A loss under activation checkpointing, and one of a layer that is: the same bits."""
-    case = spoilt(make(14, 7, 30, dtype))
-    for function, options in FUNCTIONS:
-
-        def value(x, w, b, f=function, o=options):
-            return sum((v * v).sum() for v in _tuple(f(x, w, case.targets, bias=b, **o)))
-
-        grads = []
-        for call in (
-            lambda *args, v=value: checkpoint(v, *args, use_reentrant=use_reentrant),
-            lambda *args, v=value: v(*args),
-        ):
-            leaves = [x.detach().clone().requires_grad_() for x in case[:3]]
-            call(*leaves).backward()
-            grads.append([x.grad for x in leaves])
-        for name, a, b in zip(NAMES, *grads, strict=True):
-            check(f"d {name}", a, b, b)
-            assert torch.isfinite(a).all()
-
-
-def test_saved_tensor_hooks(monkeypatch):
-    """Where hooks want less to be kept, the gradient is made in the backward, and nothing of the size of the
-    logits or of a gradient is saved."""
-    case = make(64, 4, 50)
-    for function, options in FUNCTIONS:
-        ups = upstream_of(function, options, 64)
-        _, want = run(function, case, ups, **options)
-        saved = []
-        counts = Counts(monkeypatch)
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t, s=saved: (s.append(t.shape), t.clone())[1], lambda t: t
-        ):
-            leaves = [x.clone().requires_grad_() for x in case[:3]]
-            out = _tuple(function(leaves[0], leaves[1], case.targets, bias=leaves[2], **options))
-            before = counts.weight
-            value = sum((o * u).sum() for o, u in zip(out, ups, strict=True))
-        value.backward()
-        assert before == 0
-        assert counts.weight == 1
-        assert torch.Size((64, 50)) not in saved
-        assert torch.Size((64, 4)) in saved
-        for a, b in zip(leaves, want, strict=True):
-            check("with hooks", a.grad, b, b)
-
-
-def test_saved_tensors_are_versioned():
-    """A hidden state that is overwritten between forward and backward is an error, not a wrong gradient."""
-    case = make(6, 5, 9)
-    for function, options in (FUNCTIONS[0], FUNCTIONS[1], FUNCTIONS[3]):
-        x = (case.hidden.clone().requires_grad_() * 1.0).clone()
-        value = sum(o.sum() for o in _tuple(function(x, case.weight, case.targets, **options)))
-        with torch.no_grad():
-            x.add_(1.0)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            value.backward()
-
-
-# ---- memory ----------------------------------------------------------------------------------------
-
-
-_PEAK = """
-import sys, torch, finefuse as ff
-from finefuse import _linear_loss
-rows, width, vocab = 512, 96, 10000
-torch.manual_seed(0)
-_linear_loss._CPU_BYTES = 1 << 20  # not 16 MB: here that would be nearly all of them
-targets = torch.randint(0, vocab, (rows,))
-def step(function, hidden, weight, softcap):
-    if function == "cross-entropy":
-        return ff.linear_cross_entropy(hidden, weight, targets, softcap=softcap)
-    if function == "log-probabilities":
-        return ff.linear_token_logprobs(hidden, weight, targets, softcap=softcap).sum()
-    pairs, y = hidden.view(8, 64, width), targets.view(8, 64)
-    if function == "policy":
-        return ff.linear_policy_loss(pairs, weight, y, advantages=torch.ones(8), softcap=softcap).loss
-    if function == "preference":
-        return ff.linear_preference_loss(pairs, weight, y, softcap=softcap).loss
-    if function == "distill":
-        teacher = hidden.detach(), weight.detach()
-        return ff.linear_distill_loss(hidden, weight, *teacher, softcap=softcap)
-    return torch.nn.functional.cross_entropy(torch.nn.functional.linear(hidden, weight), targets)
-for case in sys.argv[1:]:
-    function, dtype, softcap = case.split("/")
-    dtype = getattr(torch, dtype)
-    hidden = torch.randn(rows, width).to(dtype).requires_grad_()
-    weight = torch.randn(vocab, width).to(dtype).requires_grad_()
-    with torch.profiler.profile(profile_memory=True) as profile:
-        step(function, hidden, weight, float(softcap) or None).backward()
-    live = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    print(peak)
-"""
-
-
-def test_peak_memory():
-    """The gradients and one chunk of logits (two with a softcap), by torch's own account; with a 16-bit
-    weight also the float32 sum of its gradient and the panel in which it is widened."""
-    rows, width, vocab = 512, 96, 10000
-    cases = [
-        (function, dtype, softcap)
-        for function in ("cross-entropy", "log-probabilities")
-        for dtype, softcap in (("float32", 0.0), ("float32", 5.0), ("bfloat16", 0.0))
-    ] + [(function, "float32", 0.0) for function in ("policy", "preference", "distill")]
-    names = ["full/float32/0.0", *("/".join(map(str, case)) for case in cases)]
-    out = subprocess.run([sys.executable, "-c", _PEAK, *names], capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
-    full, *found = map(int, out.stdout.split())
-    assert (
-        full > 2 * rows * vocab * 4
-    )  # what is measured is there: logits and their gradient, 40 MB
-    for (function, dtype, softcap), peak in zip(cases, found, strict=True):
-        size = 4 if dtype == "float32" else 2
-        row = vocab * (2 if softcap != 0.0 or function == "distill" else 1)
-        chunk = (128 if function == "preference" else _chunk_of(rows, row)) * row * 4  # a pair
-        gradients = (rows + vocab) * width * size
-        beside = 0 if dtype == "float32" else vocab * width * 4 + min(4 << 20, vocab * width * 4)
-        if _matmul._onednn_is_faster():  # whose products are not added to what is there
-            beside += vocab * width * 4
-        case = function, dtype, softcap
-        assert gradients <= peak <= 1.3 * (gradients + chunk + beside), case
-        assert peak < 0.5 * full, case
-
-
-def _chunk_of(rows, numbers):
-    before, _linear_loss._CPU_BYTES = _linear_loss._CPU_BYTES, 1 << 20
-    try:
-        return _linear_loss.chunk_rows(rows, numbers, torch.float32, True)
-    finally:
-        _linear_loss._CPU_BYTES = before
-
-
-# ---- wrong arguments -------------------------------------------------------------------------------
-
-
-BOTH = [ff.linear_token_logprobs, ff.linear_cross_entropy]
-
-
-@pytest.mark.parametrize("bad", [-1, 7, 2**31, -(2**31) - 5])
-@pytest.mark.parametrize("where", [0, 3, 5])
-def test_target_out_of_range(monkeypatch, bad, where):
-    """Before a product is taken or anything is written."""
-    hidden, weight = torch.randn(6, 3), torch.randn(7, 3)
-    targets = torch.zeros(6, dtype=torch.long)
-    targets[where] = bad
-    taken = []
-    linear = _linear_loss.linear
-    monkeypatch.setattr(_linear_loss, "linear", lambda *a: (taken.append(1), linear(*a))[1])
-    message = rf"targets: element {where} is {bad}; allowed are 0 to 6 and ignore_index \(-100\)"
-    none = (None, None, None, None, None, None, None, 0, 0, 7, math.inf)
-    for call in (
-        *(lambda f=f: f(hidden, weight, targets) for f in BOTH),
-        *(lambda f=f: f(hidden.clone().requires_grad_(), weight, targets) for f in BOTH),
-        *(lambda f=f: f(hidden.view(2, 3, 3), weight, targets.view(2, 3)) for f in BOTH),
-        lambda: RAW.linear_token_logprobs_forward(
-            hidden, weight, *none, targets, 1.0, IGNORE, False
-        ),
-        lambda: RAW.linear_token_logprobs_backward(
-            torch.ones(6), None, None, hidden, weight, *none, targets, 1.0, IGNORE, True, True, True
-        ),
-        lambda: RAW.linear_cross_entropy_forward(
-            hidden, weight, *none, targets, 1.0, 0.0, IGNORE, 2
-        ),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            call()
-    assert not taken
-    ff.linear_token_logprobs(hidden, weight, targets.clamp(0, 6))
-    assert taken  # the count would have seen one
-    if -(2**31) <= bad < 2**31:
-        with pytest.raises(ValueError, match=message):
-            ff.linear_token_logprobs(hidden, weight, targets.int())
-    with ff.backend("eager"), pytest.raises(ValueError, match=message):
-        ff.linear_cross_entropy(hidden, weight, targets)
-
-
-@pytest.mark.parametrize("function", BOTH)
-@pytest.mark.parametrize("backend", ["auto", "eager"])
-def test_wrong_arguments(function, backend):
-    x, w, y, b = torch.randn(3, 4), torch.randn(6, 4), torch.tensor([0, 1, 2]), torch.randn(6)
-    packed = ff.quantize(w, blocksize=16)
-
-    def wrong(error, message, hidden=x, weight=w, targets=y, **options):
-        with ff.backend(backend), pytest.raises(error, match=message):
-            function(hidden, weight, targets, **options)
-
-    wrong(TypeError, "^hidden: a tensor, not list", hidden=[[1.0]])
-    wrong(
-        TypeError, r"^hidden: dtype torch.int64; allowed: float32", hidden=torch.ones(3, 4).long()
-    )
-    wrong(TypeError, "^hidden: a tensor of numbers, not a CodebookTensor", hidden=packed)
-    wrong(TypeError, "^weight: a tensor, not None", weight=None)
-    wrong(TypeError, r"^weight: dtype torch.int64; allowed: float32", weight=w.long())
-    wrong(TypeError, r"^weight: dtype torch.float64; hidden has torch.float32", weight=w.double())
-    wrong(
-        TypeError, r"^weight: dtype torch.float32; hidden has torch.bfloat16", hidden=x.bfloat16()
-    )
-    wrong(ValueError, r"^weight: shape \(6,\)", weight=w[:, 0])
-    wrong(ValueError, r"^weight: shape \(1, 6, 4\)", weight=w[None])
-    wrong(ValueError, r"^weight: shape \(0, 4\)", weight=w[:0])
-    wrong(ValueError, r"^weight: shape \(6, 0\)", weight=w[:, :0], hidden=x[:, :0])
-    wrong(ValueError, r"^weight: on meta; hidden is on cpu", weight=w.to("meta"))
-    wrong(ValueError, r"^hidden: shape \(3, 3\); a weight of \(6, 4\) takes", hidden=x[:, :3])
-    wrong(ValueError, r"^hidden: shape \(\)", hidden=x[0, 0])
-    wrong(TypeError, "^targets: a tensor of integers, not list", targets=[0, 1, 2])
-    wrong(TypeError, r"^targets: dtype torch.float32", targets=y.float())
-    wrong(TypeError, r"^targets: dtype torch.bool", targets=y.bool())
-    wrong(ValueError, r"^targets: shape \(2,\); hidden is \(3, 4\): allowed: \(3,\)", targets=y[:2])
-    wrong(ValueError, r"^targets: shape \(3, 1\)", targets=y[:, None])
-    wrong(ValueError, "^targets: on meta", targets=y.to("meta"))
-    wrong(TypeError, "^bias: a tensor, not list", bias=[1.0])
-    wrong(TypeError, r"^bias: dtype torch.int64", bias=b.long())
-    wrong(TypeError, "^bias: a tensor of numbers, not a CodebookTensor", bias=ff.quantize(b))
-    wrong(ValueError, r"^bias: shape \(5,\); allowed: \(6,\)", bias=b[:5])
-    wrong(ValueError, r"^bias: shape \(6, 1\)", bias=b[:, None])
-    wrong(ValueError, "^bias: on meta; hidden is on cpu", bias=b.to("meta"))
-    for t in (0.0, -1.0, math.nan, math.inf, 1e38):
-        wrong(ValueError, "^temperature: ", temperature=t)
-        wrong(ValueError, "^temperature: ", temperature=torch.tensor(t))
-    for c in (0.0, -1.0, math.nan, math.inf):
-        wrong(ValueError, "^softcap: ", softcap=c)
-        wrong(ValueError, "^softcap: ", softcap=torch.tensor(c))
-    for name in ("temperature", "softcap"):
-        wrong(TypeError, f"^{name}: a number", **{name: "hot"})
-        wrong(ValueError, rf"^{name}: a number or a 0-d tensor, not of shape \(2,\)",
-              **{name: torch.ones(2)})  # fmt: skip
-        wrong(ValueError, f"^{name}: has no gradient",
-              **{name: torch.tensor(1.0, requires_grad=True)})  # fmt: skip
-    for index in (None, 1.5, 2**70):
-        wrong(TypeError, "^ignore_index: an int", ignore_index=index)
-    if function is ff.linear_cross_entropy:
-        for eps in (-0.1, 1.5, math.nan):
-            wrong(ValueError, "^label_smoothing: ", label_smoothing=eps)
-            wrong(ValueError, "^label_smoothing: ", label_smoothing=torch.tensor(eps))
-        wrong(TypeError, "^label_smoothing: a number", label_smoothing="some")
-        wrong(ValueError, "^reduction: 'avg'; allowed: 'none', 'sum', 'mean'", reduction="avg")
-    with ff.backend(backend):
-        assert function(x, packed, y, bias=b).isfinite().all()
-
-
-def test_wrong_arguments_of_raw_ops():
-    """What the public function makes sure of, a raw op checks itself."""
-    x, w, b = torch.randn(3, 4), torch.randn(6, 4), torch.randn(6)
-    y, none = torch.tensor([0, 1, 2]), (None, None, None, None, None, None, 0, 0)
-    forward = RAW.linear_token_logprobs_forward
-
-    def call(x=x, w=w, b=b, vocab=6, cap=math.inf, y=y, t=1.0):
-        return forward(x, w, b, *none, vocab, cap, y, t, IGNORE, False)
-
-    assert call()[0].shape == (3,)
-    for message, args in (
-        ("hidden: shape", {"x": x[None]}),
-        ("weight: a tensor", {"w": None}),
-        ("weight: ", {"vocab": 7, "b": None}),
-        ("weight: ", {"w": w[:, :3]}),
-        ("weight: ", {"w": w.double()}),
-        ("bias: ", {"b": b[:5]}),
-        ("bias: ", {"b": b.double()}),
-        ("softcap: ", {"cap": 0.0}),
-        ("softcap: ", {"cap": -1.0}),
-        ("softcap: ", {"cap": math.nan}),
-        ("temperature: ", {"t": 0.0}),
-        ("targets: shape", {"y": y[:2]}),
-        ("targets: dtype", {"y": y.short()}),
-    ):
-        with pytest.raises((ValueError, TypeError), match=message):
-            call(**args)
-    head = (x, w, b, *none, 6, math.inf, y)
-    for args, message in (
-        ((1.0, 2.0, IGNORE, 2), "label_smoothing: "),
-        ((1.0, 0.0, IGNORE, 3), "reduction: "),
-        ((0.0, 0.0, IGNORE, 2), "temperature: "),
-    ):
-        with pytest.raises(ValueError, match=message):
-            RAW.linear_cross_entropy_forward(*head, *args)
-
-
-def test_wrong_numbers_while_compiling():
-    """They are tensors there; the op still says what is wrong."""
-    torch._dynamo.reset()
-    case = make(3, 4, 6)
-
-    def step(x, t, c):
-        return ff.linear_cross_entropy(x, case.weight, case.targets, temperature=t, softcap=c)
-
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
-    compiled(case.hidden, 1.5, 2.5)
-    for t, c, name in ((0.0, 2.5, "temperature"), (1.5, -2.0, "softcap")):
-        with pytest.raises(ValueError, match=name):
-            compiled(case.hidden, t, c)
-
-
 # ---- random inputs -----------------------------------------------------------------------------------
 
 
@@ -1408,20 +593,11 @@ def test_wrong_numbers_while_compiling():
 )
 def test_random(rows, width, vocab, dtype, bias, spread, temperature, softcap, size, seed):
     case = make(rows, width, vocab, dtype, bias=bias, spread=spread, seed=seed)
-    with _chunks_of(size):
+    with pytest.MonkeyPatch.context() as patch:
+        use_chunks(patch, size)
         compare_stats(case, only=False, cancels=True, softcap=softcap, temperature=temperature)
         if (case.targets != IGNORE).any():
             compare_cross_entropy(
                 case, softcap=softcap, temperature=temperature, label_smoothing=0.1,
                 reduction=("mean", "sum", "none")[seed % 3], cancels=True,
             )  # fmt: skip
-
-
-@contextlib.contextmanager
-def _chunks_of(size):
-    before = _linear_logprobs.chunk_rows
-    _linear_logprobs.chunk_rows = lambda count, *_: max(min(size, count), 1)
-    try:
-        yield
-    finally:
-        _linear_logprobs.chunk_rows = before

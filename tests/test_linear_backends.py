@@ -1,7 +1,7 @@
 """Losses from hidden states on every backend beside the CPU's: CUDA, Triton, plain torch.
 
 On a reduced grid: what is common to all backends, the head, the arguments and the autograd, is in
-test_linear.py and test_linear_losses.py. Few rows: one takes Triton's interpreter some hundredths of a
+test_linear*.py. Few rows: one takes Triton's interpreter some hundredths of a
 second.
 """
 
@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
 from conftest import GPU
-from test_linear import (
+from linear_cases import (
     DTYPES,
     FUNCTIONS,
     IGNORE,
@@ -27,17 +27,16 @@ from test_linear import (
     spoilt,
     truth_cross_entropy,
     upstream_of,
+    use_chunks,
 )
-from test_linear_losses import PROBLEMS, compare, differentiate, loss_of, use_chunks
+from linear_problems import PROBLEMS, compare, differentiate, loss_of
 from tolerances import ScalarErrors, check
 
 # NumPy's, from Triton's interpreter, at what a GPU does silently: -inf - -inf, overflow to inf
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 @pytest.fixture(params=[3, 1000], ids=["chunks", "at once"])

@@ -14,8 +14,6 @@ import pytest
 torch = pytest.importorskip("torch", reason="the Triton kernels take torch tensors")
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-import compile_triton
-from conftest import _is_compiled
 from finefuse.kernels import linear
 from tolerances import as_float64, check
 
@@ -23,14 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IGNORE = -100
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-pytestmark = pytest.mark.usefixtures("quick_interpreter", "known")
-
-
-@pytest.fixture
-def known(monkeypatch):
-    """compile_triton.py must know whatever is launched."""
-    launch = compile_triton.recording(_is_compiled, call=True)
-    monkeypatch.setattr(linear, "launch", launch)
+pytestmark = pytest.mark.usefixtures("triton_kernels")
 
 
 class Case(NamedTuple):

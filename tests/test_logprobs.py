@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 
 import numpy as np
 import pytest
@@ -11,63 +10,26 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
+from concurrency import at_once
 from finefuse import _C
 from finefuse.reference import logprobs as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logprobs_cases import (
+    DTYPES,
+    IGNORE,
+    eager_stats,
+    gradients,
+    make,
+    truth_gradient,
+    truth_stats,
+)
 from tolerances import ScalarErrors, check
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+RAW = torch.ops.finefuse
 # 1: one class, loss 0; 2, 31: below one vector at every level; 257, 32001: odd tails, several blocks
 # of 2048; 151936: Qwen's vocabulary, a row larger than most L2 caches in float32.
 VOCABS = [1, 2, 31, 257, 32001, 151936]
-RAW = torch.ops.finefuse
-IGNORE = -100
-
-
-def make(rows, vocab, dtype=torch.float32, *, spread=3.0, ignore=True, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    logits = (torch.randn(rows, vocab, generator=g) * spread).to(dtype)
-    targets = torch.randint(0, vocab, (rows,), generator=g)
-    if ignore and rows > 1:
-        targets[rows // 2] = IGNORE
-    return logits, targets
-
-
-def eager_stats(logits, targets, temperature=1.0):
-    """The plain torch formulas, in the logits' type; what ignored rows give is zeroed."""
-    logp = torch.log_softmax(logits / temperature, -1)
-    keep = targets != IGNORE
-    safe = torch.where(keep, targets, 0)
-    lp = logp.gather(-1, safe[..., None])[..., 0]
-    entropy = -(logp.exp() * logp).sum(-1)
-    lse = torch.logsumexp(logits / temperature, -1)
-    zero = lp.new_zeros(())
-    return tuple(torch.where(keep, x, zero) for x in (lp, entropy, lse))
-
-
-def truth_stats(logits, targets, temperature=1.0):
-    flat = logits.detach().double().reshape(-1, logits.shape[-1]).numpy()
-    values = reference.token_logprobs(flat, targets.reshape(-1).numpy(), temperature)
-    return tuple(v.reshape(targets.shape) for v in values)
-
-
-def truth_gradient(logits, targets, upstream, temperature=1.0):
-    flat = logits.detach().double().reshape(-1, logits.shape[-1]).numpy()
-    ups = [None if u is None else u.double().reshape(-1).numpy() for u in upstream]
-    return reference.token_logprobs_gradient(
-        flat, targets.reshape(-1).numpy(), *ups, temperature=temperature
-    ).reshape(logits.shape)
-
-
-def gradients(function, logits, targets, upstream, **options):
-    x = logits.detach().clone().requires_grad_()
-    outputs = function(x, targets, **options)
-    loss = sum(
-        (o * u.to(o.dtype)).sum() for o, u in zip(outputs, upstream, strict=True) if u is not None
-    )
-    loss.backward()
-    return [o.detach() for o in outputs], x.grad
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -693,9 +655,8 @@ def test_compile_token_logprobs(stats, counter):
         return sum(o.sum() for o in out) if stats else out.sum()
 
     # Inductor once: with statistics there are more outputs of the same opaque ops
-    backend = "aot_eager" if stats else "inductor"
-    compiled = torch.compile(step, fullgraph=True, backend=backend)
-    counted = torch.compile(step, backend=counter, fullgraph=True)
+    counter.backend = "aot_eager" if stats else "inductor"
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
     logits, targets = make(5, 40)
     for i in range(12):
         t = 0.5 + 0.13 * i
@@ -705,11 +666,10 @@ def test_compile_token_logprobs(stats, counter):
         b.backward()
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(x.grad, y.grad, rtol=1e-6, atol=1e-7)
-        counted(x, targets, t)
     assert 1 <= counter.graphs <= 2
-    before = counter.graphs
+    before, counter.backend = counter.graphs, "eager"
     for i in range(12):  # as a 0-d tensor a scalar never recompiles
-        counted(x, targets, torch.tensor(0.5 + 0.13 * i))
+        compiled(x, targets, torch.tensor(0.5 + 0.13 * i))
     assert counter.graphs <= before + 1
 
 
@@ -793,22 +753,16 @@ def test_concurrent_python_threads():
         x = logits.clone().requires_grad_()
         ff.cross_entropy(x, targets).backward()
         want_grads.append(x.grad)
-    wrong: list[int] = []
 
     def work(i):
         for _ in range(30):
             x = cases[i][0].clone().requires_grad_()
             loss = ff.cross_entropy(x, cases[i][1])
             loss.backward()
-            if not torch.equal(loss.detach(), want[i]) or not torch.equal(x.grad, want_grads[i]):
-                wrong.append(i)
+            assert torch.equal(loss.detach(), want[i])
+            assert torch.equal(x.grad, want_grads[i])
 
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(6)]
-    for w in workers:
-        w.start()
-    for w in workers:
-        w.join()
-    assert wrong == []
+    at_once(work)
 
 
 # ---- wrong arguments ---------------------------------------------------------------------------

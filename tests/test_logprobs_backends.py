@@ -6,9 +6,6 @@ truncates when it stores bfloat16: its unit in the last place is in the error ru
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-
 import numpy as np
 import pytest
 
@@ -17,7 +14,8 @@ torch = pytest.importorskip("torch", reason="the torch door needs torch")
 import finefuse as ff
 from conftest import GPU, unavailable
 from finefuse.reference import logprobs as reference
-from test_logprobs import (
+from guards import tensor_between_guards
+from logprobs_cases import (
     DTYPES,
     IGNORE,
     eager_stats,
@@ -26,6 +24,7 @@ from test_logprobs import (
     truth_gradient,
     truth_stats,
 )
+from on_gpu import capture, needs_gpu
 from tolerances import check
 
 # NumPy's, from Triton's interpreter, at what a GPU does silently: -inf - -inf, overflow to inf
@@ -426,20 +425,6 @@ def test_nothing_is_left_unwritten(place):
     assert torch.isfinite(out).all()
 
 
-def between_guards(tensor: torch.Tensor, at_end: bool) -> torch.Tensor:
-    """A copy that begins or ends at a page that must not be touched: one element too far crashes."""
-    size = tensor.numel() * tensor.element_size()
-    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = mmap.mmap(-1, pages + 2 * mmap.PAGESIZE)
-    start = np.frombuffer(memory, np.uint8).ctypes.data
-    libc = ctypes.CDLL(None, use_errno=True)
-    for guard in (start, start + mmap.PAGESIZE + pages):
-        assert libc.mprotect(ctypes.c_void_p(guard), mmap.PAGESIZE, 0) == 0
-    offset = mmap.PAGESIZE + (pages - size if at_end else 0)
-    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
-    return copy.view(tensor.shape).copy_(tensor)
-
-
 @pytest.mark.skipif(GPU, reason="compute-sanitizer looks at that on a GPU")
 @pytest.mark.parametrize("at_end", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -450,8 +435,8 @@ def test_nothing_out_of_bounds(backend, vocab, dtype, at_end):
         pytest.skip(unavailable("cuda"))
     raw = torch.ops.finefuse
     logits, targets = make(3, vocab, dtype, ignore=False)
-    logits = between_guards(logits, at_end)
-    out = between_guards(torch.zeros_like(logits), at_end)
+    logits = tensor_between_guards(logits, at_end)
+    out = tensor_between_guards(torch.zeros_like(logits), at_end)
     one = torch.ones(3)
     with ff.backend(backend):
         saved = raw.token_logprobs_stats_forward(logits, targets, 1.0, IGNORE)[3]
@@ -462,8 +447,6 @@ def test_nothing_out_of_bounds(backend, vocab, dtype, at_end):
 
 
 # ---- on a GPU alone ------------------------------------------------------------------------------
-
-needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
 
 @needs_gpu
@@ -480,15 +463,7 @@ def test_cuda_graph(place):
         lp = ff.token_logprobs(x, targets)
         return lp, x.grad
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        lp, grad = step()
+    graph, (lp, grad) = capture(step)
     other = make(40, 3001, torch.bfloat16, seed=5)[0].cuda()
     with torch.no_grad():
         x.copy_(other)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 
 import numpy as np
 import pytest
@@ -11,79 +10,32 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
+from concurrency import at_once
 from finefuse import _C, _args, _low_rank, _matmul
 from finefuse._codebook_tensor import fields
 from finefuse.eager import lora as eager_form
 from finefuse.eager.lora import keep_mask
 from finefuse.reference import lora as reference
 from guards import between_guards
+from low_rank_cases import (
+    DTYPES,
+    check_together,
+    compare,
+    grads,
+    group,
+    numbers,
+    problem,
+)
 from tolerances import check
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 RAW = torch.ops.finefuse
-
-
-def numbers(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def problem(tokens, rows, columns, rank, dtype=torch.float32, adapters=None, seed=0):
-    """x, W, A, B, bias, dy, of a size at which base and update weigh alike."""
-    adapters = adapters or dtype
-    seed *= 10
-    return (
-        numbers(tokens, columns, dtype=dtype, seed=seed + 1),
-        numbers(rows, columns, dtype=dtype, seed=seed + 2) / columns**0.5,
-        numbers(rank, columns, dtype=adapters, seed=seed + 3) / columns**0.5,
-        numbers(rows, rank, dtype=adapters, seed=seed + 4) / rank**0.5,
-        numbers(rows, dtype=dtype, seed=seed + 5),
-        numbers(tokens, rows, dtype=dtype, seed=seed + 6),
-    )
-
-
-def grads(function, *tensors, upstream):
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    y = function(*leaves)
-    return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
-
-
-def eager(x, w, a, b, bias, scale, mask=1.0):
-    """As PEFT computes it: x to the adapters' type, the update to the base's."""
-    h = functional.linear((x * mask).to(a.dtype), a)
-    return functional.linear(x, w, bias) + (functional.linear(h, b) * scale).to(x.dtype)
-
-
-def compare(x, w, a, b, bias, dy, scale=0.7, mask=None, weight=None, **options):
-    """(ours, eager, float64) of y, dx, dA, dB, db; `weight` is what our function gets in place of W."""
-    weight = w if weight is None else weight
-    ours = grads(
-        lambda x, a, b, bias: ff.lora_linear(x, weight, a, b, scale=scale, bias=bias, **options),
-        x, a, b, bias, upstream=dy,
-    )  # fmt: skip
-    mask = torch.ones(()) if mask is None else mask
-    plain = grads(
-        lambda x, a, b, bias: eager(x, w.to(x.dtype), a, b, bias, scale, mask.to(x.dtype)),
-        x, a, b, bias, upstream=dy,
-    )  # fmt: skip
-    truth = grads(
-        lambda x, a, b, bias: eager(x, w.double(), a, b, bias, scale, mask.double()),
-        *(t.double() for t in (x, a, b, bias)), upstream=dy.double(),
-    )  # fmt: skip
-    return ours, plain, truth
 
 
 def check_all(*problems, **options):
     """The error rule; over several problems of one shape together where sums are few."""
-    results = [compare(*p, **options) for p in problems]
-    ours, plain, truth = (
-        [torch.stack(parts) for parts in zip(*side, strict=True)]
-        for side in zip(*results, strict=True)
-    )
-    for what, o, e, t in zip(("y", "dx", "dA", "dB", "db"), ours, plain, truth, strict=True):
-        assert o.dtype is e.dtype, what
-        check(what, o, e, t)
+    check_together(("y", "dx", "dA", "dB", "db"), [compare(*p, **options) for p in problems])
 
 
 # ---- the error rule ----------------------------------------------------------------------------
@@ -422,19 +374,12 @@ def test_same_bits_for_any_thread_count(tokens):
 def test_concurrent_python_threads():
     cases = [problem(20 + i, 30, 40 + i, 3) for i in range(6)]
     want = [ff.lora_linear(*c[:4]) for c in cases]
-    wrong = []
 
     def work(i):
-        wrong.extend(
-            i for _ in range(30) if not torch.equal(ff.lora_linear(*cases[i][:4]), want[i])
-        )
+        for _ in range(30):
+            assert torch.equal(ff.lora_linear(*cases[i][:4]), want[i])
 
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(6)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert wrong == []
+    at_once(work)
 
 
 # ---- torch's own checks, compile, eager --------------------------------------------------------
@@ -480,20 +425,9 @@ def test_backward_through_a_raw_op_raises():
             y.sum().backward()
 
 
-@pytest.fixture(params=["aot_eager"])
-def counter(request):
-    """Inductor only where it is asked for: elsewhere graphs and their gradients are what is shown."""
-    torch._dynamo.reset()
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    counted = CompileCounterWithBackend(request.param)
-    yield counted
-    assert counted.frame_count > 0, "nothing was compiled"
-
-
-@pytest.mark.parametrize("counter", ["inductor"], indirect=True)
 def test_compile(counter):
     """No graph break, at most two graphs over twelve scales, gradients equal."""
+    counter.backend = "inductor"
     x, w, a, b, bias, dy = problem(9, 24, 40, 4)
 
     def function(x, a, b, scale):
@@ -506,7 +440,7 @@ def test_compile(counter):
         want = grads(lambda *t, s=scale: function(*t, s), x, a, b, upstream=dy)
         for g, v in zip(got, want, strict=True):
             torch.testing.assert_close(g, v)
-    assert counter.frame_count <= 2
+    assert counter.graphs <= 2
 
 
 def test_compile_dropout_and_packed(counter):
@@ -516,6 +450,7 @@ def test_compile_dropout_and_packed(counter):
     def function(x, a, b):
         return ff.lora_linear(x, q, a, b, dropout=0.5, seed=3)
 
+    counter.backend = "aot_eager"
     compiled = torch.compile(function, backend=counter, fullgraph=True)
     dy = numbers(9, 24)
     for g, v in zip(
@@ -562,17 +497,6 @@ def test_eager_backend(packed):
 
 
 # ---- several layers of one input ---------------------------------------------------------------
-
-
-def group(dtype=torch.float32, tokens=70, columns=1100):
-    """x and three layers: of different sizes, ranks (one a library's), types of factors and scales."""
-    x = numbers(tokens, columns, dtype=dtype, seed=1)
-    parts = [problem(1, rows, columns, rank, dtype, seed=i) for i, (rows, rank) in
-             enumerate(((64, 3), (96, 8), (33, 64)))]  # fmt: skip
-    _, weights, lora_a, lora_b, biases, _ = map(list, zip(*parts, strict=True))
-    biases[1] = None
-    dys = [numbers(tokens, len(w), dtype=dtype, seed=9) for w in weights]
-    return x, weights, lora_a, lora_b, biases, dys
 
 
 def group_grads(function, x, lora_a, lora_b, dys):
@@ -658,6 +582,7 @@ def test_group_elsewhere(counter):
         return ff.lora_linear_group(x, weights, a, b, scale=0.5)
 
     want = group_grads(function, x, lora_a, lora_b, dys)
+    counter.backend = "aot_eager"
     compiled = torch.compile(function, backend=counter, fullgraph=True)
     got = group_grads(compiled, x, lora_a, lora_b, dys)
     with ff.backend("eager"):

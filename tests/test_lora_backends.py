@@ -7,9 +7,7 @@ truncates when it stores bfloat16.
 
 from __future__ import annotations
 
-import mmap
 from importlib import import_module
-from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -17,54 +15,31 @@ import pytest
 torch = pytest.importorskip("torch", reason="the Triton kernels take torch tensors")
 
 import finefuse as ff
-from conftest import GPU, _is_compiled, unavailable
+import low_rank_cases
+from conftest import GPU, unavailable
 from finefuse import _low_rank
-from finefuse._args.lora import dropout_numbers
-from finefuse._backend import FLAGS
 from finefuse.reference import lora as reference
-from test_logprobs_backends import between_guards
-from test_lora import DTYPES, eager, grads, group, numbers, problem
+from low_rank_cases import DTYPES, check_together, eager, grads, group, numbers, problem
+from low_rank_kernels import (
+    CODES,
+    Kernels,
+    guarded,
+    module_of,
+)
+from on_gpu import capture, needs_gpu
 from tolerances import check
 
 # NumPy's, from Triton's interpreter: the products of Philox overflow
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-DEVICE = "cuda" if GPU else "cpu"
-CODES = {dtype: code for code, dtype in enumerate(DTYPES)}  # csrc/core/dtype.h
-NO_DROPOUT = (None, 0, 1.0)
-
 
 # ---- through the public function -----------------------------------------------------------------
 
 
-def compare(place, *problems, scale=0.7, mask=None, weight=None, **options):
+def compare(place, *problems, **options):
     """The error rule for y, dx, dA, dB, db; over several problems together where sums are few."""
-    mask, results = torch.ones(()) if mask is None else mask, []
-    for x, w, a, b, bias, dy in problems:
-        ours_weight, up = place.put(w if weight is None else weight, dy)
-        ours = grads(
-            lambda x, a, b, bias: ff.lora_linear(
-                x, ours_weight, a, b, scale=scale, bias=bias, **options
-            ),
-            *place.put(x, a, b, bias), upstream=up,
-        )  # fmt: skip
-        plain = grads(
-            lambda x, a, b, bias: eager(x, w.to(x.dtype), a, b, bias, scale, mask.to(x.dtype)),
-            x, a, b, bias, upstream=dy,
-        )  # fmt: skip
-        truth = grads(
-            lambda x, a, b, bias: eager(x, w.double(), a, b, bias, scale, mask.double()),
-            *(t.double() for t in (x, a, b, bias)), upstream=dy.double(),
-        )  # fmt: skip
-        results.append(([t.cpu() for t in ours], plain, truth))
-    for what, *parts in zip(
-        ("y", "dx", "dA", "dB", "db"),
-        *([torch.stack(p) for p in zip(*side, strict=True)] for side in zip(*results, strict=True)),
-        strict=True,
-    ):
-        o, e, t = parts
-        assert o.dtype is e.dtype, what
-        check(what, o, e, t)
+    results = [low_rank_cases.compare(*p, put=place.put, **options) for p in problems]
+    check_together(("y", "dx", "dA", "dB", "db"), results)
 
 
 # tokens: none, one, a rest of a tile; a tile and a rest of each kernel; on both sides of CUDA's kernel for a
@@ -207,123 +182,9 @@ def test_same_bits_every_time(place):
 # ---- the kernels themselves ----------------------------------------------------------------------
 
 
-class Kernels(NamedTuple):
-    """A backend's kernels on CPU tensors; outputs are filled with rubbish before."""
-
-    backend: str
-    module: Any
-    put: Any = lambda t: t.to(DEVICE)
-
-    def place(self) -> tuple[int, Any]:
-        stream = torch.cuda.current_stream().cuda_stream if GPU else 0
-        return stream, torch.zeros(len(FLAGS), dtype=torch.int32, device=DEVICE)
-
-    def rubbish(self, *shape: int, dtype: Any = torch.float32) -> Any:
-        return self.put(torch.full(shape, float("nan"), dtype=dtype))
-
-    def dropout(self, seed: int | None, p: float) -> tuple[Any, int, float]:
-        return NO_DROPOUT if seed is None else (self.put(torch.tensor([seed])), *dropout_numbers(p))
-
-    def shrink(self, x, factor, g, seed=None, p=0.0):
-        wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-        rank = factor.shape[0]
-        h = self.rubbish(x.shape[0], rank, dtype=wide)
-        outer = self.rubbish(rank, x.shape[1], dtype=wide)
-        self.module.lora_shrink(
-            self.put(x), CODES[x.dtype], *x.shape, rank, self.put(factor), CODES[factor.dtype],
-            *factor.stride(), h, 2.0, self.put(g), outer, 0.5, *self.dropout(seed, p), self.place(),
-        )  # fmt: skip
-        return h.cpu(), outer.cpu()
-
-    def expand(self, h, factor, dtype, y=None, bias=None, seed=None, p=0.0):
-        rank, columns = factor.shape
-        out = self.rubbish(h.shape[0], columns, dtype=dtype) if y is None else self.put(y)
-        self.module.lora_expand(
-            self.put(h), h.shape[0], columns, rank, self.put(factor), CODES[factor.dtype],
-            *factor.stride(), 0.5, None if bias is None else self.put(bias), y is not None, out,
-            CODES[dtype], *self.dropout(seed, p), self.place(),
-        )  # fmt: skip
-        return out.cpu()
-
-    def shrink_group(self, x, members):
-        """Members: (factor or None, g or None, seed), p = 0.5; (h, outer) of each, None where absent."""
-        wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-        given, results = [], []
-        for factor, g, seed in members:
-            rank = len(factor) if g is None else g.shape[1]
-            h = None if factor is None else self.rubbish(len(x), rank, dtype=wide)
-            outer = None if g is None else self.rubbish(rank, x.shape[1], dtype=wide)
-            turned = (None, 0, 0, 0)
-            if factor is not None:
-                turned = (self.put(factor), CODES[factor.dtype], *factor.stride())
-            put_g = None if g is None else self.put(g)
-            given.append(
-                (
-                    rank,
-                    *turned,
-                    h,
-                    2.0,
-                    put_g,
-                    outer,
-                    0.5,
-                    *self.dropout(seed, 0.5 if seed else 0.0),
-                )
-            )
-            results.append((h, outer))
-        self.module.lora_shrink_group(self.put(x), CODES[x.dtype], *x.shape, given, self.place())
-        return [[None if t is None else t.cpu() for t in pair] for pair in results]
-
-    def dropped(self, x, seed, p, y=None):
-        out = self.rubbish(*x.shape, dtype=x.dtype) if y is None else self.put(y)
-        self.module.lora_dropout(
-            self.put(x), CODES[x.dtype], x.numel(), y is not None, out, *self.dropout(seed, p),
-            self.place(),
-        )  # fmt: skip
-        return out.cpu()
-
-    def linear(self, x, w, a, b, bias):
-        """CUDA: a few tokens, h included. Triton: the fused product, of h given."""
-        (tokens, columns), (rows, rank) = x.shape, b.shape
-        y, b = self.rubbish(tokens, rows, dtype=x.dtype), b.t()
-        if self.backend == "cuda":
-            h = self.rubbish(tokens, rank)
-            self.module.lora_linear(
-                self.put(x), CODES[x.dtype], tokens, columns, rank, self.put(w), rows, self.put(a),
-                CODES[a.dtype], *a.stride(), self.put(b.t()), CODES[b.dtype], *b.stride(), 0.7,
-                self.put(bias), h, y, self.place(),
-            )  # fmt: skip
-            check("h", h.cpu(), x.float() @ a.float().t(), x.double() @ a.double().t())
-        else:
-            h = self.put(
-                (x.double() @ a.double().t()).to(
-                    y.dtype if y.dtype is torch.float64 else torch.float32
-                )
-            )
-            self.module.lora_product(
-                self.put(x), CODES[x.dtype], tokens, columns, self.put(w), *w.stride(), rows, h, rank,
-                self.put(b.t()), CODES[b.dtype], *b.stride(), 0.7, self.put(bias), y, *NO_DROPOUT,
-                self.place(),
-            )  # fmt: skip
-        return y.cpu()
-
-
-def module_of(stem: str, backend: str, monkeypatch: Any) -> Any:
-    """A stem's kernels; Triton's are looked up in what compile_triton.py compiles."""
-    why = unavailable(backend)
-    if why:
-        pytest.skip(why)
-    if backend == "cuda":
-        return import_module("finefuse._CUDA")
-    import compile_triton
-
-    module = import_module(f"finefuse.kernels.{stem}")
-    monkeypatch.setattr(module, "launch", compile_triton.recording(_is_compiled, call=True))
-    return module
-
-
 @pytest.fixture(params=["cuda", "triton"])
-def kernels(request, monkeypatch) -> Kernels:
-    return Kernels(request.param, module_of("lora", request.param, monkeypatch))
+def kernels(request) -> Kernels:
+    return Kernels(request.param, module_of("lora", request))
 
 
 @pytest.mark.parametrize("factor_dtype", DTYPES, ids=str)
@@ -481,13 +342,6 @@ def test_nothing_out_of_bounds(kernels, dtype, at_end):
             assert torch.isfinite(y).all()
 
 
-def guarded(tensor: torch.Tensor, at_end: bool) -> torch.Tensor:
-    """Between pages that must not be touched, with the strides it has."""
-    if not tensor.is_contiguous():
-        return guarded(tensor.mT, at_end).mT
-    return between_guards(tensor, at_end) if tensor.nbytes < mmap.PAGESIZE * 64 else tensor
-
-
 def test_empty(kernels):
     """No tokens: outer is zeros, nothing else is written."""
     for dtype in DTYPES:
@@ -507,8 +361,6 @@ def test_empty(kernels):
 
 # ---- on a GPU alone ------------------------------------------------------------------------------
 
-needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
-
 
 @needs_gpu
 @pytest.mark.parametrize("tokens", [8, 2048])
@@ -524,15 +376,7 @@ def test_cuda_graph(place, tokens):
         y = ff.lora_linear(x, w, a, b, bias=bias, dropout=0.1, seed=seed)
         return y, *torch.autograd.grad(y, leaves, dy)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     with torch.no_grad():
         x.copy_(numbers(tokens, 768, dtype=torch.bfloat16, seed=9))
         seed.fill_(6)

@@ -10,15 +10,11 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
-from adapted_models import adapted, fill, numbers, output, tiny
+from adapted_models import adapted, fill, numbers, output, tiny, train
 from tolerances import check
 from torch import nn
 
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    """Of torch: the models are tiny."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")  # of torch: the models are tiny
 
 
 def values(layer, name="default"):
@@ -176,15 +172,7 @@ def test_a_model(quantize):
     assert before["up.lora_magnitude_vector.default"].shape == (24,)
     parameters = ff.nn.trainable_parameters(model)
     assert len(parameters) == 9
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
-    x, y = numbers(64, 12), numbers(64, 4, seed=1)
-    losses = []
-    for _ in range(40):
-        loss = nn.functional.mse_loss(model(x), y)
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    losses = train(model, 40)
     assert losses[-1] < 0.9 * losses[0]
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {n for n, p in model.named_parameters() if p.requires_grad}

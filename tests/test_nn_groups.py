@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
-import pickle
 import threading
 import weakref
 from contextlib import contextmanager
@@ -15,7 +13,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
-from adapted_models import fill, llama, numbers
+from adapted_models import copies, fill, llama, numbers
+from concurrency import at_once
 from finefuse import _groups, _passes
 from finefuse.nn import LoRALinear
 from torch import nn
@@ -28,10 +27,7 @@ needs_hooks = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    """Of torch: the models are tiny."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")  # of torch: the models are tiny
 
 
 class Block(nn.Module):
@@ -386,14 +382,7 @@ def test_copies(calls):
     with torch.no_grad():
         wanted = net(x)
         net[0].q(x)  # others wait, in no copy
-        file = io.BytesIO()
-        torch.save(net, file)
-        file.seek(0)
-        for other in (
-            copy.deepcopy(net),
-            pickle.loads(pickle.dumps(net)),
-            torch.load(file, weights_only=False),
-        ):
+        for other in copies(net):
             calls.clear()
             assert torch.equal(other(x), wanted)
             assert calls == [3, 2, 3, 2]
@@ -436,19 +425,13 @@ def test_threads(calls, groups):
         wanted = [alone(x) for x in xs]
         net(xs[0]), net(xs[0])
     got = [None] * len(xs)
-    barrier = threading.Barrier(4)
 
-    def work(mine):
-        barrier.wait()
+    def work(t):
         with torch.no_grad():
-            for i in mine:
+            for i in range(t, 32, 4):
                 got[i] = net(xs[i])
 
-    threads = [threading.Thread(target=work, args=(range(t, 32, 4),)) for t in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(work, 4)
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
     assert len(grouped(net)) == 4
     kept = []  # the same tensor in another thread finds nothing

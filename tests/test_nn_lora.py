@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch", reason="the torch door needs torch")
 import finefuse as ff
 from adapted_models import (
     adapted,
+    copies,
     fill,
     llama,
     numbers,
@@ -25,6 +26,7 @@ from adapted_models import (
     same_function,
     tensors,
     tiny,
+    train,
 )
 from finefuse import _layers
 from tolerances import check
@@ -328,14 +330,7 @@ def test_copies(quantize):
     )
     fill(model)
     x = numbers(5, 12)
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    for other in (
-        copy.deepcopy(model),
-        pickle.loads(pickle.dumps(model)),
-        torch.load(file, weights_only=False),
-    ):
+    for other in copies(model):
         assert torch.equal(other(x), model(x))
         assert len(ff.nn.trainable_parameters(other)) == 6
         assert other.up.weight.data_ptr() != model.up.weight.data_ptr() or quantize
@@ -577,15 +572,7 @@ def test_training(quantize):
     parameters = ff.nn.trainable_parameters(model)
     assert sum(p.numel() for p in parameters) == 4 * (12 + 24 + 24 + 24 + 24 + 16) + 36
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
-    x, y = numbers(64, 12), numbers(64, 4, seed=1)
-    losses = []
-    for _ in range(20):
-        loss = nn.functional.mse_loss(model(x), y)
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    losses = train(model, 20)
     assert losses[-1] < 0.9 * losses[0]
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {n for n, p in model.named_parameters() if p.requires_grad}

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
-import threading
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
-from adapted_models import fill, llama, numbers, output, tiny
+from adapted_models import copies, fill, llama, numbers, output, tiny
+from concurrency import at_once
 from finefuse import _passes
 from tolerances import check
 from torch import nn
@@ -30,10 +29,7 @@ SPLITS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    """Of torch: the models are tiny."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")  # of torch: the models are tiny
 
 
 def three(
@@ -342,18 +338,12 @@ def test_threads():
     splits = list(SPLITS.values()) * 4
     wanted = [output(model, x, adapter_names=names) for names in splits]
     got = [None] * len(splits)
-    barrier = threading.Barrier(4)
 
-    def work(mine):
-        barrier.wait()
-        for i in mine:
+    def work(t):
+        for i in range(t, 24, 4):
             got[i] = output(model, x, adapter_names=splits[i])
 
-    threads = [threading.Thread(target=work, args=(range(t, 24, 4),)) for t in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(work, 4)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b)
     assert not _passes._stacks
@@ -363,14 +353,7 @@ def test_copies_and_pickles():
     model = three()
     x, names = numbers(ROWS, 12), SPLITS["uniform"]
     wanted = output(model, x, adapter_names=names)
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    for other in (
-        copy.deepcopy(model),
-        pickle.loads(pickle.dumps(model)),
-        torch.load(file, weights_only=False),
-    ):
+    for other in copies(model):
         assert torch.equal(output(other, x, adapter_names=names), wanted)
         assert len(other._forward_pre_hooks) == len(other._forward_hooks) == 1
         other.register_forward_pre_hook(lambda *args: None)  # takes no number that is taken

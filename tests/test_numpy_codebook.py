@@ -4,34 +4,20 @@ products against float64."""
 from __future__ import annotations
 
 import dataclasses
-import threading
-from collections.abc import Iterator
-
-import numpy as np
-import pytest
-
-try:
-    import ml_dtypes
-except ImportError:
-    ml_dtypes = None
 
 import finefuse.numpy as ffn
+import numpy as np
+import pytest
+from concurrency import at_once
 from conftest import MACHINE_LEVELS
 from finefuse import _C, _codebooks
 from finefuse.numpy import codebook as module
 from finefuse.reference import codebook as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy_cases import DTYPES, TYPES, misaligned, ml_dtypes, same
 from tolerances import check
 
-TYPES = {"float32": np.float32, "float16": np.float16, "float64": np.float64}
-if ml_dtypes is not None:
-    TYPES["bfloat16"] = ml_dtypes.bfloat16
-BFLOAT16 = pytest.param(
-    "bfloat16",
-    marks=pytest.mark.skipif(ml_dtypes is None, reason="bfloat16 arrays need ml_dtypes"),
-)
-DTYPES = ["float32", "float16", "float64", BFLOAT16]
 TABLES = {
     "2 bits": np.array([-1.0, -0.2, 0.3, 1.0]),
     "3 bits": np.array([-1.0, -0.6, -0.3, -0.1, 0.0, 0.2, 0.55, 1.0]),
@@ -41,13 +27,6 @@ TABLES = {
 CODES = [*_codebooks.NAMED, *TABLES]
 # 0-d; 3, 17: one short block, odd counts; 5·64: whole blocks; 37·75: rows that do not fill blocks.
 SHAPES = [(), (3,), (17,), (5, 64), (37, 75), (3, 5, 7)]
-
-
-@pytest.fixture(autouse=True)
-def numpy_threads() -> Iterator[None]:
-    before = ffn.get_num_threads()
-    yield
-    ffn.set_num_threads(before)
 
 
 def code_of(name):
@@ -65,12 +44,6 @@ def numbers(*shape, dtype="float32", seed=0):
 def layer(rows, columns, name="nf4", blocksize=64, double_quant=False):
     weight = numbers(rows, columns, seed=1) / np.float32(max(columns, 1) ** 0.5)
     return ffn.quantize(weight, code_of(name), blocksize, double_quant)
-
-
-def same(a, b):
-    """The same bits (NaN included), type and shape."""
-    a, b = np.asarray(a), np.asarray(b)
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
 def all_same(a, b):
@@ -137,11 +110,6 @@ def test_double_quantisation(isa, name, nested_blocksize):
         assert q.nested.blocksize == nested_blocksize
         for wanted in TYPES.values():
             assert same(ffn.dequantize(q, wanted), truth_of(q, wanted))
-
-
-def misaligned(x):
-    memory = np.zeros(x.nbytes + 1, np.uint8)[1:]
-    return np.ndarray(x.shape, x.dtype, memory.data)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -418,19 +386,12 @@ def test_concurrent_calls():
     """Each thread decodes into a workspace of its own."""
     cases = [(numbers(30, 40 + 8 * i, seed=i), layer(50, 40 + 8 * i)) for i in range(6)]
     want = [ffn.codebook_linear(x, q) for x, q in cases]
-    right = []
 
     def work(i):
         for _ in range(30):
             np.testing.assert_array_equal(ffn.codebook_linear(*cases[i]), want[i])
-        right.append(i)
 
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(6)]
-    for w in workers:
-        w.start()
-    for w in workers:
-        w.join()
-    assert sorted(right) == list(range(6))
+    at_once(work)
 
 
 # ---- learn_codebook ----------------------------------------------------------------------------

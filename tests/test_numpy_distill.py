@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 from finefuse._args.distill import DISTILL_KINDS
 from finefuse.reference import distill as reference
-from test_numpy import (
+from numpy_cases import (
     DTYPES,
     IGNORE,
     TYPES,
     assert_same,
-    numpy_threads,  # noqa: F401, a fixture
     softmax_parts,
     swapped,
 )

@@ -1,4 +1,5 @@
-"""finefuse.numpy's preference losses: the reference, torch's bits, layouts, arguments. Needs no torch."""
+"""finefuse.numpy's preference losses from sequence log-probabilities: the reference, torch's bits, layouts.
+Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,67 +9,47 @@ import itertools
 import math
 import subprocess
 import sys
-import threading
 
 import finefuse.numpy as ffn
 import numpy as np
 import pytest
+from concurrency import at_once
 from finefuse._args.preference import DIVERGENCES
 from finefuse._args.preference import PREFERENCE_LOSSES as LOSSES
-from finefuse.reference import logprobs as reference_logprobs
 from finefuse.reference import preference as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_numpy import (
+from numpy_cases import (
     BFLOAT16,
-    DTYPES,
-    IGNORE,
     TYPES,
     Subclass,
     assert_same,
     bits,
-    eager_gradient,
-    eager_stats,
     in_a_struct,
-    layouts,
     misaligned,
     read_only,
     same,
     slope,
     swapped,
+    wide,
+    wide_of,
+)
+from numpy_preference_cases import (
+    DIVERGING,
+    NUMBERS,
+    batch,
+    check_loss,
+    smoothing,
+    vectors,
 )
 from tolerances import ScalarErrors, check
 
 UNPAIRED = [name for name, named in LOSSES.items() if named.unpaired]
-DIVERGING = [name for name, named in LOSSES.items() if named.divergence]
 HAVE_NLL = [name for name, named in LOSSES.items() if named.nll]
-NUMBERS = {
-    "gamma": 0.8, "sft_weight": 0.7, "delta": 0.3, "tau": 0.4, "desirable_weight": 1.5,
-    "undesirable_weight": 0.6,
-}  # fmt: skip
-
-
-def smoothing(loss, eps):
-    """What exo_pair and robust allow; the KL of exo_pair does not all but vanish in the tests' pairs."""
-    return eps + 0.02 if loss == "exo_pair" else min(eps, 0.4)
-
-
-def wide_of(dtype):
-    return np.float64 if dtype == "float64" else np.float32
-
-
-def vectors(pairs, dtype="float32", seed=0, scale=30.0):
-    rng = np.random.default_rng(seed)
-    lp = [(-scale * rng.random(pairs)).astype(TYPES[dtype]) for _ in range(4)]
-    return lp, [rng.integers(1, 50, pairs) for _ in range(2)]
 
 
 def lengths_of(n):
     return dict(zip(("chosen_lengths", "rejected_lengths"), n, strict=True))
-
-
-def wide(x):
-    return x.astype(np.float64) if isinstance(x, np.ndarray) else x
 
 
 def truth_of(lp, **options):
@@ -76,16 +57,6 @@ def truth_of(lp, **options):
     if options.get("chosen_nll") is not None:
         plain["chosen_nll"] = float(np.asarray(options["chosen_nll"], np.float64).reshape(()))
     return reference.preference_loss(*map(wide, lp), **plain)
-
-
-def check_loss(ours, truth, eager=None):
-    """What was added up sets a scalar's scale."""
-    other = truth.loss if eager is None else eager
-    if np.ndim(ours):
-        check("loss", ours, other, truth.loss, terms=truth.loss_terms)
-    else:
-        scale = truth.terms
-        check("loss", np.array([ours, scale]), [other, scale], [truth.loss, scale], ours.dtype)
 
 
 def compare(lp, **options):
@@ -479,201 +450,12 @@ def test_any_thread_count():
 def test_concurrent_calls():
     lps = [vectors(50, seed=i)[0] for i in range(6)]
     want = [ffn.preference_loss(*lp, return_grad=True) for lp in lps]
-    right = []
 
     def work(i):
         for _ in range(30):
             assert_same(ffn.preference_loss(*lps[i], return_grad=True), want[i])
-        right.append(i)
 
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(6)]
-    for w in workers:
-        w.start()
-    for w in workers:
-        w.join()
-    assert sorted(right) == list(range(6))
-
-
-# ---- from logits -------------------------------------------------------------------------------
-
-
-def batch(pairs, tokens, vocab, dtype="float32", seed=0):
-    rng = np.random.default_rng(seed)
-    logits = (3 * rng.standard_normal((2 * pairs, tokens, vocab))).astype(TYPES[dtype])
-    targets = rng.integers(0, vocab, (2 * pairs, tokens))
-    for b in range(2 * pairs):
-        targets[b, : b % 3] = IGNORE  # prompts of different lengths
-        if b % 2:
-            targets[b, tokens - 1 - b % 2 :] = IGNORE  # padding
-    return logits, targets, -10 * rng.random(2 * pairs)
-
-
-def tail_weights(targets, ld_alpha):
-    keep = targets != IGNORE
-    n = keep.sum(-1)
-    h = len(n) // 2
-    shorter = np.concatenate([np.minimum(n[:h], n[h:])] * 2)
-    return np.where(keep.cumsum(-1) > shorter[:, None], ld_alpha, 1.0)
-
-
-def formula(lp, targets, ref, ld_alpha, **options):
-    """(the reference's output, the derivatives by token), from token log-probabilities (2·pairs, T)."""
-    h, n = len(lp) // 2, np.maximum((targets != IGNORE).sum(-1), 1)
-    lp, weight = lp.astype(np.float64), tail_weights(targets, 1.0 if ld_alpha is None else ld_alpha)
-    s, own_nll = (lp * weight).sum(-1), ld_alpha is not None and bool(LOSSES[options["loss"]].nll)
-    by_sequence = options.get("normalize_lengths") is False
-    tokens = h if by_sequence else n[:h].sum()
-    if own_nll:
-        options["chosen_nll"] = -lp[:h].sum() / tokens
-    refs = () if ref is None else (ref[:h].astype(np.float64), ref[h:].astype(np.float64))
-    out = reference.preference_loss(
-        s[:h], s[h:], *refs, chosen_lengths=n[:h], rejected_lengths=n[h:], **options
-    )
-    g = np.concatenate([out.d_chosen, out.d_rejected])[:, None] * weight
-    if own_nll:
-        g[:h] -= out.d_nll / tokens
-    return out, g
-
-
-def compare_from_logits(logits, targets, ref=None, ld_alpha=None, **options):
-    out, dz = ffn.preference_loss_from_logits(
-        logits, targets, ref_logprobs=ref, ld_alpha=ld_alpha, return_grad=True, **options
-    )
-    b, t, v = logits.shape
-    flat, y = logits.reshape(-1, v), targets.reshape(-1)
-    lp = reference_logprobs.token_logprobs(flat, y)[0].reshape(b, t)
-    truth, g = formula(lp, targets, ref, ld_alpha, **options)
-    want = reference_logprobs.token_logprobs_gradient(flat, y, g.reshape(-1)).reshape(b, t, v)
-    # the plain softmax in the logits' type, 16-bit types in float32
-    lp = eager_stats(flat, y)[0].astype(wide_of(logits.dtype.name)).reshape(b, t)
-    eager, g = formula(lp, targets, ref, ld_alpha, **options)
-    g = g.reshape(-1)
-    eager_dz = eager_gradient(flat, y, g, 0 * g, 0 * g).reshape(b, t, v)
-    check_loss(out.loss, truth, eager.loss)
-    check("gradient", dz, eager_dz, want)
-    check("margins", out.margins, eager.margins, truth.margins)
-    assert dz.dtype == logits.dtype
-    assert_same(
-        out,
-        ffn.preference_loss_from_logits(
-            logits, targets, ref_logprobs=ref, ld_alpha=ld_alpha, **options
-        ),
-    )
-    return out, dz
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("shape", [(1, 4, 2), (3, 7, 257)], ids=str)
-def test_from_logits(isa, loss, dtype, shape):
-    logits, targets, ref = batch(*shape, dtype)
-    ref = ref.astype(wide_of(dtype))
-    options = {"loss": loss, "beta": 0.1, "label_smoothing": smoothing(loss, 0.05), **NUMBERS}
-    want = compare_from_logits(logits, targets, ref, **options)
-    compare_from_logits(logits, targets, reduction="none", **options)
-    consumed = logits.copy()
-    out, dz = ffn.preference_loss_from_logits(
-        consumed, targets, ref_logprobs=ref, return_grad=True, grad_out=consumed, **options
-    )
-    assert dz is consumed
-    assert_same((out, dz), want)
-
-
-@pytest.mark.parametrize("ld_alpha", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_ld_alpha(loss, ld_alpha):
-    """Tokens past the shorter answer weigh ld_alpha; the NLL and its gradient are of all in full."""
-    options = {"loss": loss, "label_smoothing": smoothing(loss, 0.1), **NUMBERS}
-    for dtype in ("float32", "float64"):
-        logits, targets, ref = batch(3, 7, 65, dtype)
-        ref = ref.astype(dtype)
-        for normalize, reduction in itertools.product((None, False), ("mean", "none")):
-            compare_from_logits(
-                logits, targets, ref, ld_alpha, normalize_lengths=normalize, reduction=reduction,
-                **options,
-            )  # fmt: skip
-    ref_logits = np.random.default_rng(3).standard_normal(logits.shape)
-    given = {"return_grad": True, "ld_alpha": ld_alpha, **options}
-    weight = tail_weights(targets, ld_alpha)
-    ref = ffn.sequence_logprobs(ffn.token_logprobs(ref_logits, targets) * weight)
-    a = ffn.preference_loss_from_logits(logits, targets, ref_logits=ref_logits, **given)
-    assert_same(a, ffn.preference_loss_from_logits(logits, targets, ref_logprobs=ref, **given))
-    # a given NLL is a constant
-    a = ffn.preference_loss_from_logits(logits, targets, chosen_nll=np.ones(1), **given)[1]
-    b = ffn.preference_loss_from_logits(logits, targets, chosen_nll=np.zeros(1), **given)[1]
-    assert same(a, b)
-
-
-def test_ld_alpha_of_impossible_tokens():
-    """A token of weight 0 adds 0, also where it is impossible, as in torch; and no warning."""
-    logits, targets, _ = batch(1, 4, 5, "float64")
-    targets[:] = 1
-    targets[1, 2:] = IGNORE
-    possible = ffn.preference_loss_from_logits(logits, targets, ld_alpha=0.0).loss
-    logits[0, 3, 1] = -np.inf
-    assert ffn.preference_loss_from_logits(logits, targets, ld_alpha=0.0).loss == possible
-    assert ffn.preference_loss_from_logits(logits, targets, ld_alpha=0.5).loss == np.inf
-
-
-def test_from_logits_reference():
-    logits, targets, _ = batch(2, 5, 33)
-    ref_logits = np.random.default_rng(5).standard_normal(logits.shape)
-    s = ffn.sequence_logprobs(ffn.token_logprobs(ref_logits, targets))
-    a = ffn.preference_loss_from_logits(logits, targets, ref_logits=ref_logits, return_grad=True)
-    b = ffn.preference_loss_from_logits(logits, targets, ref_logprobs=s, return_grad=True)
-    assert_same(a, b)
-    assert a[0].loss.dtype == np.float64
-    assert a[1].dtype == np.float32
-    free = ffn.preference_loss_from_logits(logits, targets)
-    assert_same(
-        free, ffn.preference_loss_from_logits(logits, targets, ref_logprobs=np.zeros(4, "f4"))
-    )
-    logits[targets == IGNORE] = np.nan
-    for ld_alpha in (None, 1.0):
-        out, dz = ffn.preference_loss_from_logits(
-            logits, targets, return_grad=True, ld_alpha=ld_alpha
-        )
-        assert_same(out, free)
-        assert (dz[targets == IGNORE] == 0).all()
-        assert np.isfinite(dz).all()
-
-
-def test_lists_from_logits():
-    logits, targets, ref = batch(3, 6, 65, "float64")
-    names, weights = ["sigmoid", "sft", "kto"], [0.8, 0.3, 1.2]
-    options = {"ref_logprobs": ref, "return_grad": True, "ld_alpha": 0.4}
-    out, dz = ffn.preference_loss_from_logits(
-        logits, targets, loss=names, loss_weights=weights, kl=np.ones(2), **options
-    )
-    parts = [
-        ffn.preference_loss_from_logits(logits, targets, loss=name, kl=np.ones(2), **options)
-        for name in names
-    ]
-    value = sum(w * o.loss for w, (o, _) in zip(weights, parts, strict=True))
-    want = sum(w * d for w, (_, d) in zip(weights, parts, strict=True))
-    check("loss", out.loss, value, np.asarray(value))
-    check("gradient", dz, want, want)
-
-
-@pytest.mark.parametrize("name", layouts(np.zeros((6, 9, 2), np.float32)))
-def test_layouts(name):
-    """The same bits as the contiguous array, nothing written to the argument."""
-    cube = batch(3, 9, 65)[0]
-    logits = layouts(cube)[name]
-    before = logits.tobytes()
-    plain = np.array(logits, cube.dtype, order="C", subok=False)
-    targets = np.asarray(np.random.default_rng(2).integers(0, plain.shape[-1], plain.shape[:-1]))
-    if plain.ndim != 3 or len(plain) % 2:
-        with pytest.raises(ValueError, match="logits: shape"):
-            ffn.preference_loss_from_logits(logits, targets)
-        return
-    targets[..., 3:4] = IGNORE
-    options = {"loss": "cpo", "sft_weight": 0.5, "ld_alpha": 0.5, "return_grad": True}
-    assert_same(
-        ffn.preference_loss_from_logits(logits, np.asfortranarray(targets), **options),
-        ffn.preference_loss_from_logits(plain, targets, **options),
-    )
-    assert logits.tobytes() == before
+    at_once(work)
 
 
 # ---- derivatives against differences -----------------------------------------------------------
@@ -814,178 +596,7 @@ assert sys.modules["torch"] is None
     assert out.returncode == 0, out.stderr
 
 
-# ---- wrong arguments ---------------------------------------------------------------------------
-
-
-def test_wrong_arguments():
-    (a, b, ref_w, ref_l), (n_w, n_l) = vectors(3)
-    f = ffn.preference_loss
-    for bad in (None, [1.0]):
-        with pytest.raises(TypeError, match=r"chosen: a numpy.ndarray, not"):
-            f(bad, b)
-        with pytest.raises(TypeError, match=r"rejected: a numpy.ndarray, not"):
-            f(a, bad)
-    with pytest.raises(TypeError, match="rejected: dtype int64; allowed: float32"):
-        f(a, np.arange(3))
-    with pytest.raises(ValueError, match=r"rejected: shape \(2,\); chosen has \(3,\)"):
-        f(a, b[:2])
-    with pytest.raises(ValueError, match=r"rejected: shape \(2,\); chosen has \(3,\)"):
-        f(a, b[:2], loss=["kto", "aot"])
-    with pytest.raises(ValueError, match=r"ref_chosen: shape \(3, 1\); chosen has \(3,\)"):
-        f(a, b, ref_w[:, None], ref_l)
-    with pytest.raises(ValueError, match=r"ref_rejected: shape \(3,\); rejected has \(2,\)"):
-        f(a, b[:2], a, b, loss="kto")
-    with pytest.raises(ValueError, match="ref_chosen and ref_rejected: give both or neither"):
-        f(a, b, ref_w)
-    for loss in ("dpo", None, 3, {"sigmoid"}, ["sigmoid", None], ["sigmoid", ["ipo"]], "reward"):
-        with pytest.raises(ValueError, match="loss: .*; allowed: 'sigmoid', 'ipo', 'hinge'"):
-            f(a, b, loss=loss)
-    for names in ([], ["sigmoid"] * 33):
-        with pytest.raises(ValueError, match="loss: .*allowed: a name, or a list of 1 to 32"):
-            f(a, b, loss=names)
-    with pytest.raises(ValueError, match="loss_weights: 1 numbers; allowed: 2, one a loss"):
-        f(a, b, loss=["sigmoid", "hinge"], loss_weights=[1.0])
-    for bad in (1.0, np.ones(1)):
-        with pytest.raises(TypeError, match="loss_weights: a list of numbers, not"):
-            f(a, b, loss_weights=bad)
-    with pytest.raises(TypeError, match="loss_weights: a number"):
-        f(a, b, loss_weights=["1"])
-    for bad in (math.inf, math.nan):
-        with pytest.raises(ValueError, match=f"loss_weights: {bad}; allowed: finite"):
-            f(a, b, loss_weights=[bad])
-    for beta in (0.0, -1.0, np.nan, np.inf, np.array(0.0)):
-        with pytest.raises(ValueError, match="beta: .*positive and finite"):
-            f(a, b, beta=beta)
-    for eps in (-0.1, 1.0, np.nan):
-        with pytest.raises(ValueError, match="label_smoothing: .*0 to below 1"):
-            f(a, b, label_smoothing=eps)
-    with pytest.raises(ValueError, match=r"label_smoothing: 0\.0; allowed: above 0 with loss='exo"):
-        f(a, b, loss="exo_pair")
-    with pytest.raises(
-        ValueError, match=r"label_smoothing: 0\.5; allowed: below 0\.5 with loss='ro"
-    ):
-        f(a, b, loss="robust", label_smoothing=0.5)
-    for name, values in (
-        ("tau", (0.0, -1.0, math.nan, math.inf)), ("gamma", (math.inf, math.nan)),
-        ("delta", (math.inf, math.nan)), ("alpha", (math.inf, math.nan)),
-        ("sft_weight", (-0.1, math.inf, math.nan)), ("desirable_weight", (-0.1, math.nan)),
-        ("undesirable_weight", (-0.1, math.inf)),
-    ):  # fmt: skip
-        for value in values:
-            with pytest.raises(ValueError, match=f"^{name}: .*allowed"):
-                f(a, b, **{name: value})
-        for value in ("1", None, np.ones(2), 1j):
-            with pytest.raises(TypeError, match=f"^{name}: a number or a 0-d array"):
-                f(a, b, **{name: value})
-    for name in ("beta", "label_smoothing"):
-        with pytest.raises(TypeError, match=f"^{name}: a number or a 0-d array"):
-            f(a, b, **{name: "0.1"})
-    with pytest.raises(ValueError, match="reduction: 'avg'"):
-        f(a, b, reduction="avg")
-    with pytest.raises(ValueError, match="f_divergence: 'kl'; allowed: 'reverse_kl', 'forward_kl'"):
-        f(a, b, f_divergence="kl")
-    for loss in LOSSES:
-        if loss not in DIVERGING:
-            with pytest.raises(ValueError, match=f"f_divergence: 'js' with loss='{loss}'; allowed"):
-                f(a, b, loss=loss, f_divergence="js", normalize_lengths=False)
-    with pytest.raises(ValueError, match="loss='ipo' divides by the completions' lengths"):
-        f(a, b, loss="ipo", chosen_lengths=n_w)
-    with pytest.raises(ValueError, match="loss='simpo' divides by"):
-        f(a, b, loss=["sigmoid", "simpo"])
-    for loss in ("sft", "orpo"):
-        with pytest.raises(ValueError, match=f"chosen_lengths.*loss='{loss}'"):
-            f(a, b, loss=loss)
-    for loss in ("cpo", "slic"):
-        assert np.isfinite(f(a, b, loss=loss).loss)
-        with pytest.raises(ValueError, match=f"chosen_lengths: loss='{loss}' has the NLL"):
-            f(a, b, loss=loss, sft_weight=0.1)
-    ipo = {"loss": "ipo", "chosen_lengths": n_w}
-    with pytest.raises(ValueError, match=r"rejected_lengths: shape \(2,\); rejected has \(3,\)"):
-        f(a, b, rejected_lengths=n_l[:2], **ipo)
-    with pytest.raises(
-        TypeError, match="rejected_lengths: dtype complex128; allowed: bool, an int"
-    ):
-        f(a, b, rejected_lengths=n_l.astype(complex), **ipo)
-    for bad in (-2, math.nan):
-        with pytest.raises(ValueError, match=f"rejected_lengths: element 1 is {bad}"):
-            f(a, b, rejected_lengths=np.array([1, bad, 3]), **ipo)
-    with pytest.raises(ValueError, match="reduction: 'none' of sigmoid, kto"):
-        f(a, b, loss=["sigmoid", "kto"], reduction="none")
-    with pytest.raises(ValueError, match="pair_weights: with losses of pairs and"):
-        f(a, b, loss=["sigmoid", "kto"], pair_weights=a)
-    with pytest.raises(ValueError, match=r"pair_weights: shape \(2,\); allowed: \(3,\)"):
-        f(a, b, pair_weights=a[:2])
-    with pytest.raises(ValueError, match=r"pair_weights: shape \(3,\); allowed: \(6,\)"):
-        f(a, b, loss="kto", pair_weights=a)
-    with pytest.raises(ValueError, match=r"chosen_nll: shape \(3,\); allowed: one element"):
-        f(a, b, loss="sft", chosen_nll=a)
-    for name in ("pair_weights", "kl", "chosen_nll"):
-        with pytest.raises(TypeError, match=f"{name}: a numpy.ndarray, not list"):
-            f(a, b, loss="sft", normalize_lengths=False, **{name: [1.0]})
-        with pytest.raises(TypeError, match=f"{name}: dtype int64; allowed: float32"):
-            f(a, b, loss="sft", normalize_lengths=False, **{name: np.ones(3, np.int64)})
-
-
-def test_wrong_arguments_of_rewards():
-    (a, b, *_), _ = vectors(3)
-    f = ffn.reward_loss
-    with pytest.raises(
-        ValueError, match=r"rejected_rewards: shape \(2,\); chosen_rewards has \(3,"
-    ):
-        f(a, b[:2])
-    with pytest.raises(ValueError, match=r"margin: shape \(2,\); chosen_rewards has \(3,\)"):
-        f(a, b, margin=a[:2])
-    with pytest.raises(TypeError, match="margin: a number"):
-        f(a, b, margin="1")
-    with pytest.raises(TypeError, match="margin: dtype int64"):
-        f(a, b, margin=np.ones(3, np.int64))
-    with pytest.raises(TypeError, match="chosen_rewards: a numpy.ndarray, not NoneType"):
-        f(None, b)
-    with pytest.raises(TypeError, match="rejected_rewards: dtype int64"):
-        f(a, np.arange(3))
-    for bad in (-1.0, math.nan):
-        with pytest.raises(ValueError, match=f"center_coef: {bad}; allowed: 0 and above"):
-            f(a, b, center_coef=bad)
-    with pytest.raises(TypeError, match="center_coef: a number"):
-        f(a, b, center_coef="1")
-    with pytest.raises(ValueError, match="reduction: 'avg'"):
-        f(a, b, reduction="avg")
-
-
-def test_wrong_arguments_from_logits():
-    logits, y, ref = batch(2, 3, 7)
-    out = np.full(logits.shape, 5, np.float32)
-    f = ffn.preference_loss_from_logits
-    for bad, error, message in (
-        ({"pairs": "interleaved"}, ValueError, "pairs: 'interleaved'; allowed: 'halves'"),
-        ({"ref_logprobs": ref, "ref_logits": logits}, ValueError, "give one of the two"),
-        ({"ref_logprobs": ref[:2]}, ValueError, r"ref_logprobs: shape \(2,\); allowed: \(4,\)"),
-        ({"ref_logprobs": [0.0]}, TypeError, "ref_logprobs: a numpy.ndarray, not list"),
-        ({"ref_logits": logits[:, :2]}, ValueError, r"ref_logits: shape \(4, 2, 7\); logits have"),
-        ({"ref_logits": y}, TypeError, "ref_logits: dtype int64"),
-        ({"ref_logits": logits[..., :1]}, ValueError, "targets: element"),
-        ({"loss": "dpo"}, ValueError, "loss: 'dpo'"),
-        ({"loss": ["sigmoid"], "loss_weights": [1, 2]}, ValueError, "loss_weights: 2 numbers"),
-        ({"beta": -1.0}, ValueError, "beta"),
-        ({"tau": 0.0}, ValueError, "tau"),
-        ({"pair_weights": ref[:3]}, ValueError, r"pair_weights: shape \(3,\); allowed: \(2,\)"),
-        ({"ld_alpha": 1.5}, ValueError, r"ld_alpha: 1\.5; allowed: 0 to 1, or None"),
-        ({"ld_alpha": math.nan}, ValueError, "ld_alpha: nan; allowed"),
-        ({"ld_alpha": "1"}, TypeError, "ld_alpha: a number"),
-        ({"ignore_index": 1.5}, TypeError, "ignore_index"),
-        ({"reduction": "avg"}, ValueError, "reduction"),
-    ):
-        with pytest.raises(error, match=message):
-            f(logits, y, return_grad=True, grad_out=out, **bad)
-    with pytest.raises(ValueError, match=r"logits: shape \(3, 3, 7\); allowed: \(2·pairs, T, V\)"):
-        f(logits[:3], y[:3])
-    with pytest.raises(ValueError, match=r"logits: shape \(4, 7\)"):
-        f(logits[:, 0], y[:, 0])
-    with pytest.raises(ValueError, match="targets: element 0 is 7"):
-        f(logits, np.full_like(y, 7))
-    with pytest.raises(ValueError, match="grad_out: of use only with return_grad"):
-        f(logits, y, grad_out=out)
-    assert (out == 5).all()
+# ---- random inputs -----------------------------------------------------------------------------------
 
 
 @settings(max_examples=80, deadline=None)

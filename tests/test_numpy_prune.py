@@ -8,7 +8,7 @@ import finefuse.numpy as ffn
 import numpy as np
 import pytest
 from finefuse.reference import prune as reference
-from test_numpy import (
+from numpy_cases import (
     BFLOAT16,
     DTYPES,
     TYPES,

@@ -1,6 +1,6 @@
 """Policy-gradient losses, value loss and advantages on every backend beside the CPU's.
 
-On a reduced grid: what is common to all backends, the arguments and the autograd, is in test_policy.py.
+On a reduced grid: what is common to all backends, the arguments and the autograd, is in test_policy*.py.
 Few rows and sequences: one takes Triton's interpreter some hundredths of a second.
 """
 
@@ -18,7 +18,8 @@ import finefuse as ff
 from conftest import GPU
 from finefuse._args.policy import POLICY_LOSSES as LOSSES
 from finefuse.reference import policy as reference
-from test_policy import (
+from on_gpu import capture, needs_gpu
+from policy_cases import (
     IGNORE,
     METRICS,
     OPTIONS,
@@ -498,9 +499,6 @@ def test_rows_far_apart(place):
     assert torch.equal(z.grad.cpu(), grad)
 
 
-needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
-
-
 @needs_gpu
 def test_more_than_2_to_31_elements(place):
     """4.3 G elements, the last rows of which count."""
@@ -544,15 +542,7 @@ def test_cuda_graph(place):
         A_t, returns = ff.gae(rewards.view(5, 8), rewards.view(5, 8), gamma=0.9, lam=0.9)
         return loss.detach(), x.grad, ff.group_advantages(rewards, 8), ff.value_loss(A_t, returns)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step(x)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(x)
+    graph, captured = capture(lambda: step(x))
     with torch.no_grad():
         x.copy_(other)
     graph.replay()

@@ -1,6 +1,6 @@
 """Preference losses on every backend beside the CPU's: CUDA, Triton, plain torch.
 
-On a reduced grid: what is common to all backends, the arguments and the autograd, is in test_preference.py.
+On a reduced grid: what is common to all backends, the arguments and the autograd, is in test_preference*.py.
 Few pairs and calls: one takes Triton's interpreter some hundredths of a second.
 """
 
@@ -18,7 +18,7 @@ from conftest import GPU
 from finefuse._args.preference import DIVERGENCES
 from finefuse._args.preference import PREFERENCE_LOSSES as LOSSES
 from finefuse.reference import preference as reference
-from test_preference import (
+from preference_cases import (
     DIVERGING,
     HAVE_NLL,
     NUMBERS,

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch door needs torch")
 
 import finefuse as ff
-from test_preference import batch, kept, vectors
+from preference_cases import batch, kept, vectors
 
 dpo = pytest.importorskip("trl.trainer.dpo_trainer", reason="trl is not installed")
 kto = pytest.importorskip("trl.trainer.kto_trainer", reason="trl is not installed")

@@ -24,6 +24,7 @@ from finefuse._backend import FLAGS
 from finefuse.reference import codebook as codebooks
 from finefuse.reference import prune as reference
 from guards import between_guards
+from on_gpu import capture, needs_gpu
 
 # NumPy's, from Triton's interpreter, at what a GPU does silently: inf·0
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -335,8 +336,6 @@ def test_same_every_time(place):
 
 # ---- on GPUs alone -----------------------------------------------------------------------------------
 
-needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
-
 
 @needs_gpu
 def test_more_than_2_to_31_elements(place):
@@ -382,15 +381,7 @@ def test_cuda_graph(place):
             ff.prune_mask(q, sparsity=0.5),
         )
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     x.copy_(other)
     graph.replay()
     torch.cuda.synchronize()

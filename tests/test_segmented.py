@@ -14,70 +14,14 @@ from finefuse import _C, _low_rank, segmented
 from finefuse.eager.lora import keep_mask
 from finefuse.reference import segmented as reference
 from guards import between_guards
+from low_rank_cases import DTYPES, check_together, grads, numbers, opcheck_of
+from segmented_cases import loop, problem, scales, split
 from tolerances import check
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 RAW = torch.ops.finefuse
-
-
-def numbers(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def split(kind, tokens, adapters, seed=0):
-    """Ids by popularity; some rows without an adapter, some adapters without rows."""
-    rng = np.random.default_rng(seed)
-    if kind == "distinct":
-        ids = np.arange(tokens) % adapters
-    elif kind == "uniform":
-        ids = rng.integers(-1, adapters, tokens)
-    elif kind == "zipf":
-        ids = np.minimum(rng.zipf(1.5, tokens) - 2, adapters - 1)
-    elif kind == "same":
-        ids = np.full(tokens, adapters - 1)
-    else:
-        assert kind == "none"
-        ids = np.full(tokens, -1)
-    return torch.from_numpy(rng.permutation(ids).astype(np.int64))
-
-
 SPLITS = ["distinct", "uniform", "zipf", "same", "none"]
-
-
-def problem(tokens, rows, columns, rank, adapters, dtype=torch.float32, factors=None, seed=0):
-    factors = factors or dtype
-    seed *= 10
-    return (
-        numbers(tokens, columns, dtype=dtype, seed=seed + 1),
-        numbers(rows, columns, dtype=dtype, seed=seed + 2) / columns**0.5,
-        numbers(adapters, rank, columns, dtype=factors, seed=seed + 3) / columns**0.5,
-        numbers(adapters, rows, rank, dtype=factors, seed=seed + 4) / rank**0.5,
-        numbers(rows, dtype=dtype, seed=seed + 5),
-        numbers(tokens, rows, dtype=dtype, seed=seed + 6),
-    )
-
-
-def scales(adapters):
-    return torch.linspace(0.5, 2.0, adapters)
-
-
-def grads(function, *tensors, upstream):
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    y = function(*leaves)
-    return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
-
-
-def loop(x, w, a, b, bias, adapter, scale, mask):
-    """As PEFT computes it: an adapter's rows at a time, x in the adapters' type, the update in the base's."""
-    y = functional.linear(x, w, bias)
-    for i in range(len(a)):
-        rows = (adapter == i).nonzero()[:, 0]
-        h = functional.linear((x * mask)[rows].to(a.dtype), a[i])
-        update = functional.linear(h, b[i]) * scale[i].to(a.dtype)
-        y = y.index_add(0, rows, update.to(x.dtype))
-    return y
 
 
 def check_all(x, w, a, b, bias, dy, adapter, weight=None, mask=None, **options):
@@ -98,9 +42,7 @@ def check_all(x, w, a, b, bias, dy, adapter, weight=None, mask=None, **options):
         lambda x, a, b, bias: loop(x, w.double(), a, b, bias, adapter, scale.double(), mask.double()),
         *(t.double() for t in (x, a, b, bias)), upstream=dy.double(),
     )  # fmt: skip
-    for what, o, e, t in zip(("y", "dx", "dA", "dB", "db"), ours, plain, truth, strict=True):
-        assert o.dtype is e.dtype, what
-        check(what, o, e, t)
+    check_together(("y", "dx", "dA", "dB", "db"), [(ours, plain, truth)])
 
 
 # ---- the error rule ----------------------------------------------------------------------------
@@ -440,6 +382,7 @@ def test_checkpoint(reentrant):
 
 def test_opcheck():
     for dtype in (torch.float32, torch.float64):
+        check_op = opcheck_of(dtype)
         x, w, a, b, bias, dy = problem(9, 24, 64, 3, 4, dtype)
         adapter, scale = split("uniform", 9, 4), scales(4).to(dtype)
         q = ff.quantize(w.float())
@@ -447,10 +390,10 @@ def test_opcheck():
         for weight, values in ((w, _low_rank.NO_FIELDS), (None, fields)):
             for seed, p in ((None, 0.0), (torch.tensor([5]), 0.5)):
                 arguments = (x, weight, *values, a, b, adapter, scale, bias, seed, p)
-                torch.library.opcheck(RAW.lora_linear_segmented_forward.default, arguments)
+                check_op(RAW.lora_linear_segmented_forward.default, arguments)
                 _, *made = RAW.lora_linear_segmented_forward(*arguments)
                 for needs in (15, 1, 2, 4):
-                    torch.library.opcheck(
+                    check_op(
                         RAW.lora_linear_segmented_backward.default,
                         (dy, x, *made, weight, *values, a, b, scale, seed, p, needs),
                     )  # fmt: skip

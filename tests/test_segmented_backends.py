@@ -12,12 +12,12 @@ import pytest
 torch = pytest.importorskip("torch", reason="the Triton kernels take torch tensors")
 
 import finefuse as ff
-import test_segmented as layer
+import segmented_cases as layer
 from conftest import GPU
 from finefuse._backend import FLAGS
 from finefuse.reference import lora as reference
-from test_lora import DTYPES, numbers
-from test_lora_backends import CODES, Kernels, guarded, module_of
+from low_rank_cases import DTYPES, grads, numbers
+from low_rank_kernels import CODES, Kernels, guarded, module_of
 from tolerances import check
 
 # NumPy's, from Triton's interpreter: the products of Philox overflow
@@ -71,8 +71,8 @@ class SegmentedKernels(Kernels):
 
 
 @pytest.fixture(params=["cuda", "triton"])
-def kernels(request, monkeypatch) -> SegmentedKernels:
-    return SegmentedKernels(request.param, module_of("segmented", request.param, monkeypatch))
+def kernels(request) -> SegmentedKernels:
+    return SegmentedKernels(request.param, module_of("segmented", request))
 
 
 def same(kernels, ours, want):
@@ -377,7 +377,7 @@ def test_layer(place, dtype, p):
     if p:
         mask = torch.from_numpy(reference.keep_mask(tuple(x.shape), p, 7))
     plain, truth = (
-        layer.grads(
+        grads(
             lambda x, a, b, to=to: layer.loop(
                 x, w.to(to), a, b, bias.to(to), adapter, scale.to(to), mask.to(to)
             ),
@@ -386,7 +386,7 @@ def test_layer(place, dtype, p):
         for to in (dtype, torch.float64)
     )  # fmt: skip
     weight, ids, scale, offset, up = place.put(w, adapter, scale, bias, dy)
-    ours = layer.grads(
+    ours = grads(
         lambda x, a, b: ff.lora_linear_segmented(
             x, weight, a, b, ids, scale=scale, bias=offset, dropout=p, seed=7
         ),

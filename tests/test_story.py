@@ -19,6 +19,7 @@ for package in ("tokenizers", "rich", "matplotlib", "safetensors"):
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 import finefuse as ff
+import finetune
 from finefuse._args.policy import POLICY_LOSSES
 from finefuse._args.preference import PREFERENCE_LOSSES
 from story import data, engines, stages
@@ -157,6 +158,23 @@ def test_wrong_file(option, content, says, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.fixture
+def refuses(monkeypatch, capfd):
+    """refuses(says, *arguments): the program, in this process, says so in one line and its code is 2."""
+
+    def call(says, *arguments):
+        monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            finetune.main()
+        error = capfd.readouterr().err
+        assert stopped.value.code == 2
+        assert says in error
+        assert error.count("\n") == 1
+
+    return call
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -164,25 +182,25 @@ def test_wrong_file(option, content, says, tmp_path, capsys):
         (("--preference", "none"), "argument --preference"),
         (("--text", "/nowhere"), "--text /nowhere: No such file"),
         (("--resume",), "holds no run to go on with"),
-        (("--model", "{tmp}"), "no config.json there"),
     ],
 )
-def test_wrong_call(arguments, says, text_file, tmp_path):
-    """The whole command: one line, 2."""
-    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
-    done = run("--text", text_file, "--out", tmp_path / "out", *arguments)
+def test_wrong_call(refuses, arguments, says, text_file, tmp_path):
+    refuses(says, "--text", text_file, "--out", tmp_path / "out", *arguments)
+
+
+def test_wrong_call_of_the_whole_command(text_file, tmp_path):
+    """One line and 2, whatever the libraries that are imported for a model have to say."""
+    done = run("--text", text_file, "--out", tmp_path / "out", "--model", tmp_path)
     assert done.returncode == 2
-    assert says in done.stderr
+    assert "no config.json there" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
-def test_resume_of_another_run_is_refused(finished, text_file):
+def test_resume_of_another_run_is_refused(refuses, finished, text_file):
     out, _ = finished
     arguments = (*TINY, "--text", text_file, "--compare", "--out", out, "--preference", "ipo")
     arguments += ("--policy", "ppo")
-    done = run(*arguments, "--resume")
-    assert done.returncode == 2
-    assert "was with another preference" in done.stderr
+    refuses("was with another preference", *arguments, "--resume")
 
 
 def test_a_package_that_is_missing(tmp_path):

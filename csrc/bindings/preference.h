@@ -13,7 +13,7 @@ namespace finefuse {
 
 // (codes, by_length, weights: lists as long as each other; beta, label_smoothing, gamma,
 // sft_weight, delta, tau, desirable_weight, undesirable_weight, alpha, center; divergence,
-// nll_by_length, reduction), as python/finefuse/_args.py makes it.
+// nll_by_length, reduction), as python/finefuse/_args/preference.py makes it.
 inline PreferenceOptions preference_options(const pybind11::tuple& t) {
   if (t.size() != 16) throw pybind11::type_error("options: a tuple of 3 lists and 13 numbers");
   const auto codes = t[0].cast<std::vector<int>>();

@@ -12,7 +12,7 @@
 
 namespace finefuse {
 
-// The numbers are the contract with python/finefuse/_args.py (DTYPES, REDUCTIONS).
+// The numbers are the contract with python/finefuse/_args/__init__.py (DTYPES, REDUCTIONS).
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
 enum class IndexType : int { i64 = 0, i32 = 1 };
 enum class Reduction : int { none = 0, sum = 1, mean = 2 };

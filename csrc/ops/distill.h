@@ -6,7 +6,7 @@
 
 namespace finefuse {
 
-// The numbers are the contract with python/finefuse/_args.py (DISTILL_KINDS). The Python side makes
+// The numbers are the contract with python/finefuse/_args/distill.py (DISTILL_KINDS). The Python side makes
 // jsd with beta 0 the forward and with beta 1 the reverse KL.
 enum class DistillKind : int { forward_kl = 0, reverse_kl = 1, jsd = 2 };
 

@@ -8,7 +8,7 @@
 
 namespace finefuse {
 
-// The numbers are the contract with python/finefuse/_args.py (SURROGATES, IMPORTANCE, KL,
+// The numbers are the contract with python/finefuse/_args/policy.py (SURROGATES, IMPORTANCE, KL,
 // POLICY_REDUCTIONS); ops/policy_table.h has the formulas.
 enum class Surrogate : int { clipped = 0, reinforce = 1, cispo = 2, sapo = 3, vespo = 4 };
 

@@ -73,7 +73,7 @@ struct Selection {
   int64_t last;   // the place of the last of them that goes
 };
 
-// What the workspace holds: prune_workspace of python/finefuse/_args.py.
+// What the workspace holds: prune_workspace of python/finefuse/_args/prune.py.
 struct Workspace {
   Selection selection;
   unsigned long long bins[kPruneBins];

@@ -6,7 +6,7 @@
 
 namespace finefuse {
 
-// The numbers are the contract with python/finefuse/_args.py (PRUNE_SCOPES).
+// The numbers are the contract with python/finefuse/_args/prune.py (PRUNE_SCOPES).
 enum class PruneScope : int { tensor = 0, row = 1, group = 2 };
 
 // Drops the `drop` elements of smallest score |w|·norm of the tensor, of each row, or of each group
@@ -58,7 +58,7 @@ inline int64_t prune_cpu_workspace(const Prune& a) {
 }
 
 // The workspace on a GPU: four numbers, so many counts, one for each tile of so many elements; 8
-// bytes each. The contract with prune_workspace of python/finefuse/_args.py.
+// bytes each. The contract with prune_workspace of python/finefuse/_args/prune.py.
 inline constexpr int kPruneBins = 2048;
 inline constexpr int64_t kPruneTile = 4096;
 
