@@ -4,9 +4,10 @@ otherwise.
 aten's int4 layer holds other numbers, of a uniform code in bfloat16: its error is not compared.
 
 Bytes at least, of an element: half a byte of codes (one in 8 bits), four bytes a block of absmax, and the
-element itself, read or written once. The layer reads codes, absmax and x and writes y; how far a product
-of many tokens is from the products of this machine is seen beside F.linear. Where a case says "one thread"
-every candidate has one.
+element itself, read or written once. The layer reads codes, absmax and x and writes y. "The bare product" is
+the fastest one of a library here, of the weight already decoded (in float32 where the type's own crawls): the
+limit of many tokens. Few tokens take the time that their bytes take to be read, and the packed ones are
+fewer. Where a case says "one thread" every candidate has one.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from typing import Any
 
 import finefuse as ff
 import torch
+from finefuse import _matmul
 from torch import Tensor
 from torch.nn import functional
 
-from . import peers
+from . import peers, roofline
 from .measure import Row, Size, compare_calls, compare_outputs, forward, repeated
 from .peers import BITSANDBYTES, OURS, TORCH, TORCHAO
 
@@ -277,14 +279,23 @@ def linear(weight: Tensor, tokens: int, dtype: torch.dtype, one_thread: bool) ->
     if weight.is_cpu and dtype is torch.bfloat16:
         runs |= made("aten int4 (uniform)", TORCH, lambda: int4(weight, x))
     case = f"codebook_linear {tokens} x {shape(weight)} {name_of(dtype)}"
-    rows = compare_outputs(
+    rows = compare_with_product(
         case + (", one thread" if one_thread else ""),
-        peers.load(runs, weight.device.type),
-        x.double() @ ff.dequantize(q, torch.float64).t(),
-        packed(weight) + x.nbytes + tokens * weight.shape[0] * dtype.itemsize,
-    )
+        runs, x, ff.dequantize(q, dtype), x.double() @ ff.dequantize(q, torch.float64).t(),
+    )  # fmt: skip
     for row in rows:
         row.error = None if row.name.startswith("aten") else row.error
+    return rows
+
+
+def compare_with_product(
+    case: str, runs: Candidates, x: Tensor, plain: Tensor, truth: Tensor
+) -> list[Row]:
+    """Candidates for x · plainᵀ from packed bytes, and the bare product, which reads what is decoded."""
+    device, rest = x.device.type, x.nbytes + truth.numel() * x.itemsize
+    runs = {**runs, "the bare product": (TORCH, roofline.bare_product(x, plain))}
+    rows = compare_outputs(case, peers.load(runs, device), truth, packed(plain) + rest)
+    rows[-1].moved = plain.numel() * _matmul.product_dtype(x).itemsize + rest
     return rows
 
 
@@ -338,12 +349,10 @@ def linear_backward(weight: Tensor, tokens: int, dtype: torch.dtype) -> list[Row
             gradient(lambda: functional.linear(x, plain)),
         )
         candidates |= made("bitsandbytes", BITSANDBYTES, bitsandbytes)
-    return compare_outputs(
+    return compare_with_product(
         f"codebook_linear's dx {tokens} x {shape(weight)} {name_of(dtype)}",
-        peers.load(candidates, weight.device.type),
-        dy.double() @ ff.dequantize(q, torch.float64),
-        packed(weight) + dy.nbytes + x.nbytes,
-    )
+        candidates, dy, plain.t(), dy.double() @ ff.dequantize(q, torch.float64),
+    )  # fmt: skip
 
 
 def calls() -> list[Row]:

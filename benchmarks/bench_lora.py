@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import peers
+from . import peers, roofline
 from .measure import Row, Size, compare_outputs, forward
 from .peers import BITSANDBYTES, OURS, PEFT, TORCH
 
@@ -113,11 +113,11 @@ def layer(device: str, tokens: int, size: int, dtype: torch.dtype, backward: boo
         ),
         "PEFT": (PEFT, peft),
     }
-    if device == "cpu" and dtype is torch.float32 and not backward:
+    if roofline.takes_onednn(p.x) and not backward:
         makers["the bare product by oneDNN"] = (
             TORCH,
             lambda: (
-                lambda: torch.ops.mkldnn._linear_pointwise(p.x, p.weight, None, "none", [], ""), (),
+                lambda: roofline.onednn_product(p.x, p.weight), (),
             ),
         )  # fmt: skip
     runs = {}

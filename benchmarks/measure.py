@@ -278,7 +278,7 @@ def compare(
 def compare_products(
     case: str,
     runs: dict[str, Loss],
-    bare: dict[str, Callable[[], Any]],
+    bare: Callable[[], Any],
     inputs: Inputs,
     truth: Loss,
     sample: Inputs,
@@ -286,7 +286,7 @@ def compare_products(
     turns: int = 9,
 ) -> list[Row]:
     """A case of functions on top of a linear layer: times also against `bare`, the products alone, the last
-    rows, of which the fastest counts.
+    row.
 
     The gradients of all inputs that need one are taken: first that of the hidden states, second, if it has
     one, the weight's. Where no input needs one the output alone counts. Memory is counted beyond the
@@ -312,15 +312,15 @@ def compare_products(
     calls: dict[str, Callable[[], Any]] = {
         name: functools.partial(results, function, inputs) for name, function in runs.items()
     }
-    calls |= bare
+    calls["the bare products"] = bare
     rows = [Row(case, name) for name in calls]
     rounds, budget = (30, 5.0) if device == "cuda" else (turns, 10.0)
     interleaved(rows, list(calls.values()), timer(device), rounds, budget, setup, slow=1.0)
-    fastest = min(statistics.median(row.times) for row in rows if row.name in bare)
+    seconds = statistics.median(rows[-1].times)
     gradients = sum(t.nbytes for t in leaves)
     for row in rows:
-        row.bare = fastest
-        if row.name in bare:
+        row.bare = seconds
+        if row is rows[-1]:
             continue
 
         def counted(count: Callable[[Callable[[], Any]], int | None], name: str) -> int | None:

@@ -153,6 +153,22 @@ def test_old_results_are_read(tmp_path: Path) -> None:
     assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".md", ".svg"}
 
 
+def test_a_gpu_has_a_page(result: dict[str, Any], tmp_path: Path) -> None:
+    limits, tables = result["runs"]["default"].values()
+    families = {rows[0]["family"]: [] for rows in tables}
+    for rows in tables:
+        families[rows[0]["family"]].append(rows)
+    runs = {family: {"limits": limits, "tables": found} for family, found in families.items()}
+    report.write({**result, "title": "A GPU 100", "runs": runs}, tmp_path / "a-gpu-100")
+    assert {p.name for p in tmp_path.iterdir()} == {
+        f"a-gpu-100.{kind}" for kind in ("json", "md", "svg", "html")
+    }
+    page = (tmp_path / "a-gpu-100.html").read_text()
+    assert "<h1>finefuse benchmarks: A GPU 100</h1>" in page
+    assert "make gpu" in page
+    assert "data-show=" not in page  # nothing to choose: one run of each family
+
+
 def test_versions_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "PACKAGES", ("torch", "a-package-that-nobody-has"))
     found = command.origin(argparse.Namespace(device="cpu", size="quick"), 0.0)

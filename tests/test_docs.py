@@ -175,7 +175,9 @@ def test_fences(page):
     assert "```" not in FENCE.sub("", text), (
         "a fence that is not closed, or not at the line's beginning"
     )
-    assert "$$" not in text, "formulas in ```math: in $$ GitHub takes some of their characters for Markdown"
+    assert "$$" not in text, (
+        "formulas in ```math: in $$ GitHub takes some of their characters for Markdown"
+    )
 
 
 # ---- links and names ----------------------------------------------------------------------------
