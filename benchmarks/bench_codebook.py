@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import peers, roofline
-from .measure import Row, Size, compare_calls, compare_outputs, forward, repeated
-from .peers import BITSANDBYTES, OURS, TORCH, TORCHAO
+from .measure import Row, Size, compare_calls, compare_outputs, forward, name_of, repeated
+from .peers import BITSANDBYTES, OURS, TORCH, TORCHAO, Candidates
 
 BLOCKSIZE = 64
 QUICK_SIZE = 512
@@ -47,8 +47,6 @@ LINEAR = {
     "cuda": tuple((tokens, torch.bfloat16, False) for tokens in (1, 2, 4, 8, 16, 512)),
 }
 
-Candidates = dict[str, tuple[str, Callable[[], Any]]]
-
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
@@ -56,10 +54,6 @@ def threads(count: int | None) -> Iterator[None]:
     torch.set_num_threads(count or before)
     yield
     torch.set_num_threads(before)
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def packed(x: Tensor) -> int:
@@ -77,16 +71,6 @@ class Peers:
         from bitsandbytes.functional import quantize_4bit
 
         return quantize_4bit(self.weight, blocksize=BLOCKSIZE, quant_type="nf4")
-
-    def linear4bit(self) -> Any:
-        import bitsandbytes as bnb
-
-        rows, columns = self.weight.shape
-        layer = bnb.nn.Linear4bit(columns, rows, bias=False, quant_type="nf4")
-        layer.weight = bnb.nn.Params4bit(
-            self.weight, requires_grad=False, quant_type="nf4", compress_statistics=False
-        )
-        return layer.to(self.weight.device).eval()
 
     def torchao(self) -> Any:
         from torchao.quantization import to_nf4
@@ -316,7 +300,7 @@ def torch_products(weight: Tensor, plain: Tensor, x: Tensor) -> Candidates:
         return lambda: bnb.matmul_4bit(leaf, codes.t(), quant_state=state).detach()
 
     def inference() -> Callable[[], Tensor]:
-        layer = forward(Peers(weight.to(x.dtype)).linear4bit())
+        layer = forward(peers.linear4bit(weight.to(x.dtype)).eval())
         return lambda: layer(x)
 
     runs: Candidates = {"F.linear, not quantised": (TORCH, lambda: functional.linear(x, plain))}
@@ -369,7 +353,7 @@ def calls() -> list[Row]:
         return call
 
     def bitsandbytes() -> Callable[[], Tensor]:
-        layer = Peers(weight).linear4bit()
+        layer = peers.linear4bit(weight).eval()
         return lambda: layer(x)
 
     runs: Candidates = {

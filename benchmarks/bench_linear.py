@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from . import peers, roofline
 from .bench_policy import old_and_ref
-from .measure import Inputs, Row, Size, compare_products
+from .measure import Inputs, Row, Size, compare_products, name_of, phases
 from .peers import LIGER, LIGER_TRITON, OURS, TORCH, TRL, Loss
 
 Drawn = Callable[..., Inputs]
@@ -228,11 +228,11 @@ def case(
     inputs = drawn(device, shape, dtype, **options)
     runs = peers.load({who: (c.needs, c.loss) for who, c in candidates.items()}, device)
     backward = any(t.requires_grad for t in inputs)
-    what = "forward + backward" if backward else "forward"
+    what = phases(backward)
     what += ", frozen weight" if backward and not inputs[1].requires_grad else ""
     sample = SMALL if shape != QUICK else QUICK
     return compare_products(
-        f"{name}, {shape}, {str(dtype).removeprefix('torch.')}, {what}",
+        f"{name}, {shape}, {name_of(dtype)}, {what}",
         runs,
         products(inputs, teacher),
         inputs,

@@ -94,6 +94,22 @@ def gradient(function: Callable[..., Tensor]) -> Run:
     return run
 
 
+def gradients(
+    function: Callable[[], Tensor], leaves: Sequence[Tensor], upstream: Tensor
+) -> Callable[[], Tensor]:
+    """Forward, then the gradients of the leaves; that of the first is what is compared."""
+    return lambda: torch.autograd.grad(function(), leaves, upstream)[0]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def phases(backward: bool) -> str:
+    """What a case is called."""
+    return "forward + backward" if backward else "forward"
+
+
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
