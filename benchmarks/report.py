@@ -139,7 +139,9 @@ def show(rows: list[Cells]) -> None:
 
 
 def markdown(result: Result) -> str:
-    lines = [f"# Benchmarks: {result['title']}", "", result["machine"] + ".", "", LEGEND, ""]
+    where = [result["machine"], result.get("date"), result.get("commit")]
+    lines = [f"# Benchmarks: {result['title']}", "", "; ".join(filter(None, where)) + "."]
+    lines += ["", LEGEND, ""]
     tables = [rows for part in result["runs"].values() for rows in part["tables"]]
     if any(columns(rows) is COLUMNS_OF_PRODUCTS for rows in tables):
         lines += [LEGEND_OF_PRODUCTS, ""]

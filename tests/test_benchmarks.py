@@ -130,6 +130,7 @@ def test_markdown_has_every_row(result: dict[str, Any]) -> None:
             for made in rows:
                 assert f"| {made['name']} | " in text
     assert text.count("### a loss") == 2
+    assert "a machine; 2026-01-02." in text
 
 
 def test_plot_of_the_first_cases(result: dict[str, Any], tmp_path: Path) -> None:
