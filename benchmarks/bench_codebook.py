@@ -61,21 +61,17 @@ def packed(x: Tensor) -> int:
     return x.numel() // 2 + 4 * x.numel() // BLOCKSIZE
 
 
-class Peers:
-    """A weight in the forms of the peers, made when asked for: they may not be installed."""
+def nf4_by_bitsandbytes(weight: Tensor) -> Any:
+    """(codes, quant state)."""
+    from bitsandbytes.functional import quantize_4bit
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
+    return quantize_4bit(weight, blocksize=BLOCKSIZE, quant_type="nf4")
 
-    def bitsandbytes(self) -> Any:
-        from bitsandbytes.functional import quantize_4bit
 
-        return quantize_4bit(self.weight, blocksize=BLOCKSIZE, quant_type="nf4")
+def nf4_by_torchao(weight: Tensor) -> Any:
+    from torchao.quantization import to_nf4
 
-    def torchao(self) -> Any:
-        from torchao.quantization import to_nf4
-
-        return to_nf4(self.weight, BLOCKSIZE, 256)
+    return to_nf4(weight, BLOCKSIZE, 256)
 
 
 def made(name: str, needs: str, make: Callable[[], Callable[[], Any]]) -> Candidates:
@@ -94,7 +90,7 @@ def made(name: str, needs: str, make: Callable[[], Callable[[], Any]]) -> Candid
 
 def in_c(weight: Tensor) -> Callable[[], Callable[[], Tensor]]:
     def make() -> Callable[[], Tensor]:
-        codes, state = Peers(weight).bitsandbytes()
+        codes, state = nf4_by_bitsandbytes(weight)
         out = torch.empty(weight.shape, dtype=torch.bfloat16)
         return lambda: peers.dequantize_in_c(codes, state.absmax, out, BLOCKSIZE)
 
@@ -139,11 +135,11 @@ def dequantize_fresh(weight: Tensor, dtype: torch.dtype) -> list[Row]:
     def bitsandbytes() -> Callable[[], Tensor]:
         from bitsandbytes.functional import dequantize_4bit
 
-        codes, state = Peers(weight.to(dtype)).bitsandbytes()
+        codes, state = nf4_by_bitsandbytes(weight.to(dtype))
         return lambda: dequantize_4bit(codes, state)
 
     def torchao() -> Callable[[], Tensor]:
-        form = Peers(weight.to(dtype)).torchao()
+        form = nf4_by_torchao(weight.to(dtype))
         return form.get_original_weight
 
     runs: Candidates = {
@@ -191,22 +187,21 @@ def quantize(weight: Tensor) -> list[Row]:
     thresholds = (table[:-1] + table[1:]) / 2
     encode = peers.compiled(peers.nf4_quantized)
 
-    def bitsandbytes() -> Callable[[], Any]:
-        from bitsandbytes.functional import quantize_4bit
+    def tried(function: Callable[[Tensor], Any]) -> Callable[[], Callable[[], Any]]:
+        """What cannot run fails here, and is left out."""
 
-        return lambda: quantize_4bit(weight, blocksize=BLOCKSIZE, quant_type="nf4")
+        def make() -> Callable[[], Any]:
+            function(weight)
+            return lambda: function(weight)
 
-    def torchao() -> Callable[[], Any]:
-        form = Peers(weight)
-        form.torchao()
-        return form.torchao
+        return make
 
     runs: Candidates = {
         "finefuse": (OURS, lambda: ff.quantize(weight, blocksize=BLOCKSIZE)),
         "torch.compile": (TORCH, lambda: encode(weight, thresholds, BLOCKSIZE)),
     }
-    runs |= made("bitsandbytes", BITSANDBYTES, bitsandbytes)
-    runs |= made("torchao", TORCHAO, torchao)
+    runs |= made("bitsandbytes", BITSANDBYTES, tried(nf4_by_bitsandbytes))
+    runs |= made("torchao", TORCHAO, tried(nf4_by_torchao))
 
     def read(out: Any) -> Tensor:
         if isinstance(out, ff.CodebookTensor):
@@ -296,7 +291,7 @@ def torch_products(weight: Tensor, plain: Tensor, x: Tensor) -> Candidates:
     def training() -> Callable[[], Tensor]:
         import bitsandbytes as bnb
 
-        codes, state = Peers(weight.to(x.dtype)).bitsandbytes()
+        codes, state = nf4_by_bitsandbytes(weight.to(x.dtype))
         return lambda: bnb.matmul_4bit(leaf, codes.t(), quant_state=state).detach()
 
     def inference() -> Callable[[], Tensor]:
@@ -322,7 +317,7 @@ def linear_backward(weight: Tensor, tokens: int, dtype: torch.dtype) -> list[Row
     def bitsandbytes() -> Callable[[], Tensor]:
         import bitsandbytes as bnb
 
-        codes, state = Peers(weight.to(dtype)).bitsandbytes()
+        codes, state = nf4_by_bitsandbytes(weight.to(dtype))
         return gradient(lambda: bnb.matmul_4bit(x, codes.t(), quant_state=state))
 
     runs = peers.load({"finefuse": (OURS, lambda: ff.codebook_linear(x, q))}, weight.device.type)

@@ -166,23 +166,23 @@ def interleaved(
     `budget` seconds no further round begins, but four are run. A call of more than `slow` seconds, to
     which page faults matter little, has three turns of one run, the first in the warm-up.
     """
-    few = []
+    once = []  # which run once a turn
     for row, call in zip(rows, calls, strict=True):  # warm up, twice: the first may compile
         setup()
         call()
         setup()
         seconds = seconds_of(call)
-        few.append(seconds > slow)
-        if few[-1]:
+        once.append(seconds > slow)
+        if once[-1]:
             row.times.append(seconds)
     start, budget = time.perf_counter(), min(budget, most_seconds)
     for done in range(rounds):
         if done >= 4 and time.perf_counter() - start > budget:
             break
-        for row, call, once in zip(rows, calls, few, strict=True):
-            if once and done >= 2:
+        for row, call, alone in zip(rows, calls, once, strict=True):
+            if alone and done >= 2:
                 continue
-            if twice and not once:
+            if twice and not alone:
                 setup()
                 call()
             setup()
