@@ -7,7 +7,7 @@ to see that everything runs. --results DIR: what was measured is written there.
 
 On a CPU all is measured twice, in two processes: with the allocator that users have, and with
 GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which gives every candidate huge pages. On a GPU each family runs once
-and in full, and one set of files, named after the device, holds all families.
+and in full, and one set of files, named after the device (.json, .md, .svg and .html), holds all families.
 
 python -m benchmarks report                  tables, plots and pages anew from the JSON
 python -m benchmarks compare A.json B.json   what moved beyond the noise
@@ -41,8 +41,6 @@ FAMILIES = (
 )  # fmt: skip
 RESULTS = Path(__file__).parent / "results"
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-
-
 # What a result says the versions of, or that it was not there.
 PACKAGES = (
     "torch", "numpy", "triton", "peft", "trl", "liger-kernel", "bitsandbytes", "torchao", "transformers",

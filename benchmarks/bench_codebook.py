@@ -4,9 +4,10 @@ otherwise.
 aten's int4 layer holds other numbers, of a uniform code in bfloat16: its error is not compared.
 
 Bytes at least, of an element: half a byte of codes (one in 8 bits), four bytes a block of absmax, and the
-element itself, read or written once. The layer reads codes, absmax and x and writes y; how far a product
-of many tokens is from the products of this machine is seen beside F.linear. Where a case says "one thread"
-every candidate has one.
+element itself, read or written once. The layer reads codes, absmax and x and writes y. "The bare product" is
+the fastest one of a library here, of the weight already decoded (in float32 where the type's own crawls): the
+limit of many tokens. Few tokens take the time that their bytes take to be read, and the packed ones are
+fewer. Where a case says "one thread" every candidate has one.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from typing import Any
 
 import finefuse as ff
 import torch
+from finefuse import _matmul
 from torch import Tensor
 from torch.nn import functional
 
-from . import peers
-from .measure import Row, Size, compare_calls, compare_outputs, forward, repeated
-from .peers import BITSANDBYTES, OURS, TORCH, TORCHAO
+from . import peers, roofline
+from .measure import Row, Size, compare_calls, compare_outputs, forward, name_of, repeated
+from .peers import BITSANDBYTES, OURS, TORCH, TORCHAO, Candidates
 
 BLOCKSIZE = 64
 QUICK_SIZE = 512
@@ -45,8 +47,6 @@ LINEAR = {
     "cuda": tuple((tokens, torch.bfloat16, False) for tokens in (1, 2, 4, 8, 16, 512)),
 }
 
-Candidates = dict[str, tuple[str, Callable[[], Any]]]
-
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
@@ -56,40 +56,22 @@ def threads(count: int | None) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def packed(x: Tensor) -> int:
     """Bytes of x in NF4."""
     return x.numel() // 2 + 4 * x.numel() // BLOCKSIZE
 
 
-class Peers:
-    """A weight in the forms of the peers, made when asked for: they may not be installed."""
+def nf4_by_bitsandbytes(weight: Tensor) -> Any:
+    """(codes, quant state)."""
+    from bitsandbytes.functional import quantize_4bit
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
+    return quantize_4bit(weight, blocksize=BLOCKSIZE, quant_type="nf4")
 
-    def bitsandbytes(self) -> Any:
-        from bitsandbytes.functional import quantize_4bit
 
-        return quantize_4bit(self.weight, blocksize=BLOCKSIZE, quant_type="nf4")
+def nf4_by_torchao(weight: Tensor) -> Any:
+    from torchao.quantization import to_nf4
 
-    def linear4bit(self) -> Any:
-        import bitsandbytes as bnb
-
-        rows, columns = self.weight.shape
-        layer = bnb.nn.Linear4bit(columns, rows, bias=False, quant_type="nf4")
-        layer.weight = bnb.nn.Params4bit(
-            self.weight, requires_grad=False, quant_type="nf4", compress_statistics=False
-        )
-        return layer.to(self.weight.device).eval()
-
-    def torchao(self) -> Any:
-        from torchao.quantization import to_nf4
-
-        return to_nf4(self.weight, BLOCKSIZE, 256)
+    return to_nf4(weight, BLOCKSIZE, 256)
 
 
 def made(name: str, needs: str, make: Callable[[], Callable[[], Any]]) -> Candidates:
@@ -108,7 +90,7 @@ def made(name: str, needs: str, make: Callable[[], Callable[[], Any]]) -> Candid
 
 def in_c(weight: Tensor) -> Callable[[], Callable[[], Tensor]]:
     def make() -> Callable[[], Tensor]:
-        codes, state = Peers(weight).bitsandbytes()
+        codes, state = nf4_by_bitsandbytes(weight)
         out = torch.empty(weight.shape, dtype=torch.bfloat16)
         return lambda: peers.dequantize_in_c(codes, state.absmax, out, BLOCKSIZE)
 
@@ -153,11 +135,11 @@ def dequantize_fresh(weight: Tensor, dtype: torch.dtype) -> list[Row]:
     def bitsandbytes() -> Callable[[], Tensor]:
         from bitsandbytes.functional import dequantize_4bit
 
-        codes, state = Peers(weight.to(dtype)).bitsandbytes()
+        codes, state = nf4_by_bitsandbytes(weight.to(dtype))
         return lambda: dequantize_4bit(codes, state)
 
     def torchao() -> Callable[[], Tensor]:
-        form = Peers(weight.to(dtype)).torchao()
+        form = nf4_by_torchao(weight.to(dtype))
         return form.get_original_weight
 
     runs: Candidates = {
@@ -205,22 +187,21 @@ def quantize(weight: Tensor) -> list[Row]:
     thresholds = (table[:-1] + table[1:]) / 2
     encode = peers.compiled(peers.nf4_quantized)
 
-    def bitsandbytes() -> Callable[[], Any]:
-        from bitsandbytes.functional import quantize_4bit
+    def tried(function: Callable[[Tensor], Any]) -> Callable[[], Callable[[], Any]]:
+        """What cannot run fails here, and is left out."""
 
-        return lambda: quantize_4bit(weight, blocksize=BLOCKSIZE, quant_type="nf4")
+        def make() -> Callable[[], Any]:
+            function(weight)
+            return lambda: function(weight)
 
-    def torchao() -> Callable[[], Any]:
-        form = Peers(weight)
-        form.torchao()
-        return form.torchao
+        return make
 
     runs: Candidates = {
         "finefuse": (OURS, lambda: ff.quantize(weight, blocksize=BLOCKSIZE)),
         "torch.compile": (TORCH, lambda: encode(weight, thresholds, BLOCKSIZE)),
     }
-    runs |= made("bitsandbytes", BITSANDBYTES, bitsandbytes)
-    runs |= made("torchao", TORCHAO, torchao)
+    runs |= made("bitsandbytes", BITSANDBYTES, tried(nf4_by_bitsandbytes))
+    runs |= made("torchao", TORCHAO, tried(nf4_by_torchao))
 
     def read(out: Any) -> Tensor:
         if isinstance(out, ff.CodebookTensor):
@@ -277,14 +258,23 @@ def linear(weight: Tensor, tokens: int, dtype: torch.dtype, one_thread: bool) ->
     if weight.is_cpu and dtype is torch.bfloat16:
         runs |= made("aten int4 (uniform)", TORCH, lambda: int4(weight, x))
     case = f"codebook_linear {tokens} x {shape(weight)} {name_of(dtype)}"
-    rows = compare_outputs(
+    rows = compare_with_product(
         case + (", one thread" if one_thread else ""),
-        peers.load(runs, weight.device.type),
-        x.double() @ ff.dequantize(q, torch.float64).t(),
-        packed(weight) + x.nbytes + tokens * weight.shape[0] * dtype.itemsize,
-    )
+        runs, x, ff.dequantize(q, dtype), x.double() @ ff.dequantize(q, torch.float64).t(),
+    )  # fmt: skip
     for row in rows:
         row.error = None if row.name.startswith("aten") else row.error
+    return rows
+
+
+def compare_with_product(
+    case: str, runs: Candidates, x: Tensor, plain: Tensor, truth: Tensor
+) -> list[Row]:
+    """Candidates for x · plainᵀ from packed bytes, and the bare product, which reads what is decoded."""
+    device, rest = x.device.type, x.nbytes + truth.numel() * x.itemsize
+    runs = {**runs, "the bare product": (TORCH, roofline.bare_product(x, plain))}
+    rows = compare_outputs(case, peers.load(runs, device), truth, packed(plain) + rest)
+    rows[-1].moved = plain.numel() * _matmul.product_dtype(x).itemsize + rest
     return rows
 
 
@@ -301,11 +291,11 @@ def torch_products(weight: Tensor, plain: Tensor, x: Tensor) -> Candidates:
     def training() -> Callable[[], Tensor]:
         import bitsandbytes as bnb
 
-        codes, state = Peers(weight.to(x.dtype)).bitsandbytes()
+        codes, state = nf4_by_bitsandbytes(weight.to(x.dtype))
         return lambda: bnb.matmul_4bit(leaf, codes.t(), quant_state=state).detach()
 
     def inference() -> Callable[[], Tensor]:
-        layer = forward(Peers(weight.to(x.dtype)).linear4bit())
+        layer = forward(peers.linear4bit(weight.to(x.dtype)).eval())
         return lambda: layer(x)
 
     runs: Candidates = {"F.linear, not quantised": (TORCH, lambda: functional.linear(x, plain))}
@@ -327,7 +317,7 @@ def linear_backward(weight: Tensor, tokens: int, dtype: torch.dtype) -> list[Row
     def bitsandbytes() -> Callable[[], Tensor]:
         import bitsandbytes as bnb
 
-        codes, state = Peers(weight.to(dtype)).bitsandbytes()
+        codes, state = nf4_by_bitsandbytes(weight.to(dtype))
         return gradient(lambda: bnb.matmul_4bit(x, codes.t(), quant_state=state))
 
     runs = peers.load({"finefuse": (OURS, lambda: ff.codebook_linear(x, q))}, weight.device.type)
@@ -338,12 +328,10 @@ def linear_backward(weight: Tensor, tokens: int, dtype: torch.dtype) -> list[Row
             gradient(lambda: functional.linear(x, plain)),
         )
         candidates |= made("bitsandbytes", BITSANDBYTES, bitsandbytes)
-    return compare_outputs(
+    return compare_with_product(
         f"codebook_linear's dx {tokens} x {shape(weight)} {name_of(dtype)}",
-        peers.load(candidates, weight.device.type),
-        dy.double() @ ff.dequantize(q, torch.float64),
-        packed(weight) + dy.nbytes + x.nbytes,
-    )
+        candidates, dy, plain.t(), dy.double() @ ff.dequantize(q, torch.float64),
+    )  # fmt: skip
 
 
 def calls() -> list[Row]:
@@ -360,7 +348,7 @@ def calls() -> list[Row]:
         return call
 
     def bitsandbytes() -> Callable[[], Tensor]:
-        layer = Peers(weight).linear4bit()
+        layer = peers.linear4bit(weight).eval()
         return lambda: layer(x)
 
     runs: Candidates = {

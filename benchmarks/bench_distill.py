@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from . import peers
-from .measure import Inputs, Row, Size, compare, forward, gradient
-from .peers import LIGER_TRITON, OURS, TORCH, TRL, Loss
+from .measure import Inputs, Row, Size, compare, forward, gradient, name_of, phases
+from .peers import LIGER_TRITON, TRL, Candidates, Loss
 
 # rows, vocabulary, type
 SHAPES = {
@@ -35,8 +35,6 @@ SHAPES = {
 }
 K = 64
 QUICK_ROWS = 16
-
-Candidates = dict[str, tuple[str, Loss]]
 
 
 def ours(inplace: bool = False, **options: Any) -> Loss:
@@ -93,21 +91,14 @@ def from_logits(
     backward: bool = True,
 ) -> list[Row]:
     """One divergence; `fused` makes our loss, in place if asked, `drawn` its inputs."""
-    runs: Candidates = {"finefuse": (OURS, fused())}
-    if backward:
-        runs["finefuse in place"] = (OURS, fused(inplace=True))
-    runs["torch.compile"] = (TORCH, peers.compiled(plain))
-    if dtype is not torch.float32:
-        runs["torch.compile in float32"] = (TORCH, peers.compiled(peers.in_float32(plain)))
-    runs |= {"eager": (TORCH, plain), **others}
+    runs = peers.from_logits(fused, plain, others, dtype, inplace=backward)
     step = gradient if backward else forward
     inputs = drawn(device, rows, vocab, dtype)
     moved = inputs[0].nbytes * (2 if backward else 1) + sum(t.nbytes for t in inputs[1:])
     if not backward:
         inputs = tuple(t.detach() for t in inputs)
     return compare(
-        f"{name} {rows}x{vocab} {str(dtype).removeprefix('torch.')}, "
-        f"forward{' + backward' if backward else ''}",
+        f"{name} {rows}x{vocab} {name_of(dtype)}, {phases(backward)}",
         peers.load({who: (needs, step(loss)) for who, (needs, loss) in runs.items()}, device),
         inputs,
         truth=step(plain),

@@ -8,17 +8,17 @@ and as many again for the gradients.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import finefuse as ff
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from . import peers
-from .bench_lora import ALPHA, BLOCKSIZE, QUICK_SIZE, SIZE
-from .measure import Row, Size, compare_outputs, forward
+from .low_rank import BLOCKSIZE, QUICK_SIZE, SIZE, Made, Makers, Problem, trained
+from .measure import Row, Size, compare_outputs, name_of, phases
 from .peers import BITSANDBYTES, OURS, PEFT, TORCH
 
 # tokens, rank, type, p of dropout, whether packed, whether with a backward
@@ -47,49 +47,24 @@ def eager(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, m: Tensor, scale: flo
 def case(
     device: str, tokens: int, size: int, rank: int, dtype: torch.dtype, p: float, packed: bool, backward: bool
 ) -> list[Row]:  # fmt: skip
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device) / shape[-1] ** 0.5
-
-    weight, dy = draw(size, size).to(dtype), draw(tokens, size).to(dtype)
-    a, b = (draw(*shape).to(dtype).requires_grad_() for shape in ((rank, size), (size, rank)))
+    problem = Problem(device, tokens, size, dtype, rank)
+    x, weight, a, b, scale = (problem.x, problem.weight, problem.a, problem.b, problem.scale)
     m = (torch.rand(size, device=device) + 0.5).to(dtype).requires_grad_()
-    x = (draw(tokens, size) * size**0.5).to(dtype).requires_grad_()
-    scale, compiled = ALPHA / rank, peers.compiled(eager)
+    compiled = peers.compiled(eager)
     base = ff.quantize(weight, blocksize=BLOCKSIZE) if packed else weight
 
-    def peft() -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
-        from peft import LoraConfig, get_peft_model
+    def peft() -> Made:
+        linear = peers.linear4bit(weight, dtype) if packed else peers.frozen_linear(weight)
+        layer = problem.peft(linear, magnitude=m, lora_dropout=p)
+        return (lambda: layer(x)), trained(layer)
 
-        linear: nn.Module = nn.Linear(size, size, bias=False, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        if packed:
-            import bitsandbytes as bnb
-
-            linear = bnb.nn.Linear4bit(size, size, False, quant_type="nf4", compute_dtype=dtype)
-            linear.weight = bnb.nn.Params4bit(
-                weight.clone(), requires_grad=False, quant_type="nf4", compress_statistics=False
-            )
-            linear = linear.to(device)
-        config = LoraConfig(
-            r=rank, lora_alpha=ALPHA, target_modules=["0"], use_dora=True, lora_dropout=p
-        )
-        layer = get_peft_model(nn.Sequential(linear), config).base_model.model[0]
-        values = [
-            (layer.lora_A["default"], a), (layer.lora_B["default"], b),
-            (layer.lora_magnitude_vector["default"], m),
-        ]  # fmt: skip
-        for module, value in values:
-            module.weight = nn.Parameter(value.detach().clone())
-        return (lambda: layer(x)), tuple(module.weight for module, _ in values)
-
-    def ours(**options: Any) -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
+    def ours(**options: Any) -> Made:
         def function() -> Tensor:
             return ff.lora_linear(x, base, a, b, scale=scale, dropout=p, **options)
 
         return function, (a, b, *options.values())
 
-    # function, what else has a gradient
-    makers: dict[str, tuple[str, Callable[[], Any]]] = {
+    makers: Makers = {
         "finefuse": (OURS, lambda: ours(magnitude=m)),
         "finefuse, plain LoRA": (OURS, ours),
     }
@@ -105,17 +80,8 @@ def case(
     makers["PEFT and bitsandbytes" if packed else "PEFT"] = (PEFT, peft)
     if packed and not peers.load({"": (BITSANDBYTES, peft)}, device):
         makers.popitem()
-    runs = {}
-    for name, make in peers.load(makers, device).items():
-        function, leaves = make()
-        if backward:
-            runs[name] = lambda f=function, leaves=leaves: torch.autograd.grad(
-                f(), (x, *leaves), dy
-            )[0]
-        else:
-            runs[name] = forward(function)
-    plain = ff.dequantize(base, torch.float32) if packed else weight
-    x_, w_, a_, b_, m_, dy_ = (t.detach().double() for t in (x, plain, a, b, m, dy))
+    x_, dy_, w_, a_, b_ = problem.double()
+    w_, m_ = ff.dequantize(base, torch.float64) if packed else w_, m.detach().double()
     c = m_ / torch.linalg.norm(w_ + scale * b_ @ a_, dim=1)
     if backward:
         dz = c * dy_
@@ -123,11 +89,10 @@ def case(
     else:
         truth = c * (x_ @ w_.t() + scale * (x_ @ a_.t()) @ b_.t())
     moved = (2 * size * size + 2 * tokens * size) * dtype.itemsize
-    what = "forward + backward" if backward else "forward"
-    details = f"rank {rank} {str(dtype)[6:]}{f', dropout {p}' if p else ''}"
+    details = f"rank {rank} {name_of(dtype)}{f', dropout {p}' if p else ''}"
     rows = compare_outputs(
-        f"DoRA {tokens} x {size}x{size}{' NF4' if packed else ''} {details}, {what}",
-        runs, truth, moved * (2 if backward else 1),
+        f"DoRA {tokens} x {size}x{size}{' NF4' if packed else ''} {details}, {phases(backward)}",
+        problem.runs(makers, backward), truth, moved * (2 if backward else 1),
     )  # fmt: skip
     for row in rows:
         if p or row.name in ("the bare product", "finefuse, plain LoRA"):

@@ -3,8 +3,8 @@ top of a linear layer whose logits need not exist.
 
 The least work is the layer's products: 2·M·H·V operations each for the logits of M tokens, for the gradient
 of the hidden states (H) and for that of the weight (V rows); with a teacher 2·M·H·V more, for its logits.
-They are measured alone in the same run, on the engine that finefuse takes and, where that is another, on
-torch's. Who computes the logits again in the backward does a third more.
+They are measured alone in the same run, each by the library and in the order of its operands that are the
+fastest here. Who computes the logits again in the backward does a third more.
 
 finefuse also returns what is logged; the peers compute their loss alone. Liger's DPO takes hidden states of
 the reference or none: the log-probabilities of all references are 0 here, which is the same work. Its GRPO
@@ -22,13 +22,12 @@ from typing import Any, NamedTuple
 
 import finefuse as ff
 import torch
-from finefuse import _matmul
 from torch import Tensor
 from torch.nn import functional
 
-from . import peers
+from . import peers, roofline
 from .bench_policy import old_and_ref
-from .measure import Inputs, Row, Size, compare_products
+from .measure import Inputs, Row, Size, compare_products, name_of, phases
 from .peers import LIGER, LIGER_TRITON, OURS, TORCH, TRL, Loss
 
 Drawn = Callable[..., Inputs]
@@ -180,33 +179,23 @@ def draw_distillation(device: str, shape: Shape, dtype: torch.dtype) -> Inputs:
 # ---- cases --------------------------------------------------------------------------------------
 
 
-def products(inputs: Inputs, teacher: bool) -> dict[str, Callable[[], Any]]:
+def products(inputs: Inputs, teacher: bool) -> Callable[[], None]:
     """The products of the layer alone, as many as the case needs; conversions are no part of them."""
     hidden, weight = inputs[:2]
-    dtype = _matmul.product_dtype(hidden)
-    x, w = hidden.detach().flatten(0, -2).to(dtype), weight.detach().to(dtype)
+    x = hidden.detach().flatten(0, -2)
+    logits = roofline.bare_product(x, weight)
+    y = logits().contiguous()
+    needed = [logits, logits] if teacher else [logits]
+    if hidden.requires_grad:
+        needed.append(roofline.bare_product(y, weight.t()))
+    if weight.requires_grad:
+        needed.append(roofline.bare_product(y.t(), x.t()))
 
-    def on(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Any]:
-        """`product` is of (M, K) and (N, K)."""
+    def run() -> None:
+        for product in needed:
+            product()
 
-        def run() -> None:
-            y = product(x, w)
-            if teacher:
-                product(x, w)
-            if hidden.requires_grad:
-                product(y, w.t())
-            if weight.requires_grad:
-                product(y.t(), x.t())
-
-        return run
-
-    def of_torch(a: Tensor, b: Tensor) -> Tensor:
-        return torch.mm(a, b.t())
-
-    found = {"the bare products": on(_matmul.linear)}
-    if _matmul._takes_onednn(x, w):
-        found["the bare products by torch"] = on(of_torch)
-    return found
+    return run
 
 
 def case(
@@ -239,11 +228,11 @@ def case(
     inputs = drawn(device, shape, dtype, **options)
     runs = peers.load({who: (c.needs, c.loss) for who, c in candidates.items()}, device)
     backward = any(t.requires_grad for t in inputs)
-    what = "forward + backward" if backward else "forward"
+    what = phases(backward)
     what += ", frozen weight" if backward and not inputs[1].requires_grad else ""
     sample = SMALL if shape != QUICK else QUICK
     return compare_products(
-        f"{name}, {shape}, {str(dtype).removeprefix('torch.')}, {what}",
+        f"{name}, {shape}, {name_of(dtype)}, {what}",
         runs,
         products(inputs, teacher),
         inputs,

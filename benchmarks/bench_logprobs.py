@@ -5,6 +5,7 @@ Bytes at least: a forward reads the logits once; with the gradient they are read
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 from . import peers
-from .measure import Row, Size, compare, compare_calls, forward, gradient, repeated
-from .peers import LIGER_TRITON, OURS, TORCH, TRL
+from .measure import Row, Size, compare, compare_calls, forward, gradient, name_of, phases, repeated
+from .peers import LIGER_TRITON, OURS, TORCH, TRL, Candidates
 
 # rows, vocabulary, type
 LOGPROBS = {
@@ -34,44 +35,47 @@ def draw(
     return logits.requires_grad_(leaf), torch.randint(0, vocab, (rows,), device=device)
 
 
-def token_logprobs(device: str, rows: int, vocab: int, dtype: torch.dtype) -> list[Row]:
-    runs = {
-        "finefuse": (OURS, forward(ff.token_logprobs)),
-        "torch.compile": (TORCH, forward(peers.compiled(peers.logprobs_eager))),
-        "eager": (TORCH, forward(peers.logprobs_eager)),
-        "TRL": (TRL, forward(peers.logprobs_trl)),
-    }
-    inputs = draw(device, rows, vocab, dtype, leaf=False)
+def from_logits(
+    name: str,
+    backward: bool,
+    candidates: Candidates,
+    device: str,
+    rows: int,
+    vocab: int,
+    dtype: torch.dtype,
+) -> list[Row]:
+    """One function; the truth is eager's."""
+    step = gradient if backward else forward
+    inputs = draw(device, rows, vocab, dtype, leaf=backward)
     return compare(
-        f"token_logprobs {rows}x{vocab} {str(dtype).removeprefix('torch.')}, forward",
-        peers.load(runs, device),
+        f"{name} {rows}x{vocab} {name_of(dtype)}, {phases(backward)}",
+        peers.load({who: (needs, step(run)) for who, (needs, run) in candidates.items()}, device),
         inputs,
-        truth=forward(peers.logprobs_eager),
-        samples=[draw(device, 16, vocab, dtype, leaf=False)],
-        moved=inputs[0].nbytes,
+        truth=step(candidates["eager"][1]),
+        samples=[draw(device, 16, vocab, dtype, leaf=backward)],
+        moved=(2 if backward else 1) * inputs[0].nbytes,
     )
 
 
-def cross_entropy(device: str, rows: int, vocab: int, dtype: torch.dtype) -> list[Row]:
-    def inplace(logits: Tensor, targets: Tensor) -> Tensor:
-        return ff.cross_entropy(logits, targets, inplace=True)
-
-    runs = {
-        "finefuse": (OURS, gradient(ff.cross_entropy)),
-        "finefuse in place": (OURS, gradient(inplace)),
-        "torch.compile": (TORCH, gradient(peers.compiled(peers.cross_entropy))),
-        "eager": (TORCH, gradient(peers.cross_entropy)),
-        "Liger": (LIGER_TRITON, gradient(peers.cross_entropy_liger)),
+def token_logprobs(*shape: Any) -> list[Row]:
+    candidates: Candidates = {
+        "finefuse": (OURS, ff.token_logprobs),
+        "torch.compile": (TORCH, peers.compiled(peers.logprobs_eager)),
+        "eager": (TORCH, peers.logprobs_eager),
+        "TRL": (TRL, peers.logprobs_trl),
     }
-    inputs = draw(device, rows, vocab, dtype, leaf=True)
-    return compare(
-        f"cross_entropy {rows}x{vocab} {str(dtype).removeprefix('torch.')}, forward + backward",
-        peers.load(runs, device),
-        inputs,
-        truth=gradient(peers.cross_entropy),
-        samples=[draw(device, 16, vocab, dtype, leaf=True)],
-        moved=2 * inputs[0].nbytes,
-    )
+    return from_logits("token_logprobs", False, candidates, *shape)
+
+
+def cross_entropy(*shape: Any) -> list[Row]:
+    candidates: Candidates = {
+        "finefuse": (OURS, ff.cross_entropy),
+        "finefuse in place": (OURS, functools.partial(ff.cross_entropy, inplace=True)),
+        "torch.compile": (TORCH, peers.compiled(peers.cross_entropy)),
+        "eager": (TORCH, peers.cross_entropy),
+        "Liger": (LIGER_TRITON, peers.cross_entropy_liger),
+    }
+    return from_logits("cross_entropy", True, candidates, *shape)
 
 
 def calls(device: str) -> list[Row]:

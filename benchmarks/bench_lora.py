@@ -13,15 +13,14 @@ from typing import Any
 
 import finefuse as ff
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from . import peers
-from .measure import Row, Size, compare_outputs, forward
+from . import peers, roofline
+from .low_rank import BLOCKSIZE, QUICK_SIZE, RANK, SIZE, Made, Makers, Problem, trained
+from .measure import Row, Size, compare_outputs, forward, name_of, phases
 from .peers import BITSANDBYTES, OURS, PEFT, TORCH
 
-SIZE, QUICK_SIZE, RANK, ALPHA = 4096, 256, 16, 32
-BLOCKSIZE = 64
 # tokens, type, whether with a backward
 CASES = {
     "cpu": (
@@ -41,66 +40,20 @@ CASES = {
 }
 
 
-class Problem:
-    """A layer, its input and an upstream gradient."""
-
-    def __init__(self, device: str, tokens: int, size: int, dtype: torch.dtype) -> None:
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, device=device) / shape[-1] ** 0.5
-
-        self.weight = draw(size, size).to(dtype)
-        self.a, self.b = (
-            draw(*shape).to(dtype).requires_grad_() for shape in ((RANK, size), (size, RANK))
-        )
-        self.x = (draw(tokens, size) * size**0.5).to(dtype).requires_grad_()
-        self.dy = draw(tokens, size).to(dtype)
-        self.scale = ALPHA / RANK
-        self.moved = (size * size + 2 * tokens * size) * dtype.itemsize
-
-    def peft(self, base: nn.Module) -> nn.Module:
-        """PEFT's layer around a base layer, with these factors."""
-        from peft import LoraConfig, inject_adapter_in_model
-
-        holder = nn.Sequential(base)
-        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["0"])
-        inject_adapter_in_model(config, holder)
-        layer = holder[0]
-        with torch.no_grad():
-            for name, factor in (("lora_A", self.a), ("lora_B", self.b)):
-                module = getattr(layer, name)["default"]
-                module.weight = nn.Parameter(factor.detach().clone())
-        return layer
-
-    def linear(self) -> nn.Linear:
-        size = self.weight.shape[0]
-        layer = nn.Linear(size, size, bias=False, device="meta")
-        layer.weight = nn.Parameter(self.weight, requires_grad=False)
-        return layer
-
-
 def eager(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     h = functional.linear(x, a)
     return torch.addmm(functional.linear(x, weight), h, b.t(), alpha=scale)
-
-
-def with_backward(
-    p: Problem, function: Callable[[], Tensor], *leaves: Tensor
-) -> Callable[[], Tensor]:
-    """Forward, then the gradients of the leaves; dx, the first, is what is compared."""
-    return lambda: torch.autograd.grad(function(), leaves, p.dy)[0]
 
 
 def layer(device: str, tokens: int, size: int, dtype: torch.dtype, backward: bool) -> list[Row]:
     p = Problem(device, tokens, size, dtype)
     compiled = peers.compiled(eager)
 
-    def peft() -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
-        module = p.peft(p.linear())
-        factors = (module.lora_A["default"].weight, module.lora_B["default"].weight)
-        return (lambda: module(p.x)), factors
+    def peft() -> Made:
+        module = p.peft(peers.frozen_linear(p.weight))
+        return (lambda: module(p.x)), trained(module)
 
-    # function, what else has a gradient
-    makers: dict[str, tuple[str, Callable[[], Any]]] = {
+    makers: Makers = {
         "finefuse": (
             OURS,
             lambda: ((lambda: ff.lora_linear(p.x, p.weight, p.a, p.b, scale=p.scale)), (p.a, p.b)),
@@ -113,25 +66,20 @@ def layer(device: str, tokens: int, size: int, dtype: torch.dtype, backward: boo
         ),
         "PEFT": (PEFT, peft),
     }
-    if device == "cpu" and dtype is torch.float32 and not backward:
+    if roofline.takes_onednn(p.x) and not backward:
         makers["the bare product by oneDNN"] = (
             TORCH,
             lambda: (
-                lambda: torch.ops.mkldnn._linear_pointwise(p.x, p.weight, None, "none", [], ""), (),
+                lambda: roofline.onednn_product(p.x, p.weight), (),
             ),
         )  # fmt: skip
-    runs = {}
-    for name, make in peers.load(makers, device).items():
-        function, factors = make()
-        runs[name] = with_backward(p, function, p.x, *factors) if backward else forward(function)
-    x, w, a, b = (t.detach().double() for t in (p.x, p.weight, p.a, p.b))
-    dy = p.dy.double()
+    x, dy, w, a, b = p.double()
     truth = (
         dy @ w + p.scale * (dy @ b) @ a if backward else x @ w.t() + p.scale * (x @ a.t()) @ b.t()
     )
-    what = "forward + backward" if backward else "forward"
-    case = f"LoRA {tokens} x {size}x{size} rank {RANK} {str(dtype)[6:]}, {what}"
-    rows = compare_outputs(case, runs, truth, p.moved * (2 if backward else 1))
+    case = f"LoRA {tokens} x {size}x{size} rank {RANK} {name_of(dtype)}, {phases(backward)}"
+    moved = p.moved * (2 if backward else 1)
+    rows = compare_outputs(case, p.runs(makers, backward), truth, moved)
     for row in rows:
         if row.name.startswith("the bare"):
             row.error = None
@@ -139,54 +87,38 @@ def layer(device: str, tokens: int, size: int, dtype: torch.dtype, backward: boo
 
 
 def packed(tokens: int, size: int, dtype: torch.dtype) -> list[Row]:
-    """QLoRA: an NF4 base, forward and backward."""
+    """QLoRA: an NF4 base, forward and backward; the bare products, of y and dx, are of decoded weights."""
     p = Problem("cpu", tokens, size, dtype)
     q = ff.quantize(p.weight, blocksize=BLOCKSIZE)
+    decoded = ff.dequantize(q, torch.float32)
 
-    def bitsandbytes() -> Callable[[], Tensor]:
-        import bitsandbytes as bnb
+    def ours(weight: Any) -> Callable[[], Made]:
+        return lambda: (lambda: ff.lora_linear(p.x, weight, p.a, p.b, scale=p.scale), (p.a, p.b))
 
-        base = bnb.nn.Linear4bit(size, size, bias=False, quant_type="nf4", compute_dtype=dtype)
-        base.weight = bnb.nn.Params4bit(
-            p.weight.detach().clone(),
-            requires_grad=False,
-            quant_type="nf4",
-            compress_statistics=False,
-        )
-        module = p.peft(base.to("cpu"))
-        factors = (module.lora_A["default"].weight, module.lora_B["default"].weight)
-        return with_backward(p, lambda: module(p.x), p.x, *factors)
+    def bitsandbytes() -> Made:
+        module = p.peft(peers.linear4bit(p.weight, dtype))
+        return (lambda: module(p.x)), trained(module)
 
-    makers: dict[str, tuple[str, Callable[[], Any]]] = {
-        "finefuse": (
-            OURS,
-            lambda: with_backward(
-                p, lambda: ff.lora_linear(p.x, q, p.a, p.b, scale=p.scale), p.x, p.a, p.b
-            ),
-        ),
-        "finefuse, not quantised": (
-            OURS,
-            lambda: with_backward(
-                p, lambda: ff.lora_linear(p.x, p.weight, p.a, p.b, scale=p.scale), p.x, p.a, p.b
-            ),
-        ),
+    makers: Makers = {
+        "finefuse": (OURS, ours(q)),
+        "finefuse, not quantised": (OURS, ours(p.weight)),
     }
-    runs = {name: make() for name, make in peers.load(makers, "cpu").items()}
-    if peers.load({"PEFT and bitsandbytes": (PEFT, bitsandbytes)}, "cpu") and peers.load(
-        {"PEFT and bitsandbytes": (BITSANDBYTES, bitsandbytes)}, "cpu"
-    ):
-        runs["PEFT and bitsandbytes"] = bitsandbytes()
-    w, a, b = (t.detach().double() for t in (ff.dequantize(q, torch.float32), p.a, p.b))
-    dy = p.dy.double()
+    if peers.load({"PEFT and bitsandbytes": (BITSANDBYTES, bitsandbytes)}, "cpu"):
+        makers["PEFT and bitsandbytes"] = (PEFT, bitsandbytes)
+    runs = p.runs(makers, backward=True)
+    for_y = roofline.bare_product(p.x, decoded)
+    for_dx = roofline.bare_product(p.dy, decoded.t())
+    runs["the bare products"] = lambda: (for_y(), for_dx())[1]
+    _, dy, _, a, b = p.double()
     rows = compare_outputs(
-        f"QLoRA {tokens} x {size}x{size} NF4 rank {RANK} {str(dtype)[6:]}, forward + backward",
+        f"QLoRA {tokens} x {size}x{size} NF4 rank {RANK} {name_of(dtype)}, forward + backward",
         runs,
-        dy @ w + p.scale * (dy @ b) @ a,
+        dy @ decoded.double() + p.scale * (dy @ b) @ a,
         2 * p.moved,
     )
     for row in rows:
-        if row.name == "finefuse, not quantised":
-            row.error = None  # of another weight
+        if row.name in ("finefuse, not quantised", "the bare products"):
+            row.error = None  # of another weight, or without the update
     return rows
 
 
@@ -197,7 +129,7 @@ def half(tokens: int, size: int) -> list[Row]:
         name: forward(lambda q=q: ff.lora_linear(q.x, q.weight, q.a, q.b, scale=q.scale))
         for name, q in (("finefuse, float16", p), ("finefuse, float32", single))
     }
-    x, w, a, b = (t.detach().double() for t in (p.x, p.weight, p.a, p.b))
+    x, _, w, a, b = p.double()
     truth = x @ w.t() + p.scale * (x @ a.t()) @ b.t()
     rows = compare_outputs(f"LoRA {tokens} x {size}x{size} float16, forward", runs, truth, p.moved)
     rows[1].error = None
@@ -208,7 +140,9 @@ def group(device: str, tokens: int, size: int, dtype: torch.dtype) -> list[Row]:
     """q, k and v: three layers of one input, forward and backward, with dropout."""
     parts = [Problem(device, tokens, size, dtype) for _ in range(3)]
     x, dys, leaves = parts[0].x, [p.dy for p in parts], [t for p in parts for t in (p.a, p.b)]
-    layers = [p.peft(p.linear()) for p in parts] if peers.load({"": (PEFT, eager)}, device) else []
+    layers = []
+    if peers.load({"PEFT": (PEFT, eager)}, device):
+        layers = [p.peft(peers.frozen_linear(p.weight), lora_dropout=0.05) for p in parts]
 
     def together() -> list[Tensor]:
         return ff.lora_linear_group(
@@ -227,12 +161,10 @@ def group(device: str, tokens: int, size: int, dtype: torch.dtype) -> list[Row]:
         [functional.linear(x, p.weight) for p in parts], x, dys
     )[0]
     if layers:
-        for module in layers:
-            module.lora_dropout["default"] = nn.Dropout(0.05)
-        theirs = [m.weight for v in layers for m in (v.lora_A["default"], v.lora_B["default"])]
+        theirs = [weight for module in layers for weight in trained(module)]
         runs["PEFT"] = lambda: torch.autograd.grad([v(x) for v in layers], (x, *theirs), dys)[0]
     rows = compare_outputs(
-        f"LoRA of q, k and v {tokens} x {size}x{size} {str(dtype)[6:]}, forward + backward",
+        f"LoRA of q, k and v {tokens} x {size}x{size} {name_of(dtype)}, forward + backward",
         runs, torch.zeros_like(x, dtype=torch.float64), 6 * parts[0].moved,
     )  # fmt: skip
     for row in rows:

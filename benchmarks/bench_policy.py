@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from . import peers
-from .measure import Inputs, Row, Size, compare, compare_small, forward, gradient
-from .peers import LIGER_TRITON, OURS, TORCH, TRL, Loss
+from .measure import Inputs, Row, Size, compare, compare_small, forward, gradient, name_of
+from .peers import LIGER_TRITON, OURS, TORCH, TRL, Candidates, Loss
 
 # sequences, tokens, vocabulary, type
 PPO = {
@@ -96,7 +96,7 @@ def from_logits(
     name: str,
     ours: Callable[..., Loss],
     plain: Loss,
-    others: dict[str, tuple[str, Loss]],
+    others: Candidates,
     passes: int,
     device: str,
     batch: int,
@@ -104,19 +104,12 @@ def from_logits(
     vocab: int,
     dtype: torch.dtype,
 ) -> list[Row]:
-    runs = {
-        "finefuse": (OURS, ours()),
-        "finefuse in place": (OURS, ours(inplace=True)),
-        "torch.compile": (TORCH, peers.compiled(plain)),
-    }
-    if dtype is not torch.float32:
-        runs["torch.compile in float32"] = (TORCH, peers.compiled(peers.in_float32(plain)))
-    runs |= {"eager": (TORCH, plain), **others}
+    runs = peers.from_logits(ours, plain, others, dtype)
     sequences = name != "PPO + entropy"
     inputs = draw(device, batch, tokens, vocab, dtype, sequences)
     steps = {who: (needs, gradient(loss)) for who, (needs, loss) in runs.items()}
     return compare(
-        f"{name} {batch}x{tokens}x{vocab} {str(dtype).removeprefix('torch.')}, forward + backward",
+        f"{name} {batch}x{tokens}x{vocab} {name_of(dtype)}, forward + backward",
         peers.load(steps, device),
         inputs,
         truth=gradient(plain),
@@ -193,7 +186,7 @@ def advantages(device: str, batch: int, tokens: int) -> list[Row]:
 
 def run(device: str, size: Size) -> Iterator[list[Row]]:
     few = {"quick": (2, 32), "standard": (2, 256), "full": None}[size]
-    others: dict[str, tuple[str, Loss]] = {
+    others: Candidates = {
         "TRL": (TRL, peers.ppo(peers.scores_trl)),
         "Categorical": (TORCH, peers.ppo(peers.scores_categorical)),
     }

@@ -20,7 +20,19 @@ from finefuse.reference import preference as reference
 from torch import Tensor
 
 from . import peers
-from .measure import Inputs, Row, Run, Size, compare, compare_small, errors, forward, gradient
+from .measure import (
+    Inputs,
+    Row,
+    Run,
+    Size,
+    compare,
+    compare_small,
+    errors,
+    forward,
+    gradient,
+    name_of,
+    phases,
+)  # fmt: skip
 from .peers import LIGER, OURS, TORCH, TRL
 
 # sequences, tokens, vocabulary, type
@@ -76,7 +88,7 @@ def from_logits(
         targets = torch.randint(0, vocab, (batch, tokens), device=device)
         return logits.requires_grad_(leaf), targets, torch.randn(batch, device=device)
 
-    case = f"DPO {batch}x{tokens}x{vocab} {str(dtype).removeprefix('torch.')}"
+    case = f"DPO {batch}x{tokens}x{vocab} {name_of(dtype)}"
     for step, passes, leaf in steps:
         runs = {
             "finefuse": (OURS, step(ours)),
@@ -90,13 +102,28 @@ def from_logits(
             del runs["finefuse in place"]  # of the gradient
         inputs = draw(batch, tokens, leaf)
         yield compare(
-            f"{case}, forward{' + backward' if leaf else ''}",
+            f"{case}, {phases(leaf)}",
             peers.load(runs, device),
             inputs,
             truth=step(peers.dpo_eager),
             samples=[draw(2, 8, leaf) for _ in range(4)],
             moved=passes * inputs[0].nbytes,
         )
+
+
+Vectors = Callable[..., Tensor]  # of chosen, rejected, their references and more, to a loss
+
+
+def by_chosen(function: Vectors) -> Run:
+    """Forward and backward; the gradient of the chosen (by DPO that of the rejected is its negative)."""
+
+    def run(*v: Tensor) -> Tensor:
+        v[0].grad = v[1].grad = None
+        function(*v).backward()
+        assert v[0].grad is not None
+        return v[0].grad
+
+    return run
 
 
 def from_vectors(device: str, pairs: int) -> list[Row]:
@@ -107,26 +134,15 @@ def from_vectors(device: str, pairs: int) -> list[Row]:
     def fused(*v: Tensor) -> Tensor:
         return ff.preference_loss(*v).loss
 
-    def step(function: Callable[..., Tensor]) -> Run:
-        """The gradient of the chosen; that of the rejected is its negative."""
-
-        def run(*v: Tensor) -> Tensor:
-            v[0].grad = v[1].grad = None
-            function(*v).backward()
-            assert v[0].grad is not None
-            return v[0].grad
-
-        return run
-
     steps = {
-        "finefuse": (OURS, step(fused)),
-        "torch.compile": (TORCH, step(peers.compiled(peers.dpo_from_vectors))),
-        "eager": (TORCH, step(peers.dpo_from_vectors)),
-        "Liger": (LIGER, step(peers.dpo_from_vectors_liger)),
+        "finefuse": (OURS, by_chosen(fused)),
+        "torch.compile": (TORCH, by_chosen(peers.compiled(peers.dpo_from_vectors))),
+        "eager": (TORCH, by_chosen(peers.dpo_from_vectors)),
+        "Liger": (LIGER, by_chosen(peers.dpo_from_vectors_liger)),
     }
     case = f"DPO from vectors of {pairs}, forward + backward"
     runs = peers.load(steps, device)
-    return compare_small(case, runs, tuple(vectors), step(peers.dpo_from_vectors), calls=100)
+    return compare_small(case, runs, tuple(vectors), by_chosen(peers.dpo_from_vectors), calls=100)
 
 
 def exact(loss: str, *vectors: Tensor) -> list[Tensor]:
@@ -180,26 +196,11 @@ def every_loss_from_logits(
     samples = [draw(4, 8)]
     first = functools.partial(exact_from_logits, LOSSES[0])
     rows = compare(
-        f"every loss from logits {batch}x{tokens}x{vocab} {str(dtype).removeprefix('torch.')}, "
+        f"every loss from logits {batch}x{tokens}x{vocab} {name_of(dtype)}, "
         "forward + backward",
         runs, inputs, first, samples, 3 * inputs[0].nbytes,
     )  # fmt: skip
     return with_errors(rows, runs, exact_from_logits, samples)
-
-
-Vectors = Callable[..., Tensor]  # of chosen, rejected, their references and lengths, to a loss
-
-
-def by_chosen(function: Vectors) -> Run:
-    """Forward and backward; the gradient of the chosen."""
-
-    def run(*v: Tensor) -> Tensor:
-        v[0].grad = v[1].grad = None
-        function(*v).backward()
-        assert v[0].grad is not None
-        return v[0].grad
-
-    return run
 
 
 def vectors(device: str, pairs: int) -> Inputs:

@@ -18,14 +18,12 @@ import torch
 from torch import Tensor
 
 from . import peers
-from .measure import Row, Size, interleaved, peak_extra, timer
-from .peers import OURS, TORCH
+from .measure import Row, Size, interleaved, name_of, peak_extra, timer
+from .peers import OURS, TORCH, Candidates
 
 SHAPE = (4096, 14336)
 QUICK_SHAPE = (64, 1024)
 DTYPES = (torch.float32, torch.bfloat16)
-
-Candidates = dict[str, tuple[str, Callable[[], Tensor]]]
 
 
 def misplaced(keep: Tensor, score: Tensor, cut: Tensor, drop: int) -> tuple[float, int]:
@@ -107,7 +105,7 @@ def cases(weight: Tensor, norm: Tensor) -> Iterator[tuple[str, int, int, Tensor,
 def of_type(device: str, rows: int, columns: int, dtype: torch.dtype) -> Iterator[list[Row]]:
     weight = torch.randn(rows, columns, device=device).mul_(0.02).to(dtype)
     norm = torch.rand(columns, device=device) + 0.5
-    of = f"{rows}x{columns} {str(dtype).removeprefix('torch.')}"
+    of = f"{rows}x{columns} {name_of(dtype)}"
     for what, group, drop, score, options, others in cases(weight, norm):
         ours = {"finefuse": (OURS, functools.partial(ff.prune_mask, weight, **options))}
         runs = peers.load({**ours, **others}, device)

@@ -10,8 +10,7 @@ Bytes at least: the weight, x and y, every adapter that has rows, and as many ag
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import finefuse as ff
 import torch
@@ -19,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import peers
-from .measure import Row, Size, compare_outputs, forward
+from .low_rank import ALPHA, QUICK_SIZE, RANK, SIZE, Made, Makers, Problem
+from .measure import Row, Size, compare_outputs, name_of, phases
 from .peers import OURS, PEFT, TORCH
 
-SIZE, QUICK_SIZE, RANK, ALPHA, ADAPTERS = 4096, 256, 16, 32, 64
+ADAPTERS = 64
 # tokens, type, which rows have which adapter, whether with a backward
 CASES = {
     "cpu": (
@@ -72,28 +72,19 @@ def loop(
 def case(
     device: str, tokens: int, size: int, dtype: torch.dtype, kind: str, backward: bool
 ) -> list[Row]:
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device) / shape[-1] ** 0.5
-
-    weight, dy = draw(size, size).to(dtype), draw(tokens, size).to(dtype)
-    a, b = (
-        draw(*shape).to(dtype).requires_grad_()
-        for shape in ((ADAPTERS, RANK, size), (ADAPTERS, size, RANK))
-    )
-    x = (draw(tokens, size) * size**0.5).to(dtype).requires_grad_()
-    ids, scale = split(kind, tokens), ALPHA / RANK
+    p = Problem(device, tokens, size, dtype, adapters=ADAPTERS)
+    x, weight, a, b, scale = p.x, p.weight, p.a, p.b, p.scale
+    ids = split(kind, tokens)
     # each adapter's own parameters, as PEFT has them: a slice of a stack costs a gradient of all of it
     own = [[t.detach().clone().requires_grad_() for t in stack] for stack in (a, b)]
     present = {i: (ids == i).nonzero()[:, 0].to(device) for i in ids.unique().tolist()}
     adapter, names = ids.to(device), [str(i) for i in ids.tolist()]
 
-    def peft() -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
+    def peft() -> Made:
         from peft import LoraConfig, get_peft_model
 
-        linear = nn.Linear(size, size, bias=False, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
         config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["0"])
-        model = get_peft_model(nn.Sequential(linear), config, adapter_name="0")
+        model = get_peft_model(nn.Sequential(peers.frozen_linear(weight)), config, adapter_name="0")
         for i in range(1, ADAPTERS):
             model.add_adapter(str(i), config)
         layer = model.base_model.model[0].eval()
@@ -106,8 +97,7 @@ def case(
                         factors.append(part[str(i)].weight)
         return (lambda: layer(x, adapter_names=names)), tuple(factors)
 
-    # function, what else has a gradient
-    makers: dict[str, tuple[str, Callable[[], Any]]] = {
+    makers: Makers = {
         "finefuse": (
             OURS,
             lambda: (
@@ -124,25 +114,16 @@ def case(
         ),
         "PEFT": (PEFT, peft),
     }  # fmt: skip
-    runs = {}
-    for name, make in peers.load(makers, device).items():
-        function, factors = make()
-        if backward:
-            runs[name] = lambda f=function, leaves=factors: torch.autograd.grad(
-                f(), (x, *leaves), dy
-            )[0]
-        else:
-            runs[name] = forward(function)
-    x_, w_, dy_, a_, b_ = (t.detach().double() for t in (x, weight, dy, a, b))
+    x_, dy_, w_, a_, b_ = p.double()
     truth = dy_ @ w_ if backward else x_ @ w_.t()
     for i, rows in present.items():
         left, right = (dy_ @ b_[i], a_[i]) if backward else (x_ @ a_[i].t(), b_[i].t())
         truth[rows] += scale * left[rows] @ right
     moved = size * size + 2 * tokens * size + 2 * len(present) * RANK * size
-    what = "forward + backward" if backward else "forward"
     rows = compare_outputs(
-        f"{ADAPTERS} adapters, {kind}, {tokens} x {size}x{size} rank {RANK} {str(dtype)[6:]}, {what}",
-        runs, truth, moved * dtype.itemsize * (2 if backward else 1),
+        f"{ADAPTERS} adapters, {kind}, {tokens} x {size}x{size} rank {RANK} {name_of(dtype)}, "
+        f"{phases(backward)}",
+        p.runs(makers, backward), truth, moved * dtype.itemsize * (2 if backward else 1),
     )  # fmt: skip
     for row in rows:
         if row.name.startswith("the bare"):

@@ -29,8 +29,16 @@ def peers(rows: list[Cells]) -> list[Cells]:
 
 
 def of_limit(rows: list[Cells]) -> float | None:
-    """How near the first row comes to the limit: the bare products of the case where the table has them,
-    else the bandwidth of a copy."""
-    bare = [row["ms"] for row in rows if is_bare(row)]
-    limit: float | None = min(bare) / rows[0]["ms"] if bare else rows[0]["of_limit"]
-    return limit
+    """How near the first row comes to its limit: the bare products where the table has them, else the
+    bandwidth of a copy.
+
+    Bare products of few rows are no limit where they mostly wait for bytes (more than half of their time at
+    that bandwidth) and the first row moves fewer of them, packed.
+    """
+    bare, ours = min(filter(is_bare, rows), key=lambda row: row["ms"], default=None), rows[0]
+    bandwidth: float | None = ours["of_limit"]
+    if bare is None:
+        return bandwidth
+    if bandwidth and bare["moved_mb"] > ours["moved_mb"] and bare["of_limit"] > 0.5:
+        return bandwidth
+    return float(bare["ms"] / ours["ms"])

@@ -23,10 +23,8 @@ SITE = ROOT / "build/gpu/site"
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
 PACKAGES = (
     "pip", "torch", "triton", "numpy", "ml_dtypes", "scikit-build-core", "pybind11", "pytest",
-    "pytest-xdist", "hypothesis", "rich", "matplotlib",
+    "pytest-xdist", "hypothesis", "rich", "matplotlib", "jinja2",
 )  # fmt: skip
-
-
 SANITIZER = shutil.which("compute-sanitizer") or str(
     Path(NVCC).resolve().parent / "compute-sanitizer"
 )

@@ -94,6 +94,22 @@ def gradient(function: Callable[..., Tensor]) -> Run:
     return run
 
 
+def gradients(
+    function: Callable[[], Tensor], leaves: Sequence[Tensor], upstream: Tensor
+) -> Callable[[], Tensor]:
+    """Forward, then the gradients of the leaves; that of the first is what is compared."""
+    return lambda: torch.autograd.grad(function(), leaves, upstream)[0]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def phases(backward: bool) -> str:
+    """What a case is called."""
+    return "forward + backward" if backward else "forward"
+
+
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -150,23 +166,23 @@ def interleaved(
     `budget` seconds no further round begins, but four are run. A call of more than `slow` seconds, to
     which page faults matter little, has three turns of one run, the first in the warm-up.
     """
-    few = []
+    once = []  # which run once a turn
     for row, call in zip(rows, calls, strict=True):  # warm up, twice: the first may compile
         setup()
         call()
         setup()
         seconds = seconds_of(call)
-        few.append(seconds > slow)
-        if few[-1]:
+        once.append(seconds > slow)
+        if once[-1]:
             row.times.append(seconds)
     start, budget = time.perf_counter(), min(budget, most_seconds)
     for done in range(rounds):
         if done >= 4 and time.perf_counter() - start > budget:
             break
-        for row, call, once in zip(rows, calls, few, strict=True):
-            if once and done >= 2:
+        for row, call, alone in zip(rows, calls, once, strict=True):
+            if alone and done >= 2:
                 continue
-            if twice and not once:
+            if twice and not alone:
                 setup()
                 call()
             setup()
@@ -278,7 +294,7 @@ def compare(
 def compare_products(
     case: str,
     runs: dict[str, Loss],
-    bare: dict[str, Callable[[], Any]],
+    bare: Callable[[], Any],
     inputs: Inputs,
     truth: Loss,
     sample: Inputs,
@@ -286,7 +302,7 @@ def compare_products(
     turns: int = 9,
 ) -> list[Row]:
     """A case of functions on top of a linear layer: times also against `bare`, the products alone, the last
-    rows, of which the fastest counts.
+    row.
 
     The gradients of all inputs that need one are taken: first that of the hidden states, second, if it has
     one, the weight's. Where no input needs one the output alone counts. Memory is counted beyond the
@@ -312,15 +328,15 @@ def compare_products(
     calls: dict[str, Callable[[], Any]] = {
         name: functools.partial(results, function, inputs) for name, function in runs.items()
     }
-    calls |= bare
+    calls["the bare products"] = bare
     rows = [Row(case, name) for name in calls]
     rounds, budget = (30, 5.0) if device == "cuda" else (turns, 10.0)
     interleaved(rows, list(calls.values()), timer(device), rounds, budget, setup, slow=1.0)
-    fastest = min(statistics.median(row.times) for row in rows if row.name in bare)
+    seconds = statistics.median(rows[-1].times)
     gradients = sum(t.nbytes for t in leaves)
     for row in rows:
-        row.bare = fastest
-        if row.name in bare:
+        row.bare = seconds
+        if row is rows[-1]:
             continue
 
         def counted(count: Callable[[Callable[[], Any]], int | None], name: str) -> int | None:

@@ -21,6 +21,9 @@ from torch import Tensor
 from torch.nn import functional
 
 Loss = Callable[..., Tensor]
+Candidates = dict[
+    str, tuple[str, Callable[..., Any]]
+]  # what each needs, see `load`, and what is run
 
 
 def dpo_from_sums(sums: Tensor, ref: Tensor, beta: float) -> Tensor:
@@ -546,6 +549,44 @@ def dequantize_in_c(codes: Tensor, absmax: Tensor, out: Tensor, blocksize: int) 
     return out
 
 
+def frozen_linear(weight: Tensor) -> torch.nn.Linear:
+    rows, columns = weight.shape
+    layer = torch.nn.Linear(columns, rows, bias=False, device="meta")
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def linear4bit(weight: Tensor, compute_dtype: torch.dtype | None = None) -> torch.nn.Module:
+    """bitsandbytes' layer on the weight in NF4."""
+    import bitsandbytes as bnb
+
+    rows, columns = weight.shape
+    layer = bnb.nn.Linear4bit(
+        columns, rows, bias=False, quant_type="nf4", compute_dtype=compute_dtype
+    )
+    layer.weight = bnb.nn.Params4bit(
+        weight.clone(), requires_grad=False, quant_type="nf4", compress_statistics=False
+    )
+    return layer.to(weight.device)
+
+
+def from_logits(
+    ours: Callable[..., Loss],
+    plain: Loss,
+    others: Candidates,
+    dtype: torch.dtype,
+    inplace: bool = True,
+) -> Candidates:
+    """Who takes part in a loss from logits; `ours` makes our loss, `plain` is torch's own."""
+    found: Candidates = {"finefuse": (OURS, ours())}
+    if inplace:
+        found["finefuse in place"] = (OURS, ours(inplace=True))
+    found["torch.compile"] = (TORCH, compiled(plain))
+    if dtype is not torch.float32:
+        found["torch.compile in float32"] = (TORCH, compiled(in_float32(plain)))
+    return {**found, "eager": (TORCH, plain), **others}
+
+
 def compiled(function: Loss) -> Loss:
     """torch.compile at its best: fixed shapes, one graph."""
     torch._dynamo.reset()  # no limit on recompilations carried over from the case before
@@ -599,9 +640,7 @@ def under(backend: str, run: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def load(
-    candidates: dict[str, tuple[str, Callable[..., Any]]], device: str
-) -> dict[str, Callable[..., Any]]:
+def load(candidates: Candidates, device: str) -> dict[str, Callable[..., Any]]:
     """Those that can run, by name; each comes with what it needs, one of the names above."""
     found = {}
     for name, (needs, run) in candidates.items():

@@ -1,8 +1,8 @@
 """Tables of a run: on the terminal, as JSON, as Markdown and as a plot.
 
 A result is {"title", "machine", "runs": {name: {"limits", "tables"}}, …}: on a CPU all families or one, a run
-for each allocator; on a GPU one device, a run for each family. That of all families on a CPU, titled "cpu",
-has a page, too, and its first cases are README's table and plot.
+for each allocator; on a GPU one device, a run for each family. What holds all families has a page, too; the
+first cases of the CPU's, titled "cpu", are README's table and plot.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from . import candidates
+from .candidates import Cells
 
 Result = dict[str, Any]
-Cells = dict[str, Any]  # a row, as JSON holds it
 
 ALLOCATORS = {"default": "the default allocator", "huge": "huge pages for all (GLIBC_TUNABLES)"}
 TEXT, BLUE, GREY = "#7a7a7a", "#3b82f6", "#9a9a9a"  # alike on white and on GitHub's dark page
@@ -139,7 +139,9 @@ def show(rows: list[Cells]) -> None:
 
 
 def markdown(result: Result) -> str:
-    lines = [f"# Benchmarks: {result['title']}", "", result["machine"] + ".", "", LEGEND, ""]
+    where = [result["machine"], result.get("date"), result.get("commit")]
+    lines = [f"# Benchmarks: {result['title']}", "", "; ".join(filter(None, where)) + "."]
+    lines += ["", LEGEND, ""]
     tables = [rows for part in result["runs"].values() for rows in part["tables"]]
     if any(columns(rows) is COLUMNS_OF_PRODUCTS for rows in tables):
         lines += [LEGEND_OF_PRODUCTS, ""]
@@ -290,18 +292,19 @@ def plot_first_cases(result: Result, path: Path) -> None:
 
 
 def write(result: Result, path: Path) -> None:
-    """path.json, path.md and path.svg; of all families path.html, too, and where it is the project's own
-    result the figures in README.md."""
+    """path.json, path.md and path.svg; of a GPU and of all families on a CPU path.html, too, and where it
+    is the project's own result of these the figures in README.md."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(result))
-    written = ".json, .md, .svg"
-    if result["title"] == "cpu":
+    written, of_cpu = ".json, .md, .svg", result["title"] == "cpu"
+    if of_cpu or not ALLOCATORS.keys() >= result["runs"].keys():
         from . import page
 
         path.with_suffix(".html").write_text(page.html(result))
-        plot_first_cases(result, path.with_suffix(".svg"))
         written += f"; the page: {path.with_suffix('.html').resolve()}"
+    if of_cpu:
+        plot_first_cases(result, path.with_suffix(".svg"))
         if path == Path(__file__).parent / "results/cpu":
             write_readme(result, README)
     else:

@@ -1,13 +1,16 @@
-"""What this machine can do, measured in the run that quotes it: memory bandwidth and product rates."""
+"""What this machine can do, measured in the run that quotes it: memory bandwidth, product rates, and the
+fastest form of one product."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 import torch
-from finefuse import _C
+from finefuse import _C, _matmul
+from torch import Tensor
 
 from .measure import timer
 
@@ -64,7 +67,31 @@ def products(device: str, quick: bool) -> Work:
         "float32": (lambda: torch.mm(x, w), 2.0 * n**3),
         "bfloat16": (lambda: torch.mm(x16, w16), 2.0 * few**3),
     }
-    if device == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        linear = torch.ops.mkldnn._linear_pointwise
-        work["float32 oneDNN"] = (lambda: linear(x, w, None, "none", [], ""), 2.0 * n**3)
+    if takes_onednn(x):
+        work["float32 oneDNN"] = (lambda: onednn_product(x, w), 2.0 * n**3)
     return work
+
+
+def takes_onednn(x: Tensor) -> bool:
+    return x.is_cpu and x.dtype is torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_product(a: Tensor, b: Tensor) -> Tensor:
+    """a (M, K) · b (N, K)ᵀ by oneDNN, which is not what torch takes for float32."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+
+def torch_product(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b.t())
+
+
+def bare_product(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
+    """a (M, K) · b (N, K)ᵀ in the form that is the fastest here: by either library, as it stands or turned,
+    as (b · aᵀ)ᵀ, which few rows of a may prefer. A type whose own product crawls is widened beforehand."""
+    dtype, seconds = _matmul.product_dtype(a), timer(a.device.type)
+    a, b = a.detach().to(dtype), b.detach().to(dtype)
+    forms: list[Callable[[], Tensor]] = []
+    for product in (torch_product, onednn_product) if takes_onednn(a) else (torch_product,):
+        forms.append(functools.partial(product, a, b))
+        forms.append(lambda product=product: product(b, a).t())
+    return min(forms, key=lambda form: min(seconds(form) for _ in range(2)))

@@ -13,7 +13,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx-mathjax-offline"]
 root_doc = "docs/index"
 include_patterns = ["*.md", "docs/*.md", "benchmarks/results/*.md"]
 exclude_patterns = [".*", "build", "out", "shared"]
-myst_enable_extensions = ["dollarmath"]
+myst_fence_as_directive = ["math"]  # as GitHub has formulas: no character in them is Markdown
 myst_heading_anchors = 3
 
 html_theme = "furo"

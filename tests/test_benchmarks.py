@@ -130,6 +130,7 @@ def test_markdown_has_every_row(result: dict[str, Any]) -> None:
             for made in rows:
                 assert f"| {made['name']} | " in text
     assert text.count("### a loss") == 2
+    assert "a machine; 2026-01-02." in text
 
 
 def test_plot_of_the_first_cases(result: dict[str, Any], tmp_path: Path) -> None:
@@ -151,6 +152,22 @@ def test_old_results_are_read(tmp_path: Path) -> None:
             made.pop("times_ms", None)
     report.write(old, tmp_path / "bandit")
     assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".md", ".svg"}
+
+
+def test_a_gpu_has_a_page(result: dict[str, Any], tmp_path: Path) -> None:
+    limits, tables = result["runs"]["default"].values()
+    families = {rows[0]["family"]: [] for rows in tables}
+    for rows in tables:
+        families[rows[0]["family"]].append(rows)
+    runs = {family: {"limits": limits, "tables": found} for family, found in families.items()}
+    report.write({**result, "title": "A GPU 100", "runs": runs}, tmp_path / "a-gpu-100")
+    assert {p.name for p in tmp_path.iterdir()} == {
+        f"a-gpu-100.{kind}" for kind in ("json", "md", "svg", "html")
+    }
+    page = (tmp_path / "a-gpu-100.html").read_text()
+    assert "<h1>finefuse benchmarks: A GPU 100</h1>" in page
+    assert "make gpu" in page
+    assert "data-show=" not in page  # nothing to choose: one run of each family
 
 
 def test_versions_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

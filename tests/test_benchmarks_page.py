@@ -225,6 +225,19 @@ def test_page_of_a_gpu_is_one_run_of_all_families():
     assert "make gpu" in " ".join(found.words)
 
 
+def test_the_limit_of_packed_weights():
+    ours = row("f", "c", "finefuse", 10.0, moved_mb=10.0)
+    product = row("f", "c", "the bare product", 8.0, moved_mb=70.0)
+    assert candidates.of_limit([ours]) == 0.6  # of the bandwidth
+    # many rows: arithmetic bounds both; the fastest product counts
+    slow = {**product, "ms": 9.0, "of_limit": 0.9}
+    assert candidates.of_limit([ours, slow, {**product, "of_limit": 0.1}]) == 0.8
+    # few rows: reading the weight bounds the product, and ours reads fewer bytes
+    assert candidates.of_limit([ours, {**product, "ms": 30.0, "of_limit": 0.9}]) == 0.6
+    # as many bytes: the product is the limit, whatever bounds it
+    assert candidates.of_limit([{**ours, "moved_mb": 70.0}, {**product, "of_limit": 0.9}]) == 0.8
+
+
 def test_peers_are_others_that_do_the_case():
     rows = [row("f", "c", n, ms) for n, ms in (
         ("finefuse", 5), ("TRL", 4), ("finefuse in place", 1), ("the bare product", 2), ("bare", 2),

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.M)
 # ```pycon or ```Python would not be run, and nobody would know.
-LANGUAGES = {"", "sh", "text", "python", "{eval-rst}", "{toctree}"}
+LANGUAGES = {"", "sh", "text", "python", "math", "{eval-rst}", "{toctree}"}
 TOLERANCE = 2  # units of the last digit that is shown: other versions have other random numbers
 
 
@@ -175,6 +175,9 @@ def test_fences(page):
     assert {block[1] for block in FENCE.finditer(text)} <= LANGUAGES
     assert "```" not in FENCE.sub("", text), (
         "a fence that is not closed, or not at the line's beginning"
+    )
+    assert "$$" not in text, (
+        "formulas in ```math: in $$ GitHub takes some of their characters for Markdown"
     )
 
 
