@@ -81,7 +81,7 @@ def test_eager_differentiates_twice():
             assert torch.autograd.gradgradcheck(f, (x,))
 
 
-def test_eager_under_compile(counter):
+def test_eager_under_compile():
     """The choice is seen while compiling: plain operations in the graph, no op of ours."""
     x, y = torch.randn(3, 5), torch.tensor([1, 2, 4])
     graphs = []
