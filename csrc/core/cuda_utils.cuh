@@ -34,8 +34,21 @@ __device__ __forceinline__ float exp2_fast(float x) {
 }
 __device__ __forceinline__ double exp2_fast(double x) { return exp2(x); }
 
+__device__ __forceinline__ float log2_fast(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;  // 2^-22 absolutely, or relatively where the result is larger
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return log2f(x);
+#endif
+}
+__device__ __forceinline__ double log2_fast(double x) { return log2(x); }
+
 __device__ __forceinline__ float max_of(float a, float b) { return fmaxf(a, b); }  // not NaN
 __device__ __forceinline__ double max_of(double a, double b) { return fmax(a, b); }
+__device__ __forceinline__ float min_of(float a, float b) { return fminf(a, b); }  // not NaN
+__device__ __forceinline__ double min_of(double a, double b) { return fmin(a, b); }
 
 template <class A> constexpr A kLowest = static_cast<A>(-3.4028234663852886e38);
 template <> inline constexpr double kLowest<double> = -1.7976931348623157e308;

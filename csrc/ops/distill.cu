@@ -100,20 +100,6 @@ template <class T> __device__ bool begin_row(const Distill& a, int64_t r, const 
 
 // ---- one column ---------------------------------------------------------------------------------
 
-__device__ __forceinline__ float log2_fast(float x) {
-#if defined(__CUDA_ARCH__)
-  float y;  // 2^-22 absolutely, or relatively where the result is larger
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return log2f(x);
-#endif
-}
-__device__ __forceinline__ double log2_fast(double x) { return log2(x); }
-
-__device__ __forceinline__ float min_of(float a, float b) { return fminf(a, b); }  // not NaN
-__device__ __forceinline__ double min_of(double a, double b) { return fmin(a, b); }
-
 // log2(p/m) and log2(q/m), given log2(q/p), which may be infinite, or NaN where p = q = 0.
 template <class A> struct Mixture {
   A p, q;

@@ -36,14 +36,7 @@ template <class T> void token_logprobs_t(const TokenLogprobs& a) {
         row = row_logprob(s, load_scalar(z + y), a.temperature);
         lse = row.ref * inverse_t + row.log_sum;
       }
-      a.logprobs.set(r, row.logp);
-      if (a.lse) a.lse.set(r, lse);
-      if (a.entropy) a.entropy.set(r, row.entropy);
-      if (a.saved != nullptr) {
-        a.saved[r] = row.ref;
-        a.saved[rows + r] = row.log_sum;
-        if (a.entropy) a.saved[2 * rows + r] = row.entropy;
-      }
+      put_row(a, r, row, lse);
     }
   });
 }

@@ -22,7 +22,7 @@ namespace {
 
 template <class T, bool kEntropy>
 __global__ void FF_ROW_BOUNDS token_logprobs_kernel(const TokenLogprobs a) {
-  const int64_t rows = a.shape.rows, vocab = a.shape.vocab, r = blockIdx.x, y = a.targets[r];
+  const int64_t vocab = a.shape.vocab, r = blockIdx.x, y = a.targets[r];
   const double inverse_t = 1.0 / a.temperature;
   double lse = 0.0;
   RowLogprob row{};
@@ -39,15 +39,7 @@ __global__ void FF_ROW_BOUNDS token_logprobs_kernel(const TokenLogprobs a) {
       lse = row.ref * inverse_t + row.log_sum;
     }
   }
-  if (threadIdx.x != 0) return;
-  a.logprobs.set(r, row.logp);
-  if (a.lse) a.lse.set(r, lse);
-  if (a.entropy) a.entropy.set(r, row.entropy);
-  if (a.saved != nullptr) {
-    a.saved[r] = row.ref;
-    a.saved[rows + r] = row.log_sum;
-    if (a.entropy) a.saved[2 * rows + r] = row.entropy;
-  }
+  if (threadIdx.x == 0) put_row(a, r, row, lse);
 }
 
 template <class T, bool kEntropy>

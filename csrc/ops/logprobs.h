@@ -19,6 +19,17 @@ struct TokenLogprobs {
   Place place;
 };
 
+// What row r leaves.
+FF_TABLE void put_row(const TokenLogprobs& a, int64_t r, const RowLogprob& row, double lse) {
+  a.logprobs.set(r, row.logp);
+  if (a.lse) a.lse.set(r, lse);
+  if (a.entropy) a.entropy.set(r, row.entropy);
+  if (a.saved == nullptr) return;
+  a.saved[r] = row.ref;
+  a.saved[a.shape.rows + r] = row.log_sum;
+  if (a.entropy) a.saved[2 * a.shape.rows + r] = row.entropy;
+}
+
 // dz = (1/T)·[g·(1[y] - p) - h·p·(log p + H) + l·p]
 struct TokenLogprobsBackward {
   LogitsShape shape;
