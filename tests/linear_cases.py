@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import finefuse as ff
 import numpy as np
 import torch
-from finefuse import _linear_logprobs, _linear_loss, _linear_preference
+from finefuse import _linear_gradients, _linear_loss, _linear_preference
 from finefuse.reference import linear as reference
 from logprobs_cases import eager_stats
 from tolerances import as_float64
@@ -235,7 +235,7 @@ def use_chunks(patch, size):
         counts.append(count)
         return max(min(size, count), 1)
 
-    for module in (_linear_logprobs, _linear_preference):
+    for module in (_linear_gradients, _linear_preference):
         patch.setattr(module, "chunk_rows", rows)
     return counts
 

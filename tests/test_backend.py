@@ -219,6 +219,7 @@ def test_auto_table_and_architectures():
     }.items():  # fmt: skip
         assert _backend._covers(built, *device) is runs, device
     assert not _backend._covers("90a-real", 9, 1)
+    assert _backend._covers("100a-real,103a-real", 10, 3)  # the first of its major is not the last
     assert _backend._covers("90", 10, 0)
     assert _backend._covers("80-virtual", 8, 6)
     assert _backend._covers("all-major", 9, 0)

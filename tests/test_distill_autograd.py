@@ -131,6 +131,29 @@ def test_double_backward_and_forward_mode_raise():
             ff.distill_loss(x, teacher)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_in_place_with_a_teacher_in_the_same_memory(kind, reduction):
+    """Rows that overlap, and two halves of the same rows."""
+    rows, halves = torch.randn(7, 33), torch.randn(6, 64)
+    for memory, student, teacher in (
+        (rows, slice(1, None), slice(None, -1)),
+        (rows.clone(), slice(None, -1), slice(1, None)),
+        (halves, (slice(None), slice(32)), (slice(None), slice(32, None))),
+    ):
+        apart = memory.clone()[student].clone().requires_grad_()
+        want = ff.distill_loss(apart, memory.clone()[teacher], kind=kind, reduction=reduction)
+        want.sum().backward()
+        shared = memory.clone().requires_grad_()
+        x = (shared * 1.0)[student]
+        x.retain_grad()
+        t = x._base[teacher].detach()
+        got = ff.distill_loss(x, t, kind=kind, reduction=reduction, inplace=True)
+        got.sum().backward()
+        assert torch.equal(got, want)
+        assert torch.equal(x.grad, apart.grad)
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpoint(use_reentrant):
     student, teacher = make(5, 300)

@@ -114,15 +114,30 @@ KERNELS_BELOW = {
 SHARED = {"._matmul", "._linear_loss", "._codebook_tensor", "._codebooks"}
 
 # The losses from hidden states, a file a family, behind `linear`: what each builds on beside SHARED.
-_HEAD = {"._linear_head", "._linear_logprobs"}
+_HEAD = {"._linear_head", "._linear_gradients", "._linear_logprobs"}
 LINEAR = {
-    "_linear_head": {".codebook", "._low_rank"},
+    "_linear_head": {".codebook"},
+    "_linear_gradients": {".logprobs"},
     "_linear_parallel": {"._linear_head"},
     # and the fused kernel's size of its scratch, when it is launched
-    "_linear_logprobs": {"._linear_head", "._linear_parallel", ".logprobs", ".kernels.linear"},
+    "_linear_logprobs": {*_HEAD, "._linear_parallel", ".logprobs", ".kernels.linear"},
     "_linear_policy": {*_HEAD, ".logprobs", ".policy"},
     "_linear_preference": {*_HEAD, ".logprobs", ".preference", "._preference_pairs"},
     "_linear_distill": {*_HEAD, ".logprobs", ".distill"},
+}
+
+
+# The floors below: what each file builds on. (What the low-rank layers share stands on `codebook`.)
+FLOORS = {
+    "_backend": {"."},
+    "_op": {".", "._args"},
+    "_matmul": set(),
+    "_linear_loss": {".", "._matmul"},  # the driver knows no loss
+    "_codebooks": {"._args"},
+    "_codebook_tensor": {".", "._codebooks"},
+    "_low_rank": {".", "._args.lora", "._codebook_tensor", "._op", ".codebook"},
+    "numpy/_array": {"..", ".._args"},
+    "numpy/_low_rank": {"..", ".._args.lora", "._array", ".codebook"},
 }
 
 
@@ -164,9 +179,7 @@ def test_imports_run_downhill():
     for name, stem in BEHIND.items():
         local = {i for i in imports(ROOT / f"python/finefuse/{name}.py") if i.startswith(".")}
         assert local <= {".", *args_of(stem, "._args"), "._op", ".eager"}, name
-    for path in (ROOT / "python/finefuse/_args").glob(
-        "*.py"
-    ):  # a family's checks are on those of all
+    for path in (ROOT / "python/finefuse/_args").glob("*.py"):  # on those of all, no other's
         assert {i for i in imports(path) if i.startswith(".")} <= {"."}, path
     assert {p.stem for p in (ROOT / "python/finefuse").glob("_linear_*.py")} == {
         "_linear_loss", *LINEAR,
@@ -175,9 +188,15 @@ def test_imports_run_downhill():
         if path.stem not in ("linear", *LINEAR, *MODULES):
             above = {i.rpartition(".")[2] for i in imports(path) if i.startswith(".")}
             assert not above & set(LINEAR), path
-    path = ROOT / "python/finefuse/_linear_loss.py"  # the driver knows no loss
-    local = {i for i in imports(path) if i.startswith(".")}
-    assert local <= {".", "._matmul"}
+    for name, below in FLOORS.items():
+        local = {i for i in imports(ROOT / f"python/finefuse/{name}.py") if i.startswith(".")}
+        assert local <= below, name
+    for path in (ROOT / "python/finefuse/eager").glob("*.py"):
+        below = {f".{stem}" for stem in ("codebook", *KERNELS_BELOW.get(path.stem, ()))}
+        local = {i for i in imports(path) if i.startswith(".")}
+        assert local <= {".", ".._codebooks", *args_of(path.stem, ".._args"), *below}, path
+    placed = {*stems(), *LINEAR, *BEHIND, *MODULES, *FLOORS, "__init__", "__main__"}
+    assert {p.stem for p in (ROOT / "python/finefuse").glob("*.py")} <= placed
     for name, below in MODULES.items():
         local = {i for i in imports(ROOT / f"python/finefuse/{name}.py") if i.startswith(".")}
         assert local <= below | {"._args"}, name

@@ -614,6 +614,28 @@ def test_checkpoint(use_reentrant):
             assert torch.equal(a.grad, b.grad)
 
 
+def test_create_graph_under_checkpointing():
+    """A gradient that may be differentiated again, of activations that are recomputed: these can be read
+    once. Ops of several families, each with a backward of its own."""
+    logits, targets = make(9, 300)
+    q = ff.quantize(torch.randn(300, 300))
+    a, b, weight = torch.randn(4, 300), torch.randn(300, 4), torch.randn(300, 300)
+    for function in (
+        lambda x: ff.cross_entropy(x * 1.0, targets),
+        lambda x: ff.token_logprobs(x * 1.0, targets).sum(),
+        lambda x: ff.distill_loss(x * 1.0, weight[:9]),
+        lambda x: ff.codebook_linear(x * 1.0, q).square().sum(),
+        lambda x: ff.lora_linear(x * 1.0, weight, a, b).square().sum(),
+    ):
+        x, y = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+        out = torch.utils.checkpoint.checkpoint(function, x, use_reentrant=False)
+        (got,) = torch.autograd.grad(out, x, create_graph=True)
+        (want,) = torch.autograd.grad(function(y), y)
+        assert torch.equal(got, want)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            got.sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_loss_scaling(dtype):
     """A loss scaler's factor must reach small gradients before they are rounded to 16 bits.

@@ -459,6 +459,7 @@ def test_wrong_arguments():
         (ValueError, "iterations: -1; allowed", lambda: ffn.learn_codebook(x, iterations=-1)),
         (ValueError, "x: shape .*all finite", lambda: ffn.learn_codebook(np.zeros(0))),
         (ValueError, "x: shape .*all finite", lambda: ffn.learn_codebook(np.array([1, np.inf]))),
+        (ValueError, "x: shape .*all finite", lambda: ffn.learn_codebook(np.array([1, 1e300]))),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             call()

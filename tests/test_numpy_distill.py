@@ -144,6 +144,14 @@ def test_layouts_and_where_the_gradient_goes():
     loss, dz = ffn.distill_loss(x, teacher, kind="jsd", return_grad=True, grad_out=x)
     assert dz is x
     assert_same((loss, dz), want)
+    for here, there in ((slice(1, None), slice(None, -1)), (slice(None, -1), slice(1, None))):
+        memory = student.copy()  # of which the gradient overwrites the teacher
+        want_of = ffn.distill_loss(student[here], teacher[here], return_grad=True)
+        memory[there] = teacher[here]
+        got = ffn.distill_loss(
+            student[here].copy(), memory[there], return_grad=True, grad_out=memory[here]
+        )
+        assert_same(got, want_of)
     cube = ffn.distill_loss(
         student.reshape(3, 4, 90), teacher.reshape(3, 4, 90), kind="jsd", return_grad=True
     )

@@ -191,3 +191,14 @@ def test_wrong_arguments():
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             ffn.lora_linear(*args, **options)
+    q = ffn.quantize(np.ones((4, 4), np.float32))
+    wide = np.ones((2, 32768), np.float32)
+    lies = ffn.CodebookArray(q.codes, q.absmax, q.code, (32768, 32768), q.dtype, q.blocksize, "nf4")
+    one = np.ones((1, 32768), np.float32)
+    with pytest.raises(ValueError, match="codes: "):
+        ffn.lora_linear(wide, lies, one, one.T)
+    with pytest.raises(ValueError, match="codes: "):
+        ffn.lora_linear_segmented(wide, lies, one[None], one.T[None], np.zeros(2, np.int64))
+    for scale in ("1", [1.0], None):
+        with pytest.raises(TypeError, match="scale: a number"):
+            ffn.lora_linear_segmented(x, w, a[None], b[None], np.zeros(3, np.int64), scale=scale)

@@ -1,4 +1,4 @@
-# The bindings of csrc/bindings/ops.h and module.cpp. An array is a torch tensor, a NumPy array or None.
+# The bindings of csrc/bindings/<stem>.h and module.cpp. An array is a torch tensor, a NumPy array or None.
 from typing import Any
 
 def isa() -> str: ...

@@ -1,4 +1,4 @@
-# The same functions as _C, from csrc/bindings/ops.h, on CUDA tensors.
+# The same functions as _C, from csrc/bindings/<stem>.h, on CUDA tensors.
 from typing import Any
 
 architectures: str

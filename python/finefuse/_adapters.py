@@ -42,10 +42,12 @@ class ModuleToSave(nn.Module, _passes.Holder):
         return super().train(mode)
 
     def add_adapter(self, name: str) -> None:
+        """A trained copy of this name, from the module as it was."""
         self.modules_to_save[name] = copy.deepcopy(self.original_module)
         self.set_adapter(name)
 
     def set_adapter(self, name: str | None, trains: Collection[str] | None = None) -> None:
+        """The copy of this name runs (None: the module as it was); `trains`: the names whose copies train."""
         self.active = name
         for key, module in self.modules_to_save.items():
             wanted = key == name if trains is None else key in trains
@@ -53,12 +55,15 @@ class ModuleToSave(nn.Module, _passes.Holder):
                 parameter.requires_grad_(wanted and _trains(parameter))
 
     def enable(self) -> None:
+        """The copy that was set runs again."""
         self.enabled = True
 
     def disable(self) -> None:
+        """The module as it was runs, whichever copy is set."""
         self.enabled = False
 
     def current(self) -> nn.Module:
+        """What runs: a copy or the module as it was."""
         if self.active is None or not self.enabled:
             return self.original_module
         return self.modules_to_save[self.active]
@@ -207,9 +212,12 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def _strings(name: str, value: Any) -> list[str]:
-    if isinstance(value, str) or not all(isinstance(v, str) and v for v in value):
+    names: list[Any] = [None]
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        names = list(value)
+    if not all(isinstance(v, str) and v for v in names):
         raise TypeError(f"{name}: names, not {value!r}")
-    return list(value)
+    return names
 
 
 # ---- wrapping --------------------------------------------------------------------------------------

@@ -19,13 +19,14 @@ from ._args.policy import (
     check_group_size,
 )
 from ._op import (
+    WIDE,
     accumulator,
     composite,
     contiguous,
     float_tensor,
     is_compiling,
     kernel,
-    mask_tensor,
+    mask_of,
     once_differentiable,
     raw_op,
     runs_eagerly,
@@ -39,17 +40,6 @@ from .eager import policy as _eager
 _VALUE_LOSS = kernel("policy", "value_loss")
 _GROUP_ADVANTAGES = kernel("policy", "group_advantages")
 _GAE = kernel("policy", "gae")
-
-WIDE = (torch.float32, torch.float64)
-
-
-def mask_of(mask: Any, name: str, like: Tensor, shape: torch.Size) -> Tensor | None:
-    """bool, of that shape, on the device of `like`, which the caller gave as `name`."""
-    mask = mask_tensor(mask)
-    if mask is not None and mask.shape != shape:
-        raise ValueError(f"mask: shape {tuple(mask.shape)}; allowed: {tuple(shape)}")
-    same_device("mask", mask, name, like)
-    return mask
 
 
 def _real(name: str, value: Any) -> Tensor:

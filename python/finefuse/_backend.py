@@ -68,7 +68,7 @@ def backend(name: str) -> Iterator[None]:
             ...
 
     Args:
-        name: "auto" (the default: CPU kernels for CPU tensors, the faster of CUDA and Triton for GPU
+        name: "auto" (the default: CPU kernels for CPU tensors, CUDA or Triton kernels for GPU
             tensors, plain torch operations where there is no kernel), "cpu", "cuda", "triton" (on a
             CPU in Triton's interpreter, where TRITON_INTERPRET=1), or "eager": plain torch operations on
             any device, differentiable any number of times.
@@ -256,9 +256,11 @@ def _covers(architectures: str, major: int, minor: int) -> bool:
         if not digits.isdecimal():  # "none"
             continue
         built = divmod(int(digits), 10)
-        if form != "virtual" and built[0] == major and built[1] <= minor:
-            return not number.endswith("a") or built[1] == minor
-        if form != "real" and built <= (major, minor) and not number.endswith("a"):
+        alone = number.endswith("a")  # code of one device
+        same_or_older = built[1] == minor or (built[1] < minor and not alone)
+        if form != "virtual" and built[0] == major and same_or_older:
+            return True
+        if form != "real" and built <= (major, minor) and not alone:
             return True  # PTX, which the driver compiles
     return False
 
@@ -298,8 +300,6 @@ def launch(stem: str, name: str, first: Any, args: tuple[Any, ...]) -> None:
         )
     if missing := _missing(where):
         raise RuntimeError(f"backend {where!r}: {missing}")
-    if AUTO[stem] == ("eager",):
-        raise RuntimeError(f"backend {where!r} has no kernel for {stem}.{name}")
     flags = _flags.get(device)
     if flags is None:
         flags = _make_flags(device)

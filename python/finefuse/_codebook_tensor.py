@@ -410,6 +410,10 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
 # ---- what ops take ------------------------------------------------------------------------------
 
 
+# In the place of a dense weight's `fields`.
+NO_FIELDS = (None, None, None, None, None, None, 0, 0)
+
+
 def fields(q: CodebookTensor) -> Fields:
     return (
         q.codes, q.code, q.absmax, q.nested_code, q.nested_absmax, q.nested_offset, q.nested_blocksize,

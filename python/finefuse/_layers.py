@@ -227,7 +227,7 @@ class LoRALinear(_Linear, _passes.Holder, _groups.Member):
     Weight and bias are parameters without gradient, lora_A[name] (rank, in), lora_B[name] (out, rank) and
     lora_magnitude_vector[name] (out,), which is m, train. They are float32 where the weight is of 16 bits or
     packed, else of its type; `.to(dtype)` changes all. Initialised as PEFT does: A as the weight of a
-    torch.nn.Linear, B zero, m the norms that are there. They cost a pass over the weight at each forward.
+    torch.nn.Linear, B zero, m the norms that are there. Norms cost a pass over the weight each forward.
 
     Its state dict has the weight's and the bias's own keys (those of `CodebookLinear` for a packed
     weight) and "lora_A.<name>", "lora_B.<name>", "lora_magnitude_vector.<name>".
@@ -428,7 +428,9 @@ class LoRALinear(_Linear, _passes.Holder, _groups.Member):
         """
         name = self.active
         if self.merged is not None or name is None or not self.enabled:
-            raise RuntimeError(f"merge: merged={self.merged!r}, active={name!r}, {self.enabled=}")
+            raise RuntimeError(
+                f"merge: merged={self.merged!r}, active={name!r}, enabled={self.enabled}"
+            )
         norm = None
         if self.adapters[name].dora:
             norm = dora_norm(self.weight, self.lora_A[name], self.lora_B[name], self.scaling[name])

@@ -11,22 +11,23 @@ from torch import Tensor
 
 from ._args import REDUCTIONS, check_index, choice, require
 from ._args.distill import DISTILL_KINDS, check_distill_numbers, check_vocab_size, distill_vocab
-from ._linear_head import HEAD, HEAD_ARGUMENTS, call_of, check_head, check_targets, head_of
-from ._linear_logprobs import (
+from ._linear_gradients import (
     GRADIENTS,
     WANTED,
     gradients_fake,
-    hand_out,
-    keep,
     made_in_forward,
     reduced,
     rows_of,
+    save_gradients,
+    scaled_gradients,
     weights_of,
 )
+from ._linear_head import HEAD, HEAD_ARGUMENTS, call_of, check_head, head_of
 from ._linear_loss import Rows, part_of, put, walk
 from ._op import (
     INDEX_DTYPES,
     accumulator,
+    check_targets,
     composite,
     index_tensor,
     is_compiling,
@@ -57,7 +58,6 @@ def _check_rows(hidden: Tensor, args: Sequence[Any]) -> None:
     head, teacher, teacher_head, mask, targets, _, _ = _split(args)
     check_head(hidden, head, "student_hidden")
     check_head(teacher, teacher_head, "teacher_hidden")
-    same_device("teacher_hidden", teacher, "student_hidden", hidden)
     for name, value in (("teacher_hidden", teacher), ("mask", mask), ("targets", targets)):
         if value is None:
             continue
@@ -164,7 +164,7 @@ class _Distill(torch.autograd.Function):
         # numbers, which are 0-d tensors while compiling, and None where a tensor stands
         ctx.others = [None if x is None or _is_array(x) else x for x in args]
         ctx.places = [i for i, x in enumerate(args) if _is_array(x)]
-        keep(ctx, [args[i] for i in ctx.places], made)
+        save_gradients(ctx, [args[i] for i in ctx.places], made)
         return loss
 
     @staticmethod
@@ -181,10 +181,10 @@ class _Distill(torch.autograd.Function):
             *_, mask, targets, _, (_, _, _, ignore_index, _) = _split(rest)
             return counted(hidden, mask, targets, ignore_index), -100
 
-        def again(*saved: Any) -> Any:
+        def recompute(*saved: Any) -> Any:
             return _BACKWARD(g, *arguments(*saved), *ctx.needs_input_grad[:3])
 
-        return (*hand_out(ctx, g, rows, again), *(None,) * (len(ctx.others) - 3))
+        return (*scaled_gradients(ctx, g, rows, recompute), *(None,) * (len(ctx.others) - 3))
 
 
 def _is_array(x: Any) -> bool:
@@ -219,7 +219,7 @@ def linear_distill_loss(
     For "mean" and "sum" all gradients are made in the forward, while a chunk of both models' logits is
     there: 6·N·H·V operations for the student (4·N·H·V where its weight is frozen) and 2·N·H'·V' for the
     teacher, which has no gradient. For "none", in float16 and under checkpointing the backward makes the
-    logits again: 2·N·(H·V + H'·V') more. Memory: the gradients and one chunk of each.
+    logits recompute: 2·N·(H·V + H'·V') more. Memory: the gradients and one chunk of each.
 
     Args:
         student_hidden, student_weight, student_bias, softcap: as in `linear_token_logprobs`.
@@ -257,7 +257,7 @@ def linear_distill_loss(
     numbers = (scalar("beta", beta), scalar("temperature", temperature), scalar("alpha", alpha))
     check_index("ignore_index", ignore_index)
     if targets is not None:
-        targets = index_tensor("targets", targets, student_hidden)
+        targets = index_tensor("targets", targets, "student_hidden", student_hidden)
     mask = mask_tensor(mask)
     if not is_compiling():
         check_distill_numbers(*numbers, targets is not None)

@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 
 from ._args import check_index, require
-from ._codebook_tensor import CodebookTensor, check_fields, fields
+from ._codebook_tensor import NO_FIELDS, CodebookTensor, check_fields, fields
 from ._linear_loss import Head, dense_panels
-from ._low_rank import NO_FIELDS
 from ._matmul import product_dtype
-from ._op import DTYPES, float_tensor, index_tensor, is_compiling, same_device, scalar
+from ._op import (
+    DTYPES,
+    autocast_dtype,
+    float_tensor,
+    index_tensor,
+    is_compiling,
+    same_device,
+    scalar,
+)
 from .codebook import decoded_rows, dequantize, first_rows
 
 # Of a raw op, after hidden (N, H): a weight (V, H), dense or packed; a softcap of infinity is none.
@@ -102,7 +109,7 @@ class HeadCall(NamedTuple):
             raise ValueError(
                 f"{name}: shape {tuple(hidden.shape)}; allowed: {(*self.shape, width)}"
             )
-        if torch.is_autocast_enabled(hidden.device.type):
+        if autocast_dtype(hidden) is not None:
             hidden = hidden.to(self.hidden.dtype)
         if hidden.dtype is not self.hidden.dtype:
             raise TypeError(f"{name}: dtype {hidden.dtype}; hidden has {self.hidden.dtype}")
@@ -110,7 +117,7 @@ class HeadCall(NamedTuple):
 
     def indices(self, name: str, value: Any, ignore_index: int) -> Tensor:
         """Targets or actions, one for each of the hidden states, in their shape."""
-        value = index_tensor(name, value, self.hidden)
+        value = index_tensor(name, value, "hidden", self.hidden)
         if value.shape != self.shape:
             raise ValueError(
                 f"{name}: shape {tuple(value.shape)}; hidden is {(*self.shape, self.hidden.shape[1])}: "
@@ -155,12 +162,9 @@ def call_of(
         float_tensor(names[2], bias)
     if packed is None and weight.dtype not in DTYPES:
         float_tensor(names[1], weight)
-    device = hidden.device.type
-    autocast = (
-        device != "meta" and torch.is_autocast_enabled(device) and hidden.dtype is not torch.float64
-    )
-    if autocast:
-        hidden = hidden.to(torch.get_autocast_dtype(device))
+    autocast = autocast_dtype(hidden)
+    if autocast is not None:
+        hidden = hidden.to(autocast)
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"{names[1]}: shape {tuple(weight.shape)}; allowed: (V, H), not empty")
     if hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1]:
@@ -184,7 +188,7 @@ def call_of(
         else:
             values = first_rows(values, rows, weight.shape[1])
     if packed is None and weight.dtype is not hidden.dtype:
-        if not autocast:
+        if autocast is None:
             raise TypeError(f"{names[1]}: dtype {weight.dtype}; {names[0]} has {hidden.dtype}")
         weight = weight.to(hidden.dtype)
     cap: Any = float("inf")
@@ -203,16 +207,3 @@ def call_of(
         shape=shape,
         packed=packed,
     )
-
-
-def check_targets(targets: Tensor, vocab: Any, ignore_index: int, name: str = "targets") -> None:
-    """On a CPU, before anything is computed; a GPU's kernels, and those of a graph, flag a bad row."""
-    if is_compiling() or not targets.is_cpu:
-        return
-    bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
-    if bad.any():
-        i = int(bad.flatten().nonzero()[0])
-        raise ValueError(
-            f"{name}: element {i} is {int(targets.flatten()[i])}; allowed are 0 to {vocab - 1} and "
-            f"ignore_index ({ignore_index})"
-        )

@@ -17,6 +17,18 @@ from ._args import (
     choice,
     require,
 )
+from ._linear_gradients import (
+    GRADIENTS,
+    WANTED,
+    gradients_fake,
+    made_in_forward,
+    only_wanted,
+    reduced,
+    rows_of,
+    save_gradients,
+    scaled_gradients,
+    weights_of,
+)
 from ._linear_head import (
     HEAD,
     HEAD_ARGUMENTS,
@@ -24,46 +36,34 @@ from ._linear_head import (
     HeadCall,
     call_of,
     check_head,
-    check_targets,
     head_of,
 )
 from ._linear_loss import (
     Gradients,
-    Head,
     Rows,
-    chunk_rows,
-    chunks,
-    gradient_shapes,
     part_of,
     put,
-    rows_that_count,
     walk,
 )
 from ._op import (
     INDEX_DTYPES,
     accumulator,
+    check_targets,
     composite,
-    gradient_in_forward,
     is_compiling,
     once_differentiable,
     raw_op,
     row_gradient,
     runs_eagerly,
     scalar,
-    scalar_gradient,
     wants_gradient,
 )
 from .eager import logprobs as _eager
 from .logprobs import (
-    SCALE,
     cross_entropy_rows,
     logprobs_rows,
     logprobs_rows_backward,
-    sequence_logprobs,
 )
-
-WANTED = "bool want_hidden, bool want_weight, bool want_bias"
-GRADIENTS = "Tensor, Tensor, Tensor"
 
 
 def check_rows(hidden: Tensor, targets: Tensor, name: str = "targets") -> None:
@@ -71,43 +71,6 @@ def check_rows(hidden: Tensor, targets: Tensor, name: str = "targets") -> None:
         raise TypeError(f"{name}: dtype {targets.dtype}; allowed: int64, int32")
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"{name}: shape {tuple(targets.shape)}; allowed: ({hidden.shape[0]},)")
-
-
-def rows_of(
-    head: Head, keep: Tensor, hidden: Tensor, *others: Tensor, row: int = 0
-) -> tuple[tuple[Tensor, ...], list[Rows]]:
-    """(hidden states, the rows that count in chunks); row: other numbers of a row than its logits."""
-    counted, given = rows_that_count(keep, hidden, *others)
-    count = len(hidden) if counted is None else len(counted)
-    size = chunk_rows(
-        count, head.vocab * (2 if head.capped else 1) + row, head.dtype, hidden.is_cpu
-    )
-    return given, chunks(counted, count, size)
-
-
-def weights_of(
-    g: Tensor | None, counts: Tensor, dtype: torch.dtype, reduction: int
-) -> tuple[Tensor, Tensor]:
-    """(a row's share of the loss, float64; the upstream gradient of each row's loss) of rows that count (N,);
-    g: upstream, (N,) for "none", else one; None: 1."""
-    share = torch.ones((), dtype=torch.float64, device=counts.device)
-    if reduction == 2:
-        share = share / counts.sum().clamp(min=1)
-    if g is not None and reduction == 0:
-        by_row = row_gradient("g", g, counts, dtype)
-        assert by_row is not None
-        return share, by_row
-    upstream = share if g is None else share * scalar_gradient(g, counts, dtype).reshape(())
-    return share, upstream.to(dtype).expand(len(counts))
-
-
-def reduced(losses: Tensor, share: Tensor, reduction: int) -> Tensor:
-    """Added in order, whatever the number of threads."""
-    return losses if reduction == 0 else share * sequence_logprobs(losses)
-
-
-def gradients_fake(hidden: Tensor, vocab: Any, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
-    return tuple(hidden.new_empty(shape) for shape in gradient_shapes(hidden, vocab, wanted))
 
 
 # ---- token log-probabilities: raw ops ----------------------------------------------------------
@@ -157,8 +120,8 @@ def _statistics(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
 def _fused(hidden: Tensor, head_args: Sequence[Any]) -> bool:
     """Whether the Triton kernel runs that keeps tiles of logits on chip: by choice, with a dense weight."""
     return (
-        _backend.in_force() == "triton"
-        and head_args[0] is not None
+        head_args[0] is not None
+        and _backend.resolve("linear", hidden.device, _backend.in_force()) == "triton"
         and hidden.dtype in NARROW
         and hidden.numel() > 0
     )
@@ -233,12 +196,8 @@ _SHARD = _linear_parallel.Ops(_statistics, functools.partial(_backward, partial=
 # ---- token log-probabilities: autograd and the public function ---------------------------------
 
 
-def given(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    return [x if want else None for x, want in zip(gradients, wanted, strict=True)]
-
-
 class _TokenLogprobs(torch.autograd.Function):
-    """Nothing of the size of the logits is kept: the backward makes them again, chunk by chunk."""
+    """Nothing of the size of the logits is kept: the backward makes them recompute, chunk by chunk."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Any, bias: Any, *rest: Any) -> Any:
@@ -261,7 +220,7 @@ class _TokenLogprobs(torch.autograd.Function):
         gradients = BACKWARD(
             g, h, l, hidden, weight, bias, *codes, *ctx.numbers, targets, *ctx.options, *wanted
         )
-        return (*given(gradients, wanted), *nothing)
+        return (*only_wanted(gradients, wanted), *nothing)
 
 
 def linear_token_logprobs(
@@ -283,7 +242,7 @@ def linear_token_logprobs(
         lp = z[y]/T - lse,    lse = log Σ_v e^{z[v]/T},    H = lse - Σ_v p[v]·z[v]/T
 
     The logits of a chunk of rows are made, reduced to their statistics and overwritten by those of the
-    next; the backward makes them again, in place of which it puts their gradient. Work: 2·N·H·V forward,
+    next; the backward makes them recompute, in place of which it puts their gradient. Work: 2·N·H·V forward,
     and 2·N·H·V backward for the logits, for the gradient of hidden, and for that of the weight where it has
     one. Rows that are ignored are not multiplied. Memory: the gradients and one chunk.
 
@@ -462,41 +421,6 @@ _CE_BACKWARD = raw_op(
 )
 
 
-def made_in_forward(hidden: Tensor) -> bool:
-    """As `gradient_in_forward`, and while compiling too: the gradients are outputs of the op there."""
-    return gradient_in_forward(hidden) or (is_compiling() and hidden.dtype is not torch.float16)
-
-
-def keep(ctx: Any, tensors: Sequence[Tensor | None], made: Sequence[Tensor]) -> None:
-    """For `hand_out`: the tensors that the backward reads, and the gradients, if the forward made them."""
-    ctx.gradients = None if is_compiling() else made
-    ctx.count, ctx.backend = len(tensors), _backend.chosen
-    ctx.save_for_backward(*tensors, *(made if is_compiling() else ()))
-
-
-def hand_out(ctx: Any, g: Tensor, counted: Any, again: Any) -> list[Tensor | None]:
-    """The gradients that the forward made, times g; those that again(*saved) makes where it made none, and
-    the second time. counted(*saved): (targets, ignore_index) of the rows that have one."""
-    gradients, ctx.gradients = ctx.gradients, None
-    wanted = ctx.needs_input_grad[:3]
-    saved = ctx.saved_tensors  # once: under checkpointing there is no second time
-    tensors = saved[: ctx.count]
-    gradients = gradients or saved[ctx.count :]
-    if not gradients:
-        return given(again(*tensors), wanted)
-    if is_compiling():
-        wide = accumulator(gradients[0].dtype)
-        return given([(x.to(wide) * g).to(x.dtype) for x in gradients], wanted)
-    dx, dw, db = gradients
-    if wanted[0]:
-        targets, ignore_index = counted(*tensors)
-        SCALE(dx, targets, g, ignore_index)
-    for x in (dw, db.view(1, -1)):
-        if x.numel():
-            SCALE(x, torch.zeros(x.shape[0], dtype=torch.int32, device=x.device), g, -100)
-    return given(gradients, wanted)
-
-
 class _CrossEntropy(torch.autograd.Function):
     """With a scalar loss the gradients are made in the forward: see `linear_cross_entropy`."""
 
@@ -507,22 +431,22 @@ class _CrossEntropy(torch.autograd.Function):
             loss, *made = _CE_FORWARD_BACKWARD(*args, *ctx.needs_input_grad[:3])
         else:
             loss = _CE_FORWARD(*args)
-        keep(ctx, (hidden, weight, bias, *rest[:6], rest[10]), made)
+        save_gradients(ctx, (hidden, weight, bias, *rest[:6], rest[10]), made)
         ctx.numbers, ctx.options = rest[6:10], rest[11:]
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
-        def counted(*saved: Any) -> tuple[Tensor, int]:
+        def rows_with_gradient(*saved: Any) -> tuple[Tensor, int]:
             return saved[9], ctx.options[2]
 
-        def again(*saved: Any) -> Any:
+        def recompute(*saved: Any) -> Any:
             return _CE_BACKWARD(
                 g, *saved[:9], *ctx.numbers, saved[9], *ctx.options, *ctx.needs_input_grad[:3]
             )
 
-        return (*hand_out(ctx, g, counted, again), *(None,) * 15)
+        return (*scaled_gradients(ctx, g, rows_with_gradient, recompute), *(None,) * 15)
 
 
 def linear_cross_entropy(
@@ -544,7 +468,7 @@ def linear_cross_entropy(
 
     For "mean" and "sum" all gradients are made in the forward, while a chunk of logits is there: 6·N·H·V
     operations in all (4·N·H·V where the weight is frozen); the backward only scales them where the upstream
-    gradient is not 1. For "none", in float16 and under checkpointing the backward makes the logits again:
+    gradient is not 1. For "none", in float16 and under checkpointing the backward makes the logits recompute:
     8·N·H·V. Memory: the gradients and one chunk.
 
     Args:

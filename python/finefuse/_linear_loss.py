@@ -7,7 +7,7 @@
 
 A *row kernel* is a function of (z, rows): it reads the logits z (m, V) of these rows of the batch, keeps
 what it wants of them, and returns whether it has left their gradient in their place. The driver knows no
-loss; the losses (`linear.py`) know no products.
+loss; the losses (`_linear_<family>.py`) know no products.
 """
 
 from __future__ import annotations

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from . import _backend
 from ._args import require
-from ._linear_head import HEAD_ARGUMENTS, HeadCall, check_targets
+from ._linear_head import HEAD_ARGUMENTS, HeadCall
 from ._linear_loss import Gradients
-from ._op import accumulator, once_differentiable, wants_gradient
+from ._op import accumulator, check_targets, once_differentiable, wants_gradient
 
 
 class Shard(NamedTuple):

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._args import check_temperature, require
-from ._args.policy import IMPORTANCE, POLICY_REDUCTIONS
-from ._linear_head import HEAD, HEAD_ARGUMENTS, call_of, check_head, check_targets, head_of
-from ._linear_logprobs import (
-    BACKWARD,
+from ._args import check_temperature
+from ._linear_gradients import (
     GRADIENTS,
     WANTED,
     gradients_fake,
-    hand_out,
-    keep,
     made_in_forward,
     rows_of,
-    token_logprobs_of,
+    save_gradients,
+    scaled_gradients,
 )
+from ._linear_head import HEAD, HEAD_ARGUMENTS, call_of, check_head, head_of
+from ._linear_logprobs import BACKWARD, token_logprobs_of
 from ._linear_loss import Rows, part_of, put, walk
 from ._op import (
     accumulator,
+    check_targets,
     composite,
     is_compiling,
     once_differentiable,
@@ -39,6 +37,7 @@ from .policy import (
     FLOATS,
     TOKENS,
     PolicyOutput,
+    check_one_pass,
     check_tokens,
     mean_entropy,
     policy_of_rows,
@@ -84,10 +83,7 @@ def _forward_backward(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     )
     coefficients = _vectors(hidden, *args)[-1]
     head = head_of(hidden, head_args)
-    check_temperature(temperature)
-    require(-inf < entropy_coef < inf, "entropy_coef", entropy_coef, "finite")
-    require(numbers[9] == IMPORTANCE["token"], "importance", numbers[9], "0 (token): one pass")
-    require(numbers[-1] != POLICY_REDUCTIONS["none"], "reduction", numbers[-1], "1 to 5: one pass")
+    check_one_pass(temperature, entropy_coef, numbers[8:])
     check_targets(actions, head.vocab, ignore_index, "actions")
     shape, flat = actions.shape, actions.reshape(-1)
     counts = flat != ignore_index
@@ -141,7 +137,7 @@ class _Policy(torch.autograd.Function):
         loss, metrics, *made, coefficients = _FORWARD_BACKWARD(
             hidden, weight, bias, *rest, *ctx.needs_input_grad[:3]
         )
-        keep(ctx, (hidden, weight, bias, *rest[:6], rest[10], coefficients), made)
+        save_gradients(ctx, (hidden, weight, bias, *rest[:6], rest[10], coefficients), made)
         ctx.numbers, (ctx.temperature, ctx.entropy_coef) = rest[6:10], rest[16:18]
         ctx.ignore_index, ctx.arguments = rest[-1], len(rest)
         ctx.mark_non_differentiable(metrics)
@@ -155,10 +151,10 @@ class _Policy(torch.autograd.Function):
         if g is None:
             return (None, None, None, *nothing)
 
-        def counted(*saved: Any) -> tuple[Tensor, int]:
+        def rows_with_gradient(*saved: Any) -> tuple[Tensor, int]:
             return saved[9].reshape(-1), ctx.ignore_index
 
-        def again(*saved: Any) -> Any:
+        def recompute(*saved: Any) -> Any:
             *head, actions, coefficients = saved
             by_lp, by_entropy = coefficients * g
             bonus = isinstance(ctx.entropy_coef, Tensor) or ctx.entropy_coef != 0.0
@@ -167,7 +163,7 @@ class _Policy(torch.autograd.Function):
                 ctx.temperature, ctx.ignore_index, *ctx.needs_input_grad[:3],
             )  # fmt: skip
 
-        return (*hand_out(ctx, g, counted, again), *nothing)
+        return (*scaled_gradients(ctx, g, rows_with_gradient, recompute), *nothing)
 
 
 def linear_policy_loss(
@@ -209,7 +205,7 @@ def linear_policy_loss(
     forward, while a chunk of logits is there: 6·N·H·V operations in all for N tokens that count
     (4·N·H·V where the weight is frozen). Where a ratio is a sequence's (`gspo`, `luspo`, `rloo`, `vespo`,
     importance="sequence"), with reduction="none", in float16 and under checkpointing the backward makes
-    the logits again: 8·N·H·V. Memory: the gradients and one chunk.
+    the logits recompute: 8·N·H·V. Memory: the gradients and one chunk.
 
     Args:
         hidden: (…, T, H) or, with `cu_seqlens`, (tokens, H). hidden, weight, bias, softcap: as in

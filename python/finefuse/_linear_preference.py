@@ -11,21 +11,21 @@ from torch import Tensor
 
 from ._args import check_temperature
 from ._args.preference import INPUT_NAMES, PREFERENCE_NUMBERS, check_halves
-from ._linear_head import HEAD, HEAD_ARGUMENTS, call_of, check_head, check_targets, head_of
-from ._linear_logprobs import (
-    BACKWARD,
+from ._linear_gradients import (
     GRADIENTS,
     WANTED,
     gradients_fake,
-    hand_out,
-    keep,
     made_in_forward,
     rows_of,
-    token_logprobs_of,
+    save_gradients,
+    scaled_gradients,
 )
+from ._linear_head import HEAD, HEAD_ARGUMENTS, call_of, check_head, head_of
+from ._linear_logprobs import BACKWARD, token_logprobs_of
 from ._linear_loss import Gradients, Rows, chunk_rows, part_of, put, walk
 from ._op import (
     accumulator,
+    check_targets,
     composite,
     float_tensor,
     is_compiling,
@@ -196,7 +196,7 @@ class _Preference(torch.autograd.Function):
         *outputs, dx, dw, db, by_lp = _FORWARD_BACKWARD(
             hidden, weight, bias, *rest, *ctx.needs_input_grad[:3]
         )
-        keep(ctx, (hidden, weight, bias, *rest[:6], rest[10], by_lp), (dx, dw, db))
+        save_gradients(ctx, (hidden, weight, bias, *rest[:6], rest[10], by_lp), (dx, dw, db))
         ctx.numbers, ctx.options, ctx.arguments = rest[6:10], (rest[20], rest[-1]), len(rest)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
@@ -209,17 +209,17 @@ class _Preference(torch.autograd.Function):
         if g is None:
             return (None, None, None, *nothing)
 
-        def counted(*saved: Any) -> tuple[Tensor, int]:
+        def rows_with_gradient(*saved: Any) -> tuple[Tensor, int]:
             return saved[9].reshape(-1), ctx.options[1]
 
-        def again(*saved: Any) -> Any:
+        def recompute(*saved: Any) -> Any:
             *head, targets, by_lp = saved
             return BACKWARD(
                 (by_lp * g).to(by_lp.dtype), None, None, *head, *ctx.numbers, targets.reshape(-1),
                 *ctx.options, *ctx.needs_input_grad[:3],
             )  # fmt: skip
 
-        return (*hand_out(ctx, g, counted, again), *nothing)
+        return (*scaled_gradients(ctx, g, rows_with_gradient, recompute), *nothing)
 
 
 def linear_preference_loss(

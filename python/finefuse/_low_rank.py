@@ -11,8 +11,8 @@ from torch import Tensor
 
 from . import _backend, _matmul
 from ._args.lora import check_dropout, check_lora_shapes, dropout_numbers
-from ._codebook_tensor import CodebookTensor, check_fields, fields
-from ._op import DTYPES, accumulator, float_tensor, kernel, same_device, scalar
+from ._codebook_tensor import NO_FIELDS, CodebookTensor, check_fields, fields
+from ._op import DTYPES, accumulator, autocast_dtype, float_tensor, kernel, same_device, scalar
 from .codebook import dequantize, packed_product
 
 _SHRINK = kernel("lora", "lora_shrink")
@@ -261,7 +261,6 @@ WEIGHT = (
     "Tensor? weight, Tensor? codes, Tensor? code, Tensor? absmax, Tensor? nested_code, "
     "Tensor? nested_absmax, Tensor? nested_offset, int nested_blocksize, int blocksize"
 )
-NO_FIELDS = (None, None, None, None, None, None, 0, 0)
 
 
 def check_call(
@@ -384,9 +383,8 @@ def call_of(x: Any, weight: Any, bias: Any, dropout: Any) -> Call:
         raise TypeError("x: a tensor of numbers, not a CodebookTensor")
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: a tensor, not {type(weight).__name__}")
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x = x.to(dtype)
         if not isinstance(weight, CodebookTensor) and weight.dtype is not torch.float64:
             weight = weight.to(dtype)

@@ -55,6 +55,7 @@ _LIB = torch.library.Library("finefuse", "DEF")
 
 DTYPES = {getattr(torch, name): number for name, number in _args.DTYPES.items()}
 INDEX_DTYPES = (torch.int64, torch.int32)
+WIDE = (torch.float32, torch.float64)
 
 get_num_threads = torch.get_num_threads
 _grad_enabled = torch.is_grad_enabled
@@ -197,6 +198,23 @@ class _OnceOnly(torch.autograd.Function):
         raise RuntimeError("finefuse: ops are once_differentiable; their gradient has no gradient")
 
 
+class _Read:
+    """A backward's ctx whose saved tensors are read already: where activations are recomputed
+    (checkpointing) that can be done once."""
+
+    __slots__ = ("_ctx", "saved_tensors")
+
+    def __init__(self, ctx: Any) -> None:
+        object.__setattr__(self, "_ctx", ctx)
+        object.__setattr__(self, "saved_tensors", ctx.saved_tensors)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._ctx, name, value)
+
+
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A backward that is not differentiated itself: under create_graph a second one raises.
 
@@ -214,6 +232,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
                 return wrapper(ctx, *grads)
         if not _grad_enabled():
             return backward(ctx, *grads)
+        ctx = _Read(ctx)
         sources = [t for t in (*grads, *ctx.saved_tensors) if isinstance(t, Tensor)]
         with torch.no_grad():
             outputs = list(backward(ctx, *grads))
@@ -241,7 +260,7 @@ _ON_CPU = ("auto", "cpu")
 
 
 def kernel(stem: str, name: str) -> Callable[..., None]:
-    """A stem's kernel of this name, called where its first argument is; see csrc/bindings/ops.h.
+    """A stem's kernel of this name, called where its first argument is; see csrc/bindings/<stem>.h.
 
     The last argument of all, threads or stream, is added here.
     """
@@ -301,12 +320,20 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
     return False
 
 
-def index_tensor(name: str, value: Any, logits: Tensor) -> Tensor:
-    """Targets or actions as int64 or int32; smaller integers are widened, anything else refused."""
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The type in which autocast, as in torch.nn.functional.linear, wants products of x; None: its own."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype is torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def index_tensor(name: str, value: Any, other_name: str, other: Tensor) -> Tensor:
+    """Indices as int64 or int32; smaller integers are widened, anything else refused."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: a tensor of integers, not {type(value).__name__}")
-    if not (value.is_cpu and logits.is_cpu):
-        same_device(name, value, "logits", logits)
+    if not (value.is_cpu and other.is_cpu):
+        same_device(name, value, other_name, other)
     dtype = value.dtype
     if dtype is torch.int64 or dtype is torch.int32:
         return value
@@ -322,6 +349,15 @@ def mask_tensor(mask: Any) -> Tensor | None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask: a tensor, not {type(mask).__name__}")
     return mask if mask.dtype is torch.bool else mask != 0
+
+
+def mask_of(mask: Any, name: str, like: Tensor, shape: torch.Size) -> Tensor | None:
+    """bool, of that shape, on the device of `like`, which the caller gave as `name`."""
+    mask = mask_tensor(mask)
+    if mask is not None and mask.shape != shape:
+        raise ValueError(f"mask: shape {tuple(mask.shape)}; allowed: {tuple(shape)}")
+    same_device("mask", mask, name, like)
+    return mask
 
 
 def contiguous(*tensors: Tensor | None) -> list[Any]:
@@ -390,6 +426,34 @@ def check_rows(logits: Tensor, targets: Tensor, name: str = "targets") -> None:
     if targets.dtype not in INDEX_DTYPES:
         raise TypeError(f"{name}: dtype {targets.dtype}; allowed: int64, int32")
     check_row_shapes(logits.shape, targets.shape, name)
+
+
+def check_targets(targets: Tensor, vocab: Any, ignore_index: int, name: str = "targets") -> None:
+    """On a CPU, before anything is computed; a GPU's kernels, and those of a graph, flag a bad row."""
+    if is_compiling() or not targets.is_cpu:
+        return
+    bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
+    if bad.any():
+        i = int(bad.flatten().nonzero()[0])
+        raise ValueError(
+            f"{name}: element {i} is {int(targets.flatten()[i])}; allowed are 0 to {vocab - 1} and "
+            f"ignore_index ({ignore_index})"
+        )
+
+
+def may_share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether the memory that they span meets."""
+
+    def span(t: Tensor) -> tuple[int, int]:
+        if t.is_contiguous():
+            return t.data_ptr(), t.data_ptr() + t.nbytes
+        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+
+    if a.numel() == 0 or b.numel() == 0 or a.is_meta or b.is_meta:
+        return False
+    (begin, end), (first, last) = span(a), span(b)
+    return first < end and begin < last
 
 
 # ---- gradients ----------------------------------------------------------------------------------

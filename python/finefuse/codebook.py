@@ -28,11 +28,13 @@ from ._codebooks import (
 from ._matmul import PANEL_BYTES, workspace
 from ._op import (
     DTYPES,
+    autocast_dtype,
     composite,
     consumed,
     float_tensor,
     is_compiling,
     kernel,
+    may_share_memory,
     once_differentiable,
     raw_op,
     runs_eagerly,
@@ -68,7 +70,7 @@ def _quantize(x: Tensor, code: Tensor, rule: int, blocksize: int) -> tuple[Tenso
     if code.dtype is not torch.float32:
         raise TypeError(f"code: dtype {code.dtype}; allowed: float32")
     same_device("code", code, "x", x)
-    _check_quantize(x, code, rule, blocksize)
+    _check_quantize(code, rule, blocksize)
     codes, absmax = _quantize_fake(x, code, rule, blocksize)
     _QUANTIZE(
         x.contiguous(), DTYPES[x.dtype], x.numel(), code.contiguous(), code.numel(), rule, blocksize,
@@ -77,7 +79,7 @@ def _quantize(x: Tensor, code: Tensor, rule: int, blocksize: int) -> tuple[Tenso
     return codes, absmax
 
 
-def _check_quantize(x: Tensor, code: Tensor, rule: int, blocksize: int) -> None:
+def _check_quantize(code: Tensor, rule: int, blocksize: int) -> None:
     check_blocksize("blocksize", blocksize)
     if code.ndim != 1 or int(code.numel()) not in BITS:
         raise ValueError(f"code: shape {tuple(code.shape)}; allowed: (4, 8, 16 or 256,)")
@@ -103,7 +105,7 @@ _QUANTIZE_FORWARD = raw_op(
 def _quantized(x: Tensor, code: Tensor, rule: int, blocksize: int) -> tuple[Tensor, Tensor]:
     x = x.float() if x.dtype is torch.float64 else x
     if runs_eagerly("codebook", x):
-        _check_quantize(x, code, rule, blocksize)
+        _check_quantize(code, rule, blocksize)
         return _eager.quantize(x, code, rule, blocksize)
     return _QUANTIZE_FORWARD(x, code, rule, blocksize)
 
@@ -323,22 +325,10 @@ def _check_memory(out: Tensor, q: CodebookTensor) -> None:
     """Raise where writing `out` would change what is read, or some of `out` twice."""
     if not out.is_contiguous() and overlaps(out.shape, out.stride()):
         raise ValueError("out: its elements share memory")
-
-    def span(t: Tensor) -> tuple[int, int]:
-        if t.is_contiguous():
-            return t.data_ptr(), t.data_ptr() + t.nbytes
-        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-        return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
-
-    if out.numel() == 0 or out.is_meta:
-        return
-    begin, end = span(out)
     for name in ("codes", "absmax", "code", "nested_code", "nested_absmax"):
         part = getattr(q, name)
-        if part is not None:
-            first, last = span(part)
-            if first < end and begin < last:
-                raise ValueError(f"out: shares memory with q.{name}")
+        if part is not None and may_share_memory(out, part):
+            raise ValueError(f"out: shares memory with q.{name}")
 
 
 def _check_weight(name: str, q: Any) -> None:
@@ -573,9 +563,9 @@ def _linear(x: Tensor, values: Fields, rows: Any, columns: Any, bias: Tensor | N
     for name, tensor in (("x", x), ("bias", bias)):
         if isinstance(tensor, CodebookTensor):
             raise TypeError(f"{name}: a tensor of numbers, not a CodebookTensor")
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
+    autocast = autocast_dtype(x)
+    if autocast is not None:
+        x = x.to(autocast)
     same_device("bias", bias, "x", x)
     same_device("codes", values[0], "x", x)
     if bias is not None and bias.dtype is not x.dtype:

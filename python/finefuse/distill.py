@@ -21,6 +21,7 @@ from ._op import (
     INDEX_DTYPES,
     SPENT,
     accumulator,
+    check_targets,
     composite,
     consumed,
     contiguous,
@@ -32,6 +33,7 @@ from ._op import (
     is_compiling,
     kernel,
     mask_tensor,
+    may_share_memory,
     once_differentiable,
     raw_op,
     row_gradient,
@@ -311,17 +313,23 @@ def distill_loss(
     if not is_compiling():
         check_vocab_size(vocab_size)
     if teacher_indices is not None:
-        teacher_indices = index_tensor("teacher_indices", teacher_indices, student_logits)
+        teacher_indices = index_tensor(
+            "teacher_indices", teacher_indices, "student_logits", student_logits
+        )
     if targets is not None:
-        targets = index_tensor("targets", targets, student_logits)
+        targets = index_tensor("targets", targets, "student_logits", student_logits)
     mask = mask_tensor(mask)
     vocab = _check(student_logits, teacher_logits, teacher_indices, mask, targets, vocab_size)
     if not is_compiling():
         check_distill_numbers(*numbers, targets is not None)
     teacher = teacher_logits.detach()
+    if inplace and not is_compiling() and may_share_memory(student_logits, teacher):
+        teacher = teacher.clone()  # the gradient of one row would be another's teacher
     rows = (teacher_indices, mask, targets)
     if runs_eagerly("distill", student_logits):
         if student_logits.is_cpu and not is_compiling():
+            if targets is not None:
+                check_targets(targets, vocab, ignore_index)
             _eager.check(student_logits, teacher, *rows, vocab, ignore_index)
         return _eager.distill_loss(
             student_logits, teacher, *rows, *numbers, kind, bool(temperature_squared), vocab,

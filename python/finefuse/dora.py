@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 
 from . import _backend, _matmul
 from ._args.lora import check_dropout
-from ._codebook_tensor import CodebookTensor, fields
+from ._codebook_tensor import NO_FIELDS, CodebookTensor, fields
 from ._low_rank import (
     LIBRARY_RANK,
     NEEDS_A,
@@ -19,7 +19,6 @@ from ._low_rank import (
     NEEDS_MAGNITUDE,
     NEEDS_WEIGHT,
     NEEDS_X,
-    NO_FIELDS,
     WEIGHT,
     Call,
     adapted_product,

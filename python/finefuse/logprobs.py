@@ -23,6 +23,7 @@ from ._op import (
     SPENT,
     accumulator,
     check_rows,
+    check_targets,
     composite,
     consumed,
     float_tensor,
@@ -175,14 +176,7 @@ _BACKWARD = raw_op(
 def _check_eager(logits: Tensor, targets: Tensor, ignore_index: int) -> None:
     """What the raw op checks, and on the CPU the targets, which kernels check there too."""
     check_rows(logits, targets)
-    if logits.is_cpu and not is_compiling():
-        bad = (targets != ignore_index) & ((targets < 0) | (targets >= logits.shape[-1]))
-        if bad.any():
-            i = int(bad.flatten().nonzero()[0])
-            raise ValueError(
-                f"targets: element {i} is {int(targets.flatten()[i])}; allowed are 0 to "
-                f"{logits.shape[-1] - 1} and ignore_index ({ignore_index})"
-            )
+    check_targets(targets, logits.shape[-1], ignore_index)
 
 
 # ---- token_logprobs: autograd and the public function ------------------------------------------
@@ -281,7 +275,7 @@ def token_logprobs(
     """
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits: a tensor, not {type(logits).__name__}")
-    targets = index_tensor("targets", targets, logits)
+    targets = index_tensor("targets", targets, "logits", logits)
     temperature = scalar("temperature", temperature)
     check_index("ignore_index", ignore_index)
     if runs_eagerly("logprobs", logits):
@@ -513,7 +507,7 @@ def cross_entropy(
     """
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits: a tensor, not {type(logits).__name__}")
-    targets = index_tensor("targets", targets, logits)
+    targets = index_tensor("targets", targets, "logits", logits)
     label_smoothing = scalar("label_smoothing", label_smoothing)
     code = choice("reduction", reduction, REDUCTIONS)
     check_index("ignore_index", ignore_index)
@@ -667,9 +661,8 @@ def sequence_logprobs(
         token_lp = token_lp.float()
     mask = mask_tensor(mask)
     same_device("mask", mask, "token_lp", token_lp)
-    if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"cu_seqlens: a tensor, not {type(cu_seqlens).__name__}")
-    same_device("cu_seqlens", cu_seqlens, "token_lp", token_lp)
+    if cu_seqlens is not None:
+        cu_seqlens = index_tensor("cu_seqlens", cu_seqlens, "token_lp", token_lp)
     if mask is not None and cu_seqlens is not None:
         raise ValueError("mask and cu_seqlens: give one of the two")
     if runs_eagerly("logprobs", token_lp):

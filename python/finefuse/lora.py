@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -266,26 +267,10 @@ def lora_linear(
     return _FORWARD(x, dense, *values, lora_a, lora_b, bias, seed, scale, dropout)[0]
 
 
-def _composite(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Any = None,
-    seed: Any = None,
-    scale: float = 1.0,
-    dropout: float = 0.0,
-    magnitude: Any = None,
-) -> Tensor:
-    return lora_linear(
-        x, weight, lora_a, lora_b, scale=scale, bias=bias, dropout=dropout, seed=seed, magnitude=magnitude
-    )  # fmt: skip
-
-
 composite(
     "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, *, Tensor? bias=None, "
     "Tensor? seed=None, float scale=1.0, float dropout=0.0, Tensor? magnitude=None) -> Tensor",
-    _composite,
+    lora_linear,
 )
 
 
@@ -458,8 +443,8 @@ def lora_linear_group(
         raise ValueError("weights: none; allowed: at least one")
     lora_a, lora_b = each("lora_a", lora_a, ()), each("lora_b", lora_b, ())
     scales, dropouts = (
-        each("scale", scale, (int, float, Tensor)),
-        each("dropout", dropout, (int, float, Tensor)),
+        each("scale", scale, (Real, Tensor)),
+        each("dropout", dropout, (Real, Tensor)),
     )
     biases, seeds = each("bias", bias, type(None)), each("seed", seed, type(None))
     arguments = list(zip(weights, lora_a, lora_b, scales, biases, dropouts, seeds, strict=True))

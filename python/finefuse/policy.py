@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _backend
-from ._advantages import WIDE, gae, group_advantages, mask_of, value_loss
+from ._advantages import gae, group_advantages, value_loss
 from ._args import check_index, check_temperature, require, segments
 from ._args.policy import (
     IMPORTANCE,
@@ -29,6 +29,7 @@ from ._args.policy import (
 from ._op import (
     INDEX_DTYPES,
     SPENT,
+    WIDE,
     accumulator,
     check_rows,
     composite,
@@ -41,6 +42,7 @@ from ._op import (
     index_tensor,
     is_compiling,
     kernel,
+    mask_of,
     once_differentiable,
     raw_op,
     runs_eagerly,
@@ -138,7 +140,7 @@ def _check_codes(surrogate: int, importance: int, kl: int, reduction: int) -> No
 
 
 def _options(floats: Any, codes: Any, has_ref: bool) -> tuple[Any, ...]:
-    """What the kernels take: see policy_options in csrc/bindings/ops.h."""
+    """What the kernels take: see policy_options in csrc/bindings/policy.h."""
     surrogate, importance, kl, kl_times_ratio, reduction = codes
     _check_codes(surrogate, importance, kl, reduction)
     check_policy_numbers(has_ref, *floats)
@@ -169,10 +171,10 @@ def _optional(name: str, value: Any) -> Any:
     return None if value is None else scalar(name, value)
 
 
-def _check_cu_seqlens(cu_seqlens: Any, like: Tensor) -> Tensor | None:
+def _check_cu_seqlens(cu_seqlens: Any, name: str, like: Tensor) -> Tensor | None:
     if cu_seqlens is None:
         return None
-    return index_tensor("cu_seqlens", cu_seqlens, like)
+    return index_tensor("cu_seqlens", cu_seqlens, name, like)
 
 
 # ---- from log-probabilities: raw ops -----------------------------------------------------------
@@ -367,7 +369,7 @@ def policy_loss(
         logprobs = logprobs.to(dtype)
     shape, packed = logprobs.shape, cu_seqlens is not None
     mask = mask_of(mask, "logprobs", logprobs, shape)
-    cu_seqlens = _check_cu_seqlens(cu_seqlens, logprobs)
+    cu_seqlens = _check_cu_seqlens(cu_seqlens, "logprobs", logprobs)
     tokens = _token_vectors(
         shape,
         dtype,
@@ -403,6 +405,14 @@ def policy_loss(
 # ---- from logits -------------------------------------------------------------------------------
 
 
+def check_one_pass(temperature: float, entropy_coef: float, codes: Any) -> None:
+    """What the loss in one pass over logits asks of its numbers; codes: those of CODES."""
+    check_temperature(temperature)
+    require(-inf < entropy_coef < inf, "entropy_coef", entropy_coef, "finite")
+    require(codes[1] == IMPORTANCE["token"], "importance", codes[1], "0 (token): one pass")
+    require(codes[-1] != _NONE, "reduction", codes[-1], "1 to 5: one pass")
+
+
 def _policy_logits(
     g: Tensor | None,
     logits: Tensor,
@@ -421,10 +431,7 @@ def _policy_logits(
         actions.shape, dtype, logits, *tokens, name="actions"
     )
     options = _options(floats, codes, tokens[1] is not None)
-    check_temperature(temperature)
-    require(-inf < entropy_coef < inf, "entropy_coef", entropy_coef, "finite")
-    require(codes[1] == IMPORTANCE["token"], "importance", codes[1], "0 (token): one pass")
-    require(codes[-1] != _NONE, "reduction", codes[-1], "1 to 5: one pass")
+    check_one_pass(temperature, entropy_coef, codes)
     old, ref, weights, advantages, offsets = contiguous(*tokens)
     count = torch.Size(sequences).numel()
     loss = metrics = None
@@ -591,7 +598,7 @@ def policy_loss_from_logits(
     """
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits: a tensor, not {type(logits).__name__}")
-    actions = index_tensor("actions", actions, logits)
+    actions = index_tensor("actions", actions, "logits", logits)
     check_rows(logits, actions, "actions")
     check_index("ignore_index", ignore_index)
 
@@ -640,7 +647,7 @@ def policy_of_rows(
         if actions.dtype is torch.int32 and not -(2**31) <= ignore_index < 2**31:
             actions = actions.long()
         actions = torch.where(mask, actions, ignore_index)
-    cu_seqlens = _check_cu_seqlens(cu_seqlens, rows)
+    cu_seqlens = _check_cu_seqlens(cu_seqlens, name, rows)
     tokens = _token_vectors(
         shape, dtype, rows, name, (old_logprobs, ref_logprobs, weights, advantages), packed
     )

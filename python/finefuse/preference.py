@@ -634,7 +634,7 @@ def preference_loss_from_logits(
         if value is not None:
             float_tensor(name, value)
             same_device(name, value, "logits", logits)
-    targets = index_tensor("targets", targets, logits)
+    targets = index_tensor("targets", targets, "logits", logits)
     check_reference(
         logits.shape,
         None if ref_logprobs is None else ref_logprobs.shape,

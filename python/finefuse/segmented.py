@@ -11,14 +11,13 @@ from torch.compiler import is_compiling
 
 from . import _C, _backend, _matmul
 from ._args.lora import check_dropout, check_segmented_shapes
-from ._codebook_tensor import CodebookTensor
+from ._codebook_tensor import NO_FIELDS, CodebookTensor
 from ._low_rank import (
     NEEDS_A,
     NEEDS_B,
     NEEDS_WEIGHT,
     NEEDS_X,
     NO_DROPOUT,
-    NO_FIELDS,
     WEIGHT,
     base_product,
     bias_gradient,
@@ -34,6 +33,7 @@ from ._op import (
     accumulator,
     composite,
     float_tensor,
+    index_tensor,
     kernel,
     once_differentiable,
     raw_op,
@@ -399,15 +399,7 @@ def lora_linear_segmented(
 
 def _row_adapters(adapter: Any, x: Tensor) -> Tensor:
     """One for each row of x, flat, int64 or int32."""
-    if not isinstance(adapter, Tensor):
-        raise TypeError(f"adapter: a tensor of integers, not {type(adapter).__name__}")
-    same_device("adapter", adapter, "x", x)
-    if adapter.dtype in (torch.int8, torch.int16, torch.uint8):
-        adapter = adapter.to(torch.int64)
-    if adapter.dtype not in INDEX_DTYPES:
-        raise TypeError(
-            f"adapter: dtype {adapter.dtype}; allowed: int64, int32, int16, int8, uint8"
-        )
+    adapter = index_tensor("adapter", adapter, "x", x)
     leading = x.shape[:-1]
     tokens = math.prod(leading)
     if adapter.shape == leading or adapter.shape == (tokens,):
@@ -427,35 +419,20 @@ def _row_scales(scale: Any, x: Tensor, adapters: int) -> Tensor:
     if isinstance(scale, Tensor) and scale.ndim == 1:
         if scale.requires_grad:
             raise ValueError("scale: has no gradient here; pass scale.detach()")
+        same_device("scale", scale, "x", x)
         if not scale.is_floating_point() or scale.shape != (adapters,):
             raise ValueError(
                 f"scale: {scale.dtype} {tuple(scale.shape)}; allowed: a number, floats ({adapters},)"
             )
-        return scale.to(x.device, dtype)
+        return scale.to(dtype)
     scale = scalar("scale", scale)
     if isinstance(scale, Tensor):
         return scale.to(x.device, dtype).expand(adapters)
     return x.new_full((adapters,), scale, dtype=dtype)
 
 
-def _composite(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    adapter: Tensor,
-    scale: Tensor,
-    bias: Any = None,
-    seed: Any = None,
-    dropout: float = 0.0,
-) -> Tensor:
-    return lora_linear_segmented(
-        x, weight, lora_a, lora_b, adapter, scale=scale, bias=bias, dropout=dropout, seed=seed
-    )
-
-
 composite(
     "lora_linear_segmented(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor adapter, *, "
     "Tensor scale, Tensor? bias=None, Tensor? seed=None, float dropout=0.0) -> Tensor",
-    _composite,
+    lora_linear_segmented,
 )

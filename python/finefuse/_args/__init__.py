@@ -32,7 +32,7 @@ def choice(name: str, value: Any, allowed: dict[str, int]) -> int:
 
 
 def check_index(name: str, value: Any) -> None:
-    if not isinstance(value, int) or not -(2**63) <= value < 2**63:
+    if not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**63:
         raise TypeError(f"{name}: an int, not {value!r}")
 
 

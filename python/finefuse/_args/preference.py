@@ -82,8 +82,6 @@ class PreferenceTerms(NamedTuple):
     divergence: int
     nll_by_length: bool
     reduction: int
-    unpaired: bool  # all losses are of an example at a time
-    mixed: bool  # some are, others of pairs
     nll: bool  # some loss has the NLL of the chosen, or with an sft_weight above 0 may have
     divides: bool  # some loss divides by the lengths
 
@@ -164,7 +162,7 @@ def preference_terms(
     )
     return PreferenceTerms(
         names, tuple(named.code for named in losses), by_length, divergence,
-        normalize_lengths is None or bool(normalize_lengths), how, all(unpaired), mixed,
+        normalize_lengths is None or bool(normalize_lengths), how,
         any(named.nll for named in losses), any(by_length),
     )  # fmt: skip
 
@@ -249,7 +247,7 @@ def preference_shapes(
 def preference_binding(
     options: PreferenceOptions, has_lengths: tuple[bool, bool], has_nll: bool
 ) -> tuple[Any, ...]:
-    """What the kernels take (preference_options in csrc/bindings/ops.h), of numbers within their ranges;
+    """What the kernels take (preference_options in csrc/bindings/preference.h), of numbers within their ranges;
     loss_weights a tuple or None."""
     o = options
     known = [_PREFERENCE_CODES.get(code, ("", REWARD)) for code in o.codes]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numbers
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,9 @@ def set_num_threads(threads: int) -> None:
     """How many threads a call may use; at first OMP_NUM_THREADS or the CPUs of this process.
 
     The results do not depend on it.
+
+    Raises:
+        TypeError, ValueError: for what is no int above 0.
     """
     global _threads
     if not isinstance(threads, int):
@@ -239,12 +243,18 @@ def _layout(logits: Array, rows: int) -> Layout | None:
 
 
 def gradient_rows(
-    logits: Array, rows: Array, layout: Layout, return_grad: bool, grad_out: Any
+    logits: Array,
+    rows: Array,
+    layout: Layout,
+    return_grad: bool,
+    grad_out: Any,
+    read: Sequence[Array] = (),
 ) -> tuple[Any, Any, Layout]:
     """(the gradient as it is returned, what the kernel writes it to, its layout); None twice without one.
 
     `rows` are the logits as the kernel reads them, a copy perhaps. The two arrays differ where the
-    kernel cannot write to `grad_out` as it lies: the caller then copies.
+    kernel cannot write to `grad_out` as it lies: the caller then copies. So they do where something else
+    that the kernel reads may lie there, too.
     """
     if not return_grad:
         if grad_out is not None:
@@ -260,7 +270,9 @@ def gradient_rows(
         raise ValueError(
             f"grad_out: {grad_out.shape} {grad_out.dtype}; the logits are {logits.shape} {logits.dtype}"
         )
-    if np.may_share_memory(grad_out, rows):
+    if any(np.may_share_memory(grad_out, other) for other in read):
+        pass
+    elif np.may_share_memory(grad_out, rows):
         if _address(grad_out) == _address(rows) and grad_out.strides == rows.strides:
             return grad_out, grad_out, layout
     elif (lies := _layout(grad_out, count)) is not None:
@@ -271,6 +283,17 @@ def gradient_rows(
 def _address(value: Array) -> int:
     address: int = value.__array_interface__["data"][0]
     return address
+
+
+def cast(value: Array, dtype: np.dtype[Any]) -> Array:
+    """Contiguous and of this type; what the type cannot hold is inf."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return contiguous(value if value.dtype == dtype else value.astype(dtype))
+
+
+def accumulator(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """What statistics, losses and products come out as: float32, or float64 for float64 input."""
+    return FLOAT64 if dtype == FLOAT64 else FLOAT32
 
 
 def product_gradient(upstream: Any, shape: tuple[int, ...], return_grad: bool) -> Any:

@@ -11,9 +11,10 @@ from .. import _C
 from .._args.lora import check_dropout, dropout_numbers
 from ._array import (
     DTYPES,
-    FLOAT32,
     FLOAT64,
     Array,
+    accumulator,
+    cast,
     contiguous,
     float_array,
     get_num_threads,
@@ -21,7 +22,7 @@ from ._array import (
     product_gradient,
     scalar,
 )
-from .codebook import CodebookArray, packed_product
+from .codebook import CodebookArray, check_packed, packed_product
 
 NO_DROPOUT = (None, 0, 1.0)
 
@@ -47,7 +48,9 @@ def call_of(
         float_array(name, value)
         for name, value in (("x", x), ("lora_a", lora_a), ("lora_b", lora_b))
     )
-    if not isinstance(weight, CodebookArray):
+    if isinstance(weight, CodebookArray):
+        check_packed(weight)
+    else:
         weight = float_array("weight", weight)
         if weight.dtype != x.dtype:
             raise TypeError(f"weight: dtype {weight.dtype}; x has {x.dtype}")
@@ -81,15 +84,6 @@ def call_of(
         if upstream is not None:
             dy = contiguous(cast(upstream, x.dtype).reshape(tokens, rows))
     return Call(flat, weight, lora_a, lora_b, bias, drops, dy, x.shape[:-1])
-
-
-def cast(value: Array, dtype: np.dtype[Any]) -> Array:
-    with np.errstate(over="ignore", invalid="ignore"):
-        return contiguous(value if value.dtype == dtype else value.astype(dtype))
-
-
-def accumulator(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    return FLOAT64 if dtype == FLOAT64 else FLOAT32
 
 
 def base_product(

@@ -34,7 +34,9 @@ from ._array import (
     FLOAT32,
     FLOAT64,
     Array,
+    accumulator,
     array,
+    cast,
     check_out,
     contiguous,
     dtype_named,
@@ -275,7 +277,7 @@ def dequantize(q: CodebookArray, dtype: Any = None, out: Array | None = None) ->
             raise ValueError(f"out: shape {out.shape}; q has {q.shape}")
         if dtype is not None and dtype != native:
             raise TypeError(f"dtype: {dtype}; out has {out.dtype}")
-    check_fields(_fields(q), out.size, _check_array)
+    check_packed(q)
     for name, part in zip(
         ("codes", "code", "absmax", "nested.code", "nested.absmax"), _fields(q), strict=False
     ):
@@ -306,6 +308,11 @@ def _for_kernel(q: CodebookArray) -> tuple[Any, ...]:
         codes, code, code.size, None, absmax, contiguous(q.nested.code), contiguous(q.nested.absmax),
         q.nested.blocksize, float(q.nested.offset), q.blocksize,
     )  # fmt: skip
+
+
+def check_packed(q: CodebookArray) -> None:
+    """What kernels rely on: arrays of the sizes that the shape asks for."""
+    check_fields(_fields(q), math.prod(q.shape), _check_array)
 
 
 def _decode(q: CodebookArray, out: Array) -> None:
@@ -379,20 +386,15 @@ def codebook_linear(
         bias = float_array("bias", bias)
         if bias.shape != (rows,):
             raise ValueError(f"bias: shape {bias.shape}; allowed: ({rows},)")
-        bias = _cast(bias, x.dtype)
+        bias = cast(bias, x.dtype)
     shape = (*x.shape[:-1], rows)
     upstream = product_gradient(upstream, shape, return_grad)
-    check_fields(_fields(q), rows * columns, _check_array)
+    check_packed(q)
     y = packed_product(x, q, bias, False)
     if not return_grad:
         return y
-    dy = np.ones(shape, x.dtype) if upstream is None else _cast(upstream, x.dtype)
+    dy = np.ones(shape, x.dtype) if upstream is None else cast(upstream, x.dtype)
     return y, packed_product(dy, q, None, True)
-
-
-def _cast(value: Array, dtype: np.dtype[Any]) -> Array:
-    with np.errstate(over="ignore", invalid="ignore"):
-        return contiguous(value if value.dtype == dtype else value.astype(dtype))
 
 
 def packed_product(x: Array, q: CodebookArray, bias: Array | None, transposed: bool) -> Array:
@@ -409,7 +411,7 @@ def packed_product(x: Array, q: CodebookArray, bias: Array | None, transposed: b
             get_num_threads(),
         )  # fmt: skip
         return y
-    wide = FLOAT64 if x.dtype == FLOAT64 else FLOAT32
+    wide = accumulator(x.dtype)
     memory = _workspace.get(rows * columns)
     weight = memory[: rows * columns].reshape(rows, columns)
     _decode(q, weight)
@@ -452,9 +454,10 @@ def learn_codebook(x: Array, bits: int = 4, blocksize: int = 64, iterations: int
     require(type(bits) is int and bits in BITS.values(), "bits", bits, "2, 3, 4, 8")
     check_blocksize("blocksize", blocksize)
     require(type(iterations) is int and iterations >= 0, "iterations", iterations, "0 and above")
+    x = _narrowed(x)
     if x.size == 0 or not np.isfinite(x).all():
-        raise ValueError(f"x: shape {x.shape}; allowed: one element or more, all finite")
-    values = np.sort(_scaled(_narrowed(x).ravel(), blocksize)).astype(FLOAT64)
+        raise ValueError(f"x: shape {x.shape}; allowed: one element or more, all finite in float32")
+    values = np.sort(_scaled(x.ravel(), blocksize)).astype(FLOAT64)
     entries, count = 2**bits, values.size
     # Quantiles between neighbours, as a line.
     place = (np.arange(entries) + 0.5) / entries * (count - 1)

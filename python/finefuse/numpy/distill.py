@@ -119,7 +119,9 @@ def distill_loss(
     count = int(np.prod(leading))
     rows, layout = float_rows(student, count)
     teacher_rows, teacher_layout = float_rows(teacher, count)
-    gradient, out, out_layout = gradient_rows(student, rows, layout, return_grad, grad_out)
+    gradient, out, out_layout = gradient_rows(
+        student, rows, layout, return_grad, grad_out, [teacher_rows]
+    )
     loss = _empty(() if reduce else leading, ACCUMULATOR[layout[0]])
     scratch = _empty(count + 1, FLOAT64) if reduce else None
     code = distill_kind(code, beta)

@@ -35,7 +35,7 @@ def dora_norm(
         scale: s.
 
     Returns:
-        (out,) float32, or float64 for a float64 weight.
+        (out,) float32, or float64 for a float64 weight and for float64 factors of a packed one.
 
     Raises:
         TypeError, ValueError: naming the argument.

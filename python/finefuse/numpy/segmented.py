@@ -9,7 +9,16 @@ import numpy as np
 
 from .. import _C
 from .._args.lora import check_segmented_shapes
-from ._array import DTYPES, Array, contiguous, float_array, get_num_threads, index_array, is_int32
+from ._array import (
+    DTYPES,
+    Array,
+    contiguous,
+    float_array,
+    get_num_threads,
+    index_array,
+    is_int32,
+    scalar,
+)
 from ._low_rank import NO_DROPOUT, accumulator, base_product, call_of, cast
 from .codebook import CodebookArray
 
@@ -61,7 +70,9 @@ def lora_linear_segmented(
     )
     x, weight, lora_a, lora_b, bias, drops, dy, leading = call
     tokens, adapters, wide = len(x), len(lora_a), accumulator(x.dtype)
-    scale = float_array("scale", np.asarray(scale, None if isinstance(scale, np.ndarray) else wide))
+    if not isinstance(scale, np.ndarray):
+        scale = np.asarray(scalar("scale", scale), wide)
+    scale = float_array("scale", scale)
     if scale.shape not in ((), (adapters,)):
         raise ValueError(f"scale: shape {scale.shape}; allowed: a number, ({adapters},)")
     scale = np.full(adapters, scale, wide)
