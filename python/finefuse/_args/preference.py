@@ -247,8 +247,8 @@ def preference_shapes(
 def preference_binding(
     options: PreferenceOptions, has_lengths: tuple[bool, bool], has_nll: bool
 ) -> tuple[Any, ...]:
-    """What the kernels take (preference_options in csrc/bindings/preference.h), of numbers within their ranges;
-    loss_weights a tuple or None."""
+    """What the kernels take (preference_options in csrc/bindings/preference.h), of numbers within their
+    ranges; loss_weights a tuple or None."""
     o = options
     known = [_PREFERENCE_CODES.get(code, ("", REWARD)) for code in o.codes]
     for code in o.codes:
