@@ -75,29 +75,39 @@ def test_types(monkeypatch):
     assert _matmul.product_dtype(torch.ones(1, dtype=torch.float16, device="meta")) is torch.float16
 
 
-@pytest.mark.parametrize("m", [31, 32, 191, 192, 384, 385])
-def test_which_products_are_turned(engine, monkeypatch, m):
-    """On a CPU float32 and float64, of 32 rows (192 where the weight lies column by column) to 384."""
+@pytest.fixture
+def turning(engine, monkeypatch):
+    """As on AMD with AVX2, whatever this machine is."""
+    monkeypatch.setattr(_matmul, "_turning_is_faster", lambda: True)
+
+
+@pytest.mark.parametrize("m", [1, 2, 15, 16, 384, 385])
+def test_which_products_are_turned(turning, monkeypatch, m):
+    """On a CPU what is multiplied as float32, of 2 rows (16 where the weight lies column by column) to 384."""
     taken = []
     turned = _matmul._turned
     monkeypatch.setattr(_matmul, "_turned", lambda *a: taken.append(1) or turned(*a))
     for dtype in DTYPES:
-        for n in (2047, 2048):
-            for weight in (torch.randn(n, 3), torch.randn(3, n).t()):
+        for n, k in ((1024, 1023), (1024, 1024), (2047, 2050), (2048, 2048)):
+            for weight in (torch.zeros(n, k), torch.zeros(k, n).t()):
                 taken.clear()
-                x = torch.randn(m, 3).to(dtype)
+                x = torch.zeros(m, k).to(dtype)
                 _matmul.linear(x, weight.to(dtype))
-                least = 32 if weight.stride(1) == 1 else 192
-                wide = _matmul.product_dtype(x)
-                want = least <= m <= 384 and n == 2048 and wide is not torch.bfloat16
-                want &= not (_matmul._onednn_is_faster() and wide is torch.float32)
-                assert bool(taken) == want, (dtype, n, weight.stride())
+                if weight.stride(1) == 1:
+                    want = 2 <= m <= 384 and n * k >= 2**20
+                else:
+                    want = 16 <= m <= 384 and n * k >= 2**22 and n >= 2048
+                want &= _matmul.product_dtype(x) is torch.float32
+                want &= not _matmul._onednn_is_faster()
+                assert bool(taken) == want, (dtype, n, k, weight.stride())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_turned(engine, dtype):
+def test_turned(turning, monkeypatch, dtype):
     """One piece, whole pieces and a short one; strides; a bias; onto what is there."""
-    for m, k, n in ((32, 7, 2048), (32, 256, 2049), (200, 3, 4096), (384, 3, 9001)):
+    for name in ("_ELEMENTS", "_STRIDED_ELEMENTS", "_STRIDED_COLUMNS"):
+        monkeypatch.setattr(_matmul, name, 1)
+    for m, k, n in ((2, 7, 2048), (32, 256, 2049), (200, 3, 4096), (384, 3, 4101), (5, 9, 11)):
         x, w, b = (torch.randn(s).to(dtype) for s in ((m, k), (n, k), (n,)))
         truth = x.double() @ w.double().t()
         check("y", _matmul.linear(x, w), x @ w.t(), truth)
@@ -112,8 +122,18 @@ def test_turned(engine, dtype):
         onto = _matmul.linear_onto(y, x, w)
         assert onto.dtype is y.dtype
         check("onto", onto.to(dtype), eager, want)
-        if y.is_cpu and not _matmul._onednn_is_faster():
+        if not _matmul._onednn_is_faster():
             assert onto.data_ptr() == y.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("capability", "amd", "turns"),
+    [("AVX2", True, True), ("AVX512", True, False), ("AVX2", False, False)],
+)
+def test_where_products_are_turned(monkeypatch, capability, amd, turns):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(_matmul, "_is_amd", lambda: amd)
+    assert _matmul._turning_is_faster.__wrapped__() is turns
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

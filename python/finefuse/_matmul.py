@@ -6,7 +6,7 @@ A fixed table, from what the CPU is and never from a timing, so that results do 
 |---|---|
 | float32 on AMD with AVX-512 | oneDNN: MKL, torch's own choice, keeps off AVX-512 there; 2.4× |
 | float32 elsewhere (AMD with AVX2: 0.9 to 1.1×), float64, and any type on a GPU | torch |
-| of these 32 to 384 rows on a CPU, times 2048 or more | torch, turned (`_turned`): 1.2 to 1.3× |
+| float32 of 2 to 384 rows on AMD with AVX2 | torch, turned (`_turned`): 1.1 to 2× |
 | bfloat16 where oneDNN has a product for it | torch, which calls that |
 | bfloat16 elsewhere, float16 | as float32: torch's own product, but for one row, takes 5 times as long |
 """
@@ -145,20 +145,31 @@ def linear_onto(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return y.addmm_(a, w.t())
 
 
-# Rows of x for which a product is turned, the fewest where the weight lies column by column (that of a
-# dx), and rows of the weight.
-_FEW, _FEW_STRIDED, _MANY = (32, 384), 192, 2048
+# Rows of x for which a product is turned, and elements of the weight; the fewest of both, and of the
+# product's columns, where the weight lies column by column (that of a dx). Not of float64: 0.6 times.
+_ROWS, _ELEMENTS = (2, 384), 1 << 20
+_STRIDED_ROWS, _STRIDED_ELEMENTS, _STRIDED_COLUMNS = 16, 1 << 22, 2048
+_PIECE = 2048  # rows of the weight
+
+
+@functools.cache
+def _turning_is_faster() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX2" and _is_amd()
 
 
 def _turns(x: Tensor, weight: Tensor) -> bool:
     """Whether MKL is faster at weight · xᵀ than at x · weightᵀ, by more than turning it back costs."""
-    fewest, most = _FEW if weight.stride(1) == 1 else (_FEW_STRIDED, _FEW[1])
+    fewest, elements, columns = _ROWS[0], _ELEMENTS, 1
+    if weight.stride(1) != 1:
+        fewest, elements, columns = _STRIDED_ROWS, _STRIDED_ELEMENTS, _STRIDED_COLUMNS
     return (
         x.is_cpu
-        and fewest <= len(x) <= most
-        and len(weight) >= _MANY
-        and x.dtype in (torch.float32, torch.float64)
+        and fewest <= len(x) <= _ROWS[1]
+        and weight.numel() >= elements
+        and len(weight) >= columns
+        and x.dtype is torch.float32
         and not _takes_onednn(x, weight)
+        and _turning_is_faster()
     )
 
 
@@ -167,28 +178,13 @@ def _turned(
 ) -> Iterator[tuple[slice, Tensor]]:
     """(columns of the product, these columns (M, R)) of x · weightᵀ + bias, taken as weight · xᵀ.
 
-    All at once where that is an eighth of the weight's memory, else four times: each product waits for the
-    slowest of its threads, and in pieces of 20 ms a busy machine loses half of its time.
+    In pieces, which are turned back while they are in a cache; each waits for the slowest of its threads, so
+    that smaller ones lose on a busy machine what they gain on a quiet one.
     """
-    rows = len(weight)
-    step = rows if 8 * len(x) <= weight.shape[1] else max(-(-rows // 4), _MANY)
-    for first in range(0, rows, step):
-        columns = slice(first, first + step)
+    for first in range(0, len(weight), _PIECE):
+        columns = slice(first, first + _PIECE)
         part = None if bias is None else bias[columns]
         yield columns, _turned_product(x, weight[columns], part).t()
-
-
-def columns_into(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Some columns y (M, R) of a linear layer from its rows (R, K) of the weight and (R,) of the bias.
-
-    x and weight have the type `product_dtype(y)`. Taken as weight · xᵀ: the product's threads then share out
-    the weight as those that have just decoded it did, and it is read by the core in whose cache it lies
-    (AVX2, two threads, panels of 4 MB: 0.8 times what x · weightᵀ takes at 64 rows, 0.5 times at 16).
-    """
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            return columns_into(y, x, weight, bias)
-    y.copy_(_turned_product(x, weight, bias).t())
 
 
 def _turned_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
