@@ -83,7 +83,7 @@ def turning(engine, monkeypatch):
 
 @pytest.mark.parametrize("m", [1, 2, 15, 16, 384, 385])
 def test_which_products_are_turned(turning, monkeypatch, m):
-    """On a CPU what is multiplied as float32, of 2 rows (16 where the weight lies column by column) to 384."""
+    """On a CPU what is multiplied as float32: 2 rows (16 where the weight lies column by column) to 384."""
     taken = []
     turned = _matmul._turned
     monkeypatch.setattr(_matmul, "_turned", lambda *a: taken.append(1) or turned(*a))
