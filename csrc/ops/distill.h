@@ -6,8 +6,8 @@
 
 namespace finefuse {
 
-// The numbers are the contract with python/finefuse/_args/distill.py (DISTILL_KINDS). The Python side makes
-// jsd with beta 0 the forward and with beta 1 the reverse KL.
+// The numbers are the contract with python/finefuse/_args/distill.py (DISTILL_KINDS). The Python
+// side makes jsd with beta 0 the forward and with beta 1 the reverse KL.
 enum class DistillKind : int { forward_kl = 0, reverse_kl = 1, jsd = 2 };
 
 // Row r counts where mask[r] and its target is not ignore_index (absent: all). Its loss is

@@ -6,7 +6,8 @@
 
 namespace finefuse {
 
-// The numbers are the contract with python/finefuse/_args/preference.py (PREFERENCE_LOSSES, DIVERGENCES).
+// The numbers are the contract with python/finefuse/_args/preference.py (PREFERENCE_LOSSES,
+// DIVERGENCES).
 enum class PreferenceLoss : int {
   sigmoid = 0,  // spin, too
   ipo = 1,
