@@ -81,20 +81,24 @@ def turning(engine, monkeypatch):
     monkeypatch.setattr(_matmul, "_turning_is_faster", lambda: True)
 
 
-@pytest.mark.parametrize("m", [1, 2, 15, 16, 384, 385])
+@pytest.mark.parametrize("m", [3, 4, 15, 16, 384, 385])
 def test_which_products_are_turned(turning, monkeypatch, m):
-    """On a CPU what is multiplied as float32: 2 rows (16 where the weight lies column by column) to 384."""
+    """On a CPU what is multiplied as float32: 4 rows (16 where the weight lies column by column) to 384, of
+    1024 numbers or more."""
     taken = []
     turned = _matmul._turned
     monkeypatch.setattr(_matmul, "_turned", lambda *a: taken.append(1) or turned(*a))
     for dtype in DTYPES:
-        for n, k in ((1024, 1023), (1024, 1024), (2047, 2050), (2048, 2048)):
+        for n, k in ((2048, 1023), (1023, 1024), (1024, 1024), (2047, 2050), (2048, 2048)):
             for weight in (torch.zeros(n, k), torch.zeros(k, n).t()):
+                x = torch.zeros(k, m).to(dtype).t()
                 taken.clear()
-                x = torch.zeros(m, k).to(dtype)
+                _matmul.linear(x, weight.to(dtype))
+                assert not taken  # an outer product
+                x = x.contiguous()
                 _matmul.linear(x, weight.to(dtype))
                 if weight.stride(1) == 1:
-                    want = 2 <= m <= 384 and n * k >= 2**20
+                    want = 4 <= m <= 384 and n * k >= 2**20 and k >= 1024
                 else:
                     want = 16 <= m <= 384 and n * k >= 2**22 and n >= 2048
                 want &= _matmul.product_dtype(x) is torch.float32
@@ -105,9 +109,9 @@ def test_which_products_are_turned(turning, monkeypatch, m):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_turned(turning, monkeypatch, dtype):
     """One piece, whole pieces and a short one; strides; a bias; onto what is there."""
-    for name in ("_ELEMENTS", "_STRIDED_ELEMENTS", "_STRIDED_COLUMNS"):
+    for name in ("_WIDTH", "_ELEMENTS", "_STRIDED_ELEMENTS", "_STRIDED_COLUMNS"):
         monkeypatch.setattr(_matmul, name, 1)
-    for m, k, n in ((2, 7, 2048), (32, 256, 2049), (200, 3, 4096), (384, 3, 4101), (5, 9, 11)):
+    for m, k, n in ((4, 7, 2048), (32, 256, 2049), (200, 3, 4096), (384, 3, 4101), (5, 9, 11)):
         x, w, b = (torch.randn(s).to(dtype) for s in ((m, k), (n, k), (n,)))
         truth = x.double() @ w.double().t()
         check("y", _matmul.linear(x, w), x @ w.t(), truth)

@@ -219,7 +219,7 @@ def linear_distill_loss(
     For "mean" and "sum" all gradients are made in the forward, while a chunk of both models' logits is
     there: 6·N·H·V operations for the student (4·N·H·V where its weight is frozen) and 2·N·H'·V' for the
     teacher, which has no gradient. For "none", in float16 and under checkpointing the backward makes the
-    logits recompute: 2·N·(H·V + H'·V') more. Memory: the gradients and one chunk of each.
+    logits again: 2·N·(H·V + H'·V') more. Memory: the gradients and one chunk of each.
 
     Args:
         student_hidden, student_weight, student_bias, softcap: as in `linear_token_logprobs`.

@@ -109,7 +109,7 @@ class HeadCall(NamedTuple):
             raise ValueError(
                 f"{name}: shape {tuple(hidden.shape)}; allowed: {(*self.shape, width)}"
             )
-        if autocast_dtype(hidden) is not None:
+        if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(self.hidden.dtype)
         if hidden.dtype is not self.hidden.dtype:
             raise TypeError(f"{name}: dtype {hidden.dtype}; hidden has {self.hidden.dtype}")

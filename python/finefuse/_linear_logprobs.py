@@ -197,7 +197,7 @@ _SHARD = _linear_parallel.Ops(_statistics, functools.partial(_backward, partial=
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Nothing of the size of the logits is kept: the backward makes them recompute, chunk by chunk."""
+    """Nothing of the size of the logits is kept: the backward makes them again, chunk by chunk."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Any, bias: Any, *rest: Any) -> Any:
@@ -242,7 +242,7 @@ def linear_token_logprobs(
         lp = z[y]/T - lse,    lse = log Σ_v e^{z[v]/T},    H = lse - Σ_v p[v]·z[v]/T
 
     The logits of a chunk of rows are made, reduced to their statistics and overwritten by those of the
-    next; the backward makes them recompute, in place of which it puts their gradient. Work: 2·N·H·V forward,
+    next; the backward makes them again, in place of which it puts their gradient. Work: 2·N·H·V forward,
     and 2·N·H·V backward for the logits, for the gradient of hidden, and for that of the weight where it has
     one. Rows that are ignored are not multiplied. Memory: the gradients and one chunk.
 
@@ -468,7 +468,7 @@ def linear_cross_entropy(
 
     For "mean" and "sum" all gradients are made in the forward, while a chunk of logits is there: 6·N·H·V
     operations in all (4·N·H·V where the weight is frozen); the backward only scales them where the upstream
-    gradient is not 1. For "none", in float16 and under checkpointing the backward makes the logits recompute:
+    gradient is not 1. For "none", in float16 and under checkpointing the backward makes the logits again:
     8·N·H·V. Memory: the gradients and one chunk.
 
     Args:

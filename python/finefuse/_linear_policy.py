@@ -205,7 +205,7 @@ def linear_policy_loss(
     forward, while a chunk of logits is there: 6·N·H·V operations in all for N tokens that count
     (4·N·H·V where the weight is frozen). Where a ratio is a sequence's (`gspo`, `luspo`, `rloo`, `vespo`,
     importance="sequence"), with reduction="none", in float16 and under checkpointing the backward makes
-    the logits recompute: 8·N·H·V. Memory: the gradients and one chunk.
+    the logits again: 8·N·H·V. Memory: the gradients and one chunk.
 
     Args:
         hidden: (…, T, H) or, with `cu_seqlens`, (tokens, H). hidden, weight, bias, softcap: as in

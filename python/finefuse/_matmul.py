@@ -6,7 +6,7 @@ A fixed table, from what the CPU is and never from a timing, so that results do 
 |---|---|
 | float32 on AMD with AVX-512 | oneDNN: MKL, torch's own choice, keeps off AVX-512 there; 2.4× |
 | float32 elsewhere (AMD with AVX2: 0.9 to 1.1×), float64, and any type on a GPU | torch |
-| float32 of 2 to 384 rows on AMD with AVX2 | torch, turned (`_turned`): 1.1 to 2× |
+| float32 of 4 to 384 rows, wide ones, on AMD with AVX2 | torch, turned (`_turned`): 1.1 to 2× |
 | bfloat16 where oneDNN has a product for it | torch, which calls that |
 | bfloat16 elsewhere, float16 | as float32: torch's own product, but for one row, takes 5 times as long |
 """
@@ -146,8 +146,9 @@ def linear_onto(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 # Rows of x for which a product is turned, and elements of the weight; the fewest of both, and of the
-# product's columns, where the weight lies column by column (that of a dx). Not of float64: 0.6 times.
-_ROWS, _ELEMENTS = (2, 384), 1 << 20
+# product's columns, where the weight lies column by column (that of a dx). Narrower rows do not pay for
+# writing the product twice, nor do outer products, whose x lies column by column; nor float64: 0.6 times.
+_ROWS, _ELEMENTS, _WIDTH = (4, 384), 1 << 20, 1024
 _STRIDED_ROWS, _STRIDED_ELEMENTS, _STRIDED_COLUMNS = 16, 1 << 22, 2048
 _PIECE = 2048  # rows of the weight
 
@@ -165,6 +166,8 @@ def _turns(x: Tensor, weight: Tensor) -> bool:
     return (
         x.is_cpu
         and fewest <= len(x) <= _ROWS[1]
+        and x.shape[1] >= _WIDTH
+        and x.stride(1) == 1
         and weight.numel() >= elements
         and len(weight) >= columns
         and x.dtype is torch.float32

@@ -323,7 +323,8 @@ def distill_loss(
     if not is_compiling():
         check_distill_numbers(*numbers, targets is not None)
     teacher = teacher_logits.detach()
-    if inplace and not is_compiling() and may_share_memory(student_logits, teacher):
+    may_overwrite = inplace and wants_gradient(student_logits) and not is_compiling()
+    if may_overwrite and may_share_memory(student_logits, teacher):
         teacher = teacher.clone()  # the gradient of one row would be another's teacher
     rows = (teacher_indices, mask, targets)
     if runs_eagerly("distill", student_logits):

@@ -70,7 +70,9 @@ def lora_linear_segmented(
     )
     x, weight, lora_a, lora_b, bias, drops, dy, leading = call
     tokens, adapters, wide = len(x), len(lora_a), accumulator(x.dtype)
-    if not isinstance(scale, np.ndarray):
+    if isinstance(scale, (list, tuple)):
+        scale = np.asarray([scalar("scale", one) for one in scale], wide)
+    elif not isinstance(scale, np.ndarray):
         scale = np.asarray(scalar("scale", scale), wide)
     scale = float_array("scale", scale)
     if scale.shape not in ((), (adapters,)):
