@@ -564,3 +564,12 @@ def test_random(name, dtype, width, vocab, bias, size, seed):
     with pytest.MonkeyPatch.context() as patch:
         use_chunks(patch, size)
         compare(PROBLEMS[name](dtype, width=width, vocab=vocab, bias=bias, seed=seed), cancels=True)
+
+
+def test_a_reference_on_meta():
+    """Shapes alone, where autocast has no type to ask for."""
+    hidden, weight = torch.empty(4, 5, 8, device="meta"), torch.empty(20, 8, device="meta")
+    targets = torch.empty(4, 5, dtype=torch.int64, device="meta")
+    out = ff.linear_preference_loss(hidden, weight, targets, ref_hidden=hidden)
+    assert out.loss.shape == ()
+    assert out.margins.shape == (2,)

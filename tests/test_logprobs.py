@@ -614,6 +614,17 @@ def test_checkpoint(use_reentrant):
             assert torch.equal(a.grad, b.grad)
 
 
+def test_narrow_cu_seqlens_and_their_device():
+    lp, offsets = torch.randn(6), torch.tensor([0, 2, 6])
+    want = ff.sequence_logprobs(lp, cu_seqlens=offsets)
+    for dtype in (torch.int8, torch.int16, torch.uint8, torch.int32):
+        assert torch.equal(ff.sequence_logprobs(lp, cu_seqlens=offsets.to(dtype)), want)
+    with pytest.raises(ValueError, match="cu_seqlens: on meta; token_lp is on cpu"):
+        ff.sequence_logprobs(lp, cu_seqlens=offsets.to("meta"))
+    with pytest.raises(ValueError, match="cu_seqlens: on meta; logprobs is on cpu"):
+        ff.policy_loss(lp, advantages=torch.ones(2), cu_seqlens=offsets.to("meta"))
+
+
 def test_create_graph_under_checkpointing():
     """A gradient that may be differentiated again, of activations that are recomputed: these can be read
     once. Ops of several families, each with a backward of its own."""

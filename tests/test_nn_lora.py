@@ -944,3 +944,9 @@ def test_without_safetensors(monkeypatch, tmp_path):
     model = ff.nn.add_lora(tiny(), 4, 8, targets=["up"])
     with pytest.raises(ImportError, match="pip install safetensors"):
         ff.nn.save_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("targets", [None, 3, [None], [""]])
+def test_targets_that_are_no_names(targets):
+    with pytest.raises(TypeError, match="targets: names"):
+        ff.nn.add_lora(torch.nn.Sequential(torch.nn.Linear(4, 4)), 2, 4.0, targets=targets)
