@@ -68,8 +68,6 @@ def case(
         "finefuse": (OURS, lambda: ours(magnitude=m)),
         "finefuse, plain LoRA": (OURS, ours),
     }
-    if not packed:
-        makers["the bare product"] = (TORCH, lambda: ((lambda: functional.linear(x, weight)), ()))
     if not packed and p == 0:
         makers |= {
             "eager": (TORCH, lambda: ((lambda: eager(x, weight, a, b, m, scale)), (a, b, m))),
@@ -90,12 +88,15 @@ def case(
         truth = c * (x_ @ w_.t() + scale * (x_ @ a_.t()) @ b_.t())
     moved = (2 * size * size + 2 * tokens * size) * dtype.itemsize
     details = f"rank {rank} {name_of(dtype)}{f', dropout {p}' if p else ''}"
+    runs = problem.runs(makers, backward)
+    if not packed:
+        runs |= problem.bare(weight, backward)
     rows = compare_outputs(
         f"DoRA {tokens} x {size}x{size}{' NF4' if packed else ''} {details}, {phases(backward)}",
-        problem.runs(makers, backward), truth, moved * (2 if backward else 1),
+        runs, truth, moved * (2 if backward else 1),
     )  # fmt: skip
     for row in rows:
-        if p or row.name in ("the bare product", "finefuse, plain LoRA"):
+        if p or row.name == "finefuse, plain LoRA" or row.name.startswith("the bare"):
             row.error = None  # other masks, or another function
     return rows
 

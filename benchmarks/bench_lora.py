@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import peers, roofline
+from . import peers
 from .low_rank import BLOCKSIZE, QUICK_SIZE, RANK, SIZE, Made, Makers, Problem, trained
 from .measure import Row, Size, compare_outputs, forward, name_of, phases
 from .peers import BITSANDBYTES, OURS, PEFT, TORCH
@@ -58,7 +58,6 @@ def layer(device: str, tokens: int, size: int, dtype: torch.dtype, backward: boo
             OURS,
             lambda: ((lambda: ff.lora_linear(p.x, p.weight, p.a, p.b, scale=p.scale)), (p.a, p.b)),
         ),
-        "the bare product": (TORCH, lambda: ((lambda: functional.linear(p.x, p.weight)), ())),
         "eager": (TORCH, lambda: ((lambda: eager(p.x, p.weight, p.a, p.b, p.scale)), (p.a, p.b))),
         "torch.compile": (
             TORCH,
@@ -66,20 +65,14 @@ def layer(device: str, tokens: int, size: int, dtype: torch.dtype, backward: boo
         ),
         "PEFT": (PEFT, peft),
     }
-    if roofline.takes_onednn(p.x) and not backward:
-        makers["the bare product by oneDNN"] = (
-            TORCH,
-            lambda: (
-                lambda: roofline.onednn_product(p.x, p.weight), (),
-            ),
-        )  # fmt: skip
     x, dy, w, a, b = p.double()
     truth = (
         dy @ w + p.scale * (dy @ b) @ a if backward else x @ w.t() + p.scale * (x @ a.t()) @ b.t()
     )
     case = f"LoRA {tokens} x {size}x{size} rank {RANK} {name_of(dtype)}, {phases(backward)}"
     moved = p.moved * (2 if backward else 1)
-    rows = compare_outputs(case, p.runs(makers, backward), truth, moved)
+    runs = p.runs(makers, backward) | p.bare(p.weight, backward)
+    rows = compare_outputs(case, runs, truth, moved)
     for row in rows:
         if row.name.startswith("the bare"):
             row.error = None
@@ -105,10 +98,7 @@ def packed(tokens: int, size: int, dtype: torch.dtype) -> list[Row]:
     }
     if peers.load({"PEFT and bitsandbytes": (BITSANDBYTES, bitsandbytes)}, "cpu"):
         makers["PEFT and bitsandbytes"] = (PEFT, bitsandbytes)
-    runs = p.runs(makers, backward=True)
-    for_y = roofline.bare_product(p.x, decoded)
-    for_dx = roofline.bare_product(p.dy, decoded.t())
-    runs["the bare products"] = lambda: (for_y(), for_dx())[1]
+    runs = p.runs(makers, backward=True) | p.bare(decoded, backward=True)
     _, dy, _, a, b = p.double()
     rows = compare_outputs(
         f"QLoRA {tokens} x {size}x{size} NF4 rank {RANK} {name_of(dtype)}, forward + backward",

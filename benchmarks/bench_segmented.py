@@ -104,7 +104,6 @@ def case(
                 (lambda: ff.lora_linear_segmented(x, weight, a, b, adapter, scale=scale)), (a, b),
             ),
         ),
-        "the bare product": (TORCH, lambda: ((lambda: functional.linear(x, weight)), ())),
         "a loop": (
             TORCH,
             lambda: (
@@ -123,7 +122,8 @@ def case(
     rows = compare_outputs(
         f"{ADAPTERS} adapters, {kind}, {tokens} x {size}x{size} rank {RANK} {name_of(dtype)}, "
         f"{phases(backward)}",
-        p.runs(makers, backward), truth, moved * dtype.itemsize * (2 if backward else 1),
+        p.runs(makers, backward) | p.bare(weight, backward), truth,
+        moved * dtype.itemsize * (2 if backward else 1),
     )  # fmt: skip
     for row in rows:
         if row.name.startswith("the bare"):

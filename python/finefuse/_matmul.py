@@ -71,6 +71,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y = a.new_empty((len(a), len(w)))
         for columns, product in _turned(a, w, b):
             y[:, columns] = product
+            del product  # before the next is made
     else:
         y = torch.mm(a, w.t()) if b is None else torch.addmm(b, a, w.t())
     return y.to(x.dtype)
@@ -141,6 +142,7 @@ def linear_onto(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     if _turns(a, w):
         for columns, product in _turned(a, w):
             y[:, columns] += product
+            del product  # before the next is made
         return y
     return y.addmm_(a, w.t())
 
