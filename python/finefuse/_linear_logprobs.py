@@ -118,7 +118,7 @@ def _statistics(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _fused(hidden: Tensor, head_args: Sequence[Any]) -> bool:
-    """Whether the Triton kernel runs that keeps tiles of logits on chip: where Triton does, of a dense weight."""
+    """Whether the Triton kernel runs that keeps tiles of logits on chip: Triton's, of a dense weight."""
     return (
         head_args[0] is not None
         and _backend.resolve("linear", hidden.device, _backend.in_force()) == "triton"
